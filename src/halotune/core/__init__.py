@@ -1,0 +1,1 @@
+"""What every method and every layer shares: the definitions, with torch alone."""

@@ -1,0 +1,224 @@
+"""The layers that can be adapted, each handled once for all methods."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import HalotuneError
+from .operator import Operator, WeightShape, add_product
+
+
+class Base(Operator):
+    """One storage kind of a linear operator: a thin view of the module, made where it is needed.
+
+    The module is always called as a module, so that its hooks (offload, quantization, tensor parallelism) fire.
+    """
+
+    quantization: ClassVar[str | None] = None
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, module: nn.Module) -> bool: ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The stored weight, in the module's own layout."""
+        return self.module.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter.device
+
+    @abstractmethod
+    def stored(self, W: Tensor) -> Tensor:
+        """The matrix `W` `(out, in)` in the module's own layout."""
+
+    @torch.no_grad()
+    def write(self, W: Tensor) -> None:
+        self.parameter.copy_(self.stored(W))
+
+    def snapshot(self) -> Tensor:
+        return self.parameter.detach().clone()
+
+    @torch.no_grad()
+    def restore(self, snapshot: Tensor) -> None:
+        self.parameter.copy_(snapshot)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.module.bias
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self._broadcast(self.bias.to(y.dtype))
+
+    def _broadcast(self, bias: Tensor) -> Tensor:
+        return bias
+
+
+class LinearLike(Base):
+    """Bases that act on the last dimension of `x`."""
+
+    def pad(self, x: Tensor) -> Tensor:
+        return x
+
+    def contract(self, x: Tensor, W: Tensor) -> Tensor:
+        return F.linear(x, W)
+
+    def contract_backward(self, x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
+        dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        return (dy @ W if need_x else None), dy2.t() @ x2
+
+    def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        return add_product(y, F.linear(x, A), B.t())
+
+
+class Linear(LinearLike):
+    """`torch.nn.Linear` and its subclasses that keep the weight as a float matrix."""
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and module.weight.is_floating_point() and module.weight.dim() == 2
+
+    @property
+    def shape(self) -> WeightShape:  # type: ignore[override]
+        return WeightShape(self.module.out_features, self.module.in_features)
+
+    def weight(self) -> Tensor:
+        return self.module.weight
+
+    def stored(self, W: Tensor) -> Tensor:
+        return W
+
+
+class TransposedLinear(LinearLike):
+    """transformers' `Conv1D`: a linear layer whose weight is stored `(in, out)`."""
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        # By name, so that transformers need not be imported.
+        return any(
+            c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__
+        )
+
+    @property
+    def shape(self) -> WeightShape:  # type: ignore[override]
+        n_in, n_out = self.module.weight.shape
+        return WeightShape(n_out, n_in)
+
+    def weight(self) -> Tensor:
+        return self.module.weight.t()
+
+    def stored(self, W: Tensor) -> Tensor:
+        return W.t()
+
+
+_CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class Convolution(Base):
+    """`torch.nn.Conv1d`, `Conv2d`, `Conv3d`: stride, dilation, groups and every padding mode."""
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.weight.is_floating_point()
+
+    @property
+    def shape(self) -> WeightShape:  # type: ignore[override]
+        w = self.module.weight
+        return WeightShape(w.shape[0], w[0].numel(), tuple(self.module.kernel_size), self.module.groups)
+
+    def weight(self) -> Tensor:
+        return self.module.weight.flatten(1)
+
+    def stored(self, W: Tensor) -> Tensor:
+        return W.reshape(self.module.weight.shape)
+
+    def _pads_first(self) -> bool:
+        return self.module.padding_mode != "zeros" or isinstance(self.module.padding, str)
+
+    def pad(self, x: Tensor) -> Tensor:
+        if not self._pads_first():
+            return x
+        mode = self.module.padding_mode
+        return F.pad(x, self.module._reversed_padding_repeated_twice, "constant" if mode == "zeros" else mode)
+
+    def _geometry(self) -> tuple[Any, ...]:
+        """stride, padding, dilation, transposed, output padding, groups."""
+        m, none = self.module, [0] * len(self.module.kernel_size)
+        padding = none if self._pads_first() else m.padding
+        return m.stride, padding, m.dilation, False, none, m.groups
+
+    def _broadcast(self, bias: Tensor) -> Tensor:
+        return bias.view(-1, *[1] * len(self.module.kernel_size))
+
+    def contract(self, x: Tensor, W: Tensor) -> Tensor:
+        return self._convolve(x, self.stored(W))
+
+    def _convolve(self, x: Tensor, kernel: Tensor) -> Tensor:
+        stride, padding, dilation, _, _, groups = self._geometry()
+        return _CONV[len(stride)](x, kernel, None, stride, padding, dilation, groups)
+
+    def contract_backward(self, x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
+        if x.dim() == self.module.weight.dim() - 1:  # one sample, no batch
+            dx, dW = self.contract_backward(x[None], W, dy[None], need_x)
+            return (None if dx is None else dx[0]), dW
+        dx, dW, _ = torch.ops.aten.convolution_backward(
+            dy, x, self.stored(W), None, *self._geometry(), [need_x, True, False]
+        )
+        return dx, dW.flatten(1)
+
+    def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        """Two small convolutions: every group of channels meets the same `A`, and its own rows of `B`."""
+        ones = [1] * len(self.module.kernel_size)
+        kernel = A.reshape(A.shape[0], *self.module.weight.shape[1:]).repeat(self.module.groups, 1, *ones)
+        z = self._convolve(self.pad(x), kernel)
+        pointwise = B.reshape(*B.shape, *ones)
+        delta = _CONV[len(ones)](z, pointwise, groups=self.module.groups)
+        return y + delta.to(y.dtype)
+
+
+_KINDS: list[type[Base]] = [Linear, TransposedLinear, Convolution]
+
+
+def register_base(kind: type[Base]) -> None:
+    """Let `kind` be asked first which modules it handles (a quantized layer is often a subclass of `nn.Linear`)."""
+    if kind not in _KINDS:
+        _KINDS.insert(0, kind)
+
+
+def base_kind(module: nn.Module) -> type[Base] | None:
+    """The kind that handles this module, or None."""
+    return next((kind for kind in _KINDS if kind.matches(module)), None)
+
+
+def base_for(module: nn.Module, name: str = "") -> Base:
+    """The view of `module` as a linear operator.
+
+    Raises:
+        HalotuneError: for a module that is no linear operator that we know.
+    """
+    kind = base_kind(module)
+    if kind is None:
+        where = f"{name!r} is a" if name else "got a"
+        raise HalotuneError(
+            f"{where} {type(module).__name__}, which cannot be adapted. Supported: torch.nn.Linear, Conv1d, Conv2d, "
+            "Conv3d and transformers' Conv1D with floating-point weights. Leave it out with exclude_modules, or train "
+            "the whole module with modules_to_save."
+        )
+    return kind(module)

@@ -1,0 +1,288 @@
+"""Configurations: which modules are adapted, and the file format that holds them. All fields and their checks, once."""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from enum import Enum
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from typing_extensions import Self
+
+from .errors import AdapterFileError, HalotuneError, closest
+from .files import CONFIG_NAME, locate, read_json, write_atomically
+
+
+class PeftType(str, Enum):
+    """The methods' names in files."""
+
+    HRA = "HRA"
+    LOHA = "LOHA"
+    BONE = "BONE"
+    MISS = "MISS"
+    LORA = "LORA"
+
+
+class TaskType(str, Enum):
+    """What the base model does; it chooses the wrapper class."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+def beyond_peft(default: Any = MISSING, default_factory: Any = MISSING) -> Any:
+    """A field that PEFT's files do not know: written only where it is set."""
+    return field(default=default, default_factory=default_factory, metadata={"beyond_peft": True})
+
+
+@dataclass(kw_only=True)
+class BaseConfig:
+    """What every PEFT configuration holds.
+
+    Args:
+        task_type: one of `TaskType`; it chooses the wrapper class.
+        peft_type: set by the class; a different value is an error.
+        auto_mapping: class and library of the base model, for `AutoPeftModel`.
+        base_model_name_or_path: where the base model came from.
+        revision: its revision on the hub.
+        inference_mode: adapters are frozen.
+    """
+
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+
+@dataclass(kw_only=True)
+class AdapterConfig(BaseConfig):
+    """The fields that all methods share.
+
+    Args:
+        target_modules: which modules get an adapter: names matched as suffixes, a regular expression matched in full,
+            `"all-linear"` (every linear layer but the output layer), or None for the architecture's usual ones.
+        exclude_modules: names or a regular expression of modules to leave out.
+        layers_to_transform: only layers of these indices.
+        layers_pattern: name(s) of the list of layers, where the usual ones do not match.
+        modules_to_save: modules trained whole and stored beside the adapter.
+        r: the rank: the number of reflections, of columns, or the side of a block.
+        rank_pattern: name or regular expression -> r, for modules whose rank differs.
+    """
+
+    target_modules: list[str] | set[str] | tuple[str, ...] | str | None = None
+    exclude_modules: list[str] | set[str] | tuple[str, ...] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = beyond_peft(default_factory=dict)
+
+    r: int = 8
+
+    # The name in files; keys of PEFT's files that mean nothing here, with the values under which they mean nothing;
+    # and our field -> PEFT's name in files.
+    TYPE: ClassVar[PeftType]
+    INERT: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    FILE_NAMES: ClassVar[dict[str, str]] = {}
+    PATTERNS: ClassVar[dict[str, str]] = {"r": "rank_pattern"}
+
+    def __post_init__(self) -> None:
+        if self.peft_type is not None and _plain(self.peft_type) != self.TYPE.value:
+            raise HalotuneError(
+                f"{type(self).__name__}: peft_type is {self.TYPE.value}; got {_plain(self.peft_type)!r}. "
+                "Leave it out, or use the configuration class of that method."
+            )
+        self.peft_type = self.TYPE
+        self._check_types()
+        if self.task_type is not None:
+            self.task_type = self._choice("task_type", _plain(self.task_type), TaskType)
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise self.error("layers_pattern", "needs layers_to_transform, which is None", "Give the layers' indices.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise self.error(
+                "layers_to_transform",
+                f"works with a list of target_modules; got the string {self.target_modules!r}",
+                "Write the indices into the regular expression, or list the modules' names.",
+            )
+        self.check()
+
+    def check(self) -> None:
+        """The method's own conditions on its fields."""
+        for name, r in {"r": self.r, **self.rank_pattern}.items():
+            if r < 1:
+                raise self.error(name, f"must be at least 1; got {r}", "A rank counts vectors.")
+
+    def notices(self) -> list[str]:
+        """What a user should know before training starts; warned of once, at wrapping."""
+        return []
+
+    def error(self, name: str, problem: str, remedy: str) -> HalotuneError:
+        return HalotuneError(f"{type(self).__name__}.{name}: {problem}. {remedy}")
+
+    def require_choice(self, name: str, choices: Iterable[Any]) -> None:
+        value = getattr(self, name)
+        if not any(value is c or (isinstance(c, str) and value == c) for c in choices):
+            listed = ", ".join(repr(c) for c in choices)
+            raise self.error(name, f"expected one of {listed}; got {value!r}", "Choices are spelled exactly so.")
+
+    def require_share(self, name: str) -> None:
+        if not 0.0 <= getattr(self, name) < 1.0:
+            raise self.error(name, f"must lie in [0, 1); got {getattr(self, name)}", "It is a probability.")
+
+    def _choice(self, name: str, value: Any, choices: type[Enum]) -> Any:
+        try:
+            return choices(value)
+        except ValueError:
+            listed = [c.value for c in choices]
+            near = closest(str(value), listed, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise self.error(
+                name, f"expected one of {listed}; got {value!r}", f"It is checked in full.{hint}"
+            ) from None
+
+    def _check_types(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not _fits(value, hints[f.name]):
+                expected = str(f.type).replace("typing.", "")
+                raise self.error(
+                    f.name, f"expected {expected}; got {value!r} ({type(value).__name__})", "Fix its type."
+                )
+
+    # -- one module's share of the configuration
+
+    def at(self, name: str) -> Self:
+        """The configuration of the module `name`: its entries of `rank_pattern` and the like filled in."""
+        own: dict[str, Any] = {}
+        for target, pattern_field in self.PATTERNS.items():
+            patterns: dict[str, Any] = getattr(self, pattern_field, {})
+            for pattern, value in patterns.items():
+                if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name):
+                    own[target] = value
+                    break
+        return replace(self, **own) if own else self
+
+    # -- files
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entries of `adapter_config.json`, under PEFT's names."""
+        out: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.metadata.get("beyond_peft") and value == _default(f):
+                continue
+            out[self.FILE_NAMES.get(f.name, f.name)] = _jsonable(value)
+        return out
+
+    @classmethod
+    def from_dict(cls, entries: dict[str, Any]) -> Self:
+        """The configuration that `to_dict`, or PEFT, wrote.
+
+        Raises:
+            HalotuneError: for an entry that we do not know and that is not plainly switched off.
+        """
+        ours = {v: k for k, v in cls.FILE_NAMES.items()}
+        known = {f.name for f in fields(cls)}
+        kept: dict[str, Any] = {}
+        for key, value in entries.items():
+            name = ours.get(key, key)
+            if name in known:
+                kept[name] = value
+            elif not (value in (None, False) or value == {} or value == [] or value in cls.INERT.get(key, ())):
+                near = closest(key, sorted(known), n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise HalotuneError(
+                    f"{cls.__name__}.{key}: not supported, and set to {value!r}.{hint} Remove it if the adapter does "
+                    "not depend on it."
+                )
+        return cls(**kept)
+
+    @classmethod
+    def from_pretrained(
+        cls, model_id: str | PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> AdapterConfig:
+        """The configuration in a folder, or in a repository of the hub; of whichever method it is of."""
+        from .registry import method_of
+
+        file = locate(model_id, CONFIG_NAME, subfolder=subfolder, **kwargs)
+        entries = read_json(file)
+        if "peft_type" not in entries:
+            raise AdapterFileError(
+                file,
+                "is missing.",
+                key="peft_type",
+                remedy='It names the method, e.g. "HRA"; is this an adapter\'s folder?',
+            )
+        try:
+            config = method_of(entries["peft_type"]).config.from_dict(entries)
+        except HalotuneError as e:
+            raise AdapterFileError(file, str(e), remedy="Mend the file, or save the adapter again.") from e
+        if not isinstance(config, cls):
+            raise HalotuneError(
+                f"{file}: holds a {_plain(config.peft_type)} adapter, not a {cls.__name__}. "
+                "Read it with PeftConfig.from_pretrained."
+            )
+        return config
+
+    def save_pretrained(self, save_directory: str | PathLike[str]) -> None:
+        """Write `adapter_config.json` into the folder, atomically."""
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        write_atomically(Path(save_directory) / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """False; asked for by code written for PEFT."""
+        return False
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _default(f: Field[Any]) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else _plain(value)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value has an annotated type; True is no int, and an int is a fine float."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or origin is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is Literal:
+        return any(value == a and type(value) is type(a) for a in args)
+    if origin in (list, set):
+        return isinstance(value, origin) and all(_fits(v, args[0]) for v in value)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, type(None) if hint is None else hint)

@@ -1,0 +1,39 @@
+"""The errors a user can cause. Each says what is wrong, what was found, and the remedy."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+
+class HalotuneError(ValueError):
+    """A mistake in the input: a configuration, a name, a file, or a use of the API."""
+
+
+class AdapterFileError(HalotuneError):
+    """An adapter's file that cannot be read as it stands.
+
+    Attributes:
+        file: the file or folder.
+        key: the tensor or configuration key, where one is to blame.
+    """
+
+    def __init__(self, file: str | PathLike[str], problem: str, *, key: str | None = None, remedy: str) -> None:
+        self.file, self.key = str(file), key
+        where = f"{self.file}: {key}" if key else self.file
+        super().__init__(f"{where}: {problem} {remedy}")
+
+    def __reduce__(self):  # the default would call __init__ with the finished message
+        return _rebuild, (self.args[0], self.file, self.key)
+
+
+def _rebuild(message: str, file: str, key: str | None) -> AdapterFileError:
+    error = AdapterFileError.__new__(AdapterFileError)
+    error.args, error.file, error.key = (message,), file, key
+    return error
+
+
+def closest(name: str, known: list[str], n: int = 3) -> list[str]:
+    """The known names that a user who wrote `name` may have meant, best first."""
+    import difflib
+
+    return difflib.get_close_matches(name, known, n=n, cutoff=0.5)

@@ -1,0 +1,108 @@
+"""Files of adapters: found in a folder or on the hub, read with errors that name them, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from .errors import AdapterFileError, HalotuneError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+_HUB_ARGUMENTS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
+
+
+def locate(model_id: str | PathLike[str], filename: str, *, subfolder: str | None = None, **kwargs: Any) -> Path:
+    """The local path of a file of an adapter; downloaded first where `model_id` is a repository of the hub.
+
+    Args:
+        model_id: a folder, or `user/repository`.
+        filename: the file's name in it.
+        subfolder: a folder inside it.
+        kwargs: `revision`, `cache_dir`, `token`, `force_download`, `local_files_only` go to the hub; others are ignored.
+    """
+    folder = Path(model_id)
+    if folder.is_dir():
+        file = folder / (subfolder or "") / filename
+        if file.is_file():
+            return file
+        raise AdapterFileError(file, "there is no such file.", remedy=_remedy(file))
+    if folder.is_file():
+        raise AdapterFileError(folder, "is a file.", remedy="Give the folder that holds it.")
+    if os.path.isabs(folder) or len(folder.parts) != 2 or str(model_id).startswith((".", "~")):
+        raise AdapterFileError(
+            folder, "there is no such folder.", remedy="Give an adapter's folder, or a hub id 'user/repository'."
+        )
+    return _download(str(model_id), filename, subfolder, {k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS})
+
+
+def _remedy(file: Path) -> str:
+    if file.name == WEIGHTS_NAME and (file.parent / PICKLE_NAME).is_file():
+        return (
+            f"{PICKLE_NAME} lies there, but a pickle can run code, so it is never loaded. Convert it with the package "
+            "that wrote it (save_pretrained with safe_serialization=True)."
+        )
+    inner = sorted(p.parent.name for p in file.parent.glob(f"*/{file.name}"))
+    if inner:
+        return f"These subfolders hold one: {', '.join(inner)}; name it with subfolder=."
+    return "An adapter's folder holds adapter_config.json and adapter_model.safetensors."
+
+
+def _download(repository: str, filename: str, subfolder: str | None, arguments: dict[str, Any]) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise HalotuneError(
+            f"{repository}: no such folder here, and reading from the hub needs huggingface-hub. "
+            'Install it with: pip install "halotune[hub]"'
+        ) from None
+    try:
+        return Path(hf_hub_download(repository, filename, subfolder=subfolder, **arguments))
+    except (OSError, ValueError) as e:  # every error of the hub's client is one of these
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise AdapterFileError(
+            f"{repository}/{filename}",
+            f"could not be had from the hub: {reason}",
+            remedy="Check the name, the revision, the access rights and the network; or give a local folder.",
+        ) from e
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise AdapterFileError(
+            file, f"cannot be read as JSON: {e}.", remedy="The file is damaged: get it again."
+        ) from e
+    if not isinstance(entries, dict):
+        raise AdapterFileError(
+            file,
+            f"expected a JSON object, found a {type(entries).__name__}.",
+            remedy="Is this an adapter's configuration?",
+        )
+    return entries
+
+
+def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `file`, then rename it: readers see the old file or the new, never half."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as f:
+            os.fsync(f.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's own mode is 0600
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,114 @@
+"""Linear operators: what an adapter sees of the layer it adapts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+
+
+@dataclass(frozen=True)
+class WeightShape:
+    """The weight of one linear operator, as a matrix `(out, in)`.
+
+    A convolution's kernel is flattened: `in = (channels / groups) · k0 · k1 …`.
+    """
+
+    out_features: int
+    in_features: int
+    kernel: tuple[int, ...] = ()  # () for a linear layer
+    groups: int = 1
+
+    @property
+    def is_linear(self) -> bool:
+        return not self.kernel
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels of one group."""
+        return self.in_features // prod(self.kernel)
+
+    def __str__(self) -> str:
+        return f"({self.out_features}, {self.in_features})"
+
+
+class Operator(ABC):
+    """`x -> W x + bias`: a base layer, or a base layer with adapters on it."""
+
+    shape: WeightShape
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the operator, hooks and quantized kernels included."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The weight as a matrix `(out, in)`."""
+
+    @abstractmethod
+    def pad(self, x: Tensor) -> Tensor:
+        """`x` with the padding that `contract` does not add itself (a convolution's reflect, circular, 'same')."""
+
+    @abstractmethod
+    def contract(self, x: Tensor, W: Tensor) -> Tensor:
+        """`W x` for a padded `x`: no bias, no hooks."""
+
+    @abstractmethod
+    def contract_backward(self, x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
+        """Gradients of `contract`: `dx` (where needed) and `dW` `(out, in)`."""
+
+    @abstractmethod
+    def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        """`y + (B A) x`, with `B` `(out, r)` and `A` `(r, in)`, never forming `B A`."""
+
+    @abstractmethod
+    def add_bias(self, y: Tensor) -> Tensor: ...
+
+    def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
+        """Apply the operator with `W` `(out, in)` in the place of its weight; its own bias is added."""
+        return self.add_bias(self.contract(self.pad(x), W))
+
+
+class Adapted(Operator):
+    """An operator with one adapter on it. Chains of these are several adapters: `W -> F2(F1(W))`."""
+
+    def __init__(self, inner: Operator, adapter: Adapter, scale: float = 1.0) -> None:
+        self.inner, self.adapter, self.scale = inner, adapter, scale
+        self.shape = inner.shape
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.adapter(x, self.inner, self.scale)
+
+    def weight(self) -> Tensor:
+        W = self.inner.weight()
+        adapted = self.adapter.weight(W)
+        return adapted if self.scale == 1.0 else torch.lerp(W, adapted, self.scale)
+
+    def pad(self, x: Tensor) -> Tensor:
+        return self.inner.pad(x)
+
+    def contract(self, x: Tensor, W: Tensor) -> Tensor:
+        return self.inner.contract(x, W)
+
+    def contract_backward(self, x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
+        return self.inner.contract_backward(x, W, dy, need_x)
+
+    def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        return self.inner.add_low_rank(y, x, B, A)
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        return self.inner.add_bias(y)
+
+
+def add_product(y: Tensor, z: Tensor, Bt: Tensor) -> Tensor:
+    """`y + z Bt` in one pass over y: `y (…, out)`, `z (…, r)`, `Bt (r, out)`."""
+    if y.dtype != z.dtype:  # a base that answers in a dtype of its own
+        return y + (z @ Bt).to(y.dtype)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), Bt).view(y.shape)

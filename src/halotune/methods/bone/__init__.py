@@ -1,0 +1,13 @@
+"""Bone and BAT: block-affine adapters; MiSS is their name in newer PEFT."""
+
+from ...core.config import PeftType
+from ...core.registry import Method, register
+from .adapter import Bat, Bone, Miss, MissBat, create_bone, create_miss
+from .config import BoneConfig, MissConfig
+
+_RATES = {"BONE": 1e-3, "BAT": 1e-3}
+
+BONE = register(Method(PeftType.BONE.value, "bone_", BoneConfig, (Bone, Bat), create_bone, _RATES))
+MISS = register(Method(PeftType.MISS.value, "miss_", MissConfig, (Miss, MissBat), create_miss, {"MISS": 1e-3}))
+
+__all__ = ["BONE", "MISS", "Bat", "Bone", "BoneConfig", "Miss", "MissBat", "MissConfig"]

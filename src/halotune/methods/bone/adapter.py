@@ -1,0 +1,124 @@
+"""Bone, BAT and MiSS on one layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ...core.adapter import Adapter, Additive, WeightSide
+from ...core.config import AdapterConfig
+from ...core.errors import HalotuneError
+from ...core.operator import Operator, WeightShape, add_product
+from ...core.precision import compute_dtype
+from . import ops
+from .config import BlockConfig, MissConfig
+
+
+class Bone(Additive):
+    """`W' = W + tile(Dᵀ)`: column k of the delta is row `k mod r` of D; `bone_block` D: `(r, out)`, zero at the start.
+
+    Forward: `base(x) + fold(x) D`. Thin factors: `B = Dᵀ`, `A = [I I …]`. Source: arXiv 2409.15371.
+    """
+
+    block: ClassVar[str] = "bone_block"
+
+    def __init__(self, shape: WeightShape, r: int, columns: int | None = None) -> None:
+        super().__init__()
+        self.shape, self.r = shape, r
+        self.register_parameter(self.block, nn.Parameter(torch.empty(r, columns or shape.out_features)))
+
+    @classmethod
+    def create(cls, shape: WeightShape, config: AdapterConfig) -> Self:
+        assert isinstance(config, BlockConfig)
+        columns = None
+        if isinstance(config, MissConfig) and config.init_weights == "mini":
+            columns = config.mini_r
+            if shape.out_features % columns:
+                raise HalotuneError(
+                    f"MiSS: mini_r must divide the {shape.out_features} outputs of a weight of {shape}; got {columns}. "
+                    "Use a divisor, or leave the module out with exclude_modules."
+                )
+        adapter = cls(shape, config.r, columns)
+        if isinstance(config, MissConfig):
+            adapter.input_dropout = config.miss_dropout
+        adapter.reset(identity=config.init_weights is not False)
+        return adapter
+
+    def reset(self, identity: bool) -> None:
+        block = self.get_parameter(self.block)
+        nn.init.zeros_(block) if identity else nn.init.kaiming_uniform_(block, a=math.sqrt(5))
+
+    def D(self) -> Tensor:
+        """`(r, out)`: the block, repeated over the outputs in the mini form."""
+        block = self.get_parameter(self.block)
+        return block.repeat(1, self.shape.out_features // block.shape[1])
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        D = self.D()
+        return D.mT, ops.unfolding(self.r, self.shape.in_features, D)
+
+    def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
+        if not op.shape.is_linear:
+            return super().forward(x, op, scale)
+        D = self.D() if scale == 1.0 else self.D() * scale
+        dtype = compute_dtype(x)
+        folded = ops.fold(self.drop(x).to(dtype), self.r)
+        return add_product(op(x), folded, D.to(dtype))
+
+
+class Bat(WeightSide):
+    """`W'_ij = W_ij + W_ij B_i + B_i`, W cut into r×r blocks, i the output block; `bone_block` B: `(out/r, r, r)`, zero at
+    the start. The delta has full rank. Source: arXiv 2409.15371, where it is called BAT.
+    """
+
+    block: ClassVar[str] = "bone_block"
+
+    def __init__(self, shape: WeightShape, r: int) -> None:
+        super().__init__()
+        self.shape, self.r = shape, r
+        self.register_parameter(self.block, nn.Parameter(torch.empty(shape.out_features // r, r, r)))
+
+    @classmethod
+    def create(cls, shape: WeightShape, config: AdapterConfig) -> Self:
+        assert isinstance(config, BlockConfig)
+        if shape.out_features % config.r or shape.in_features % config.r:
+            raise HalotuneError(
+                f"BAT: r must divide both sizes of the weight, {shape}; got r={config.r}. Use a common divisor "
+                f"(the largest is {math.gcd(shape.out_features, shape.in_features)}), a rank_pattern for this module, or "
+                "init_weights=True (Bone), which takes any r."
+            )
+        adapter = cls(shape, config.r)
+        nn.init.zeros_(adapter.get_parameter(cls.block))
+        return adapter
+
+    def transform(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        return ops.bat, (self.get_parameter(self.block),)
+
+
+class Miss(Bone):
+    """Bone under PEFT's newer name."""
+
+    block = "miss_block"
+
+
+class MissBat(Bat):
+    """BAT under PEFT's newer name."""
+
+    block = "miss_block"
+
+
+def create_bone(shape: WeightShape, config: AdapterConfig) -> Adapter:
+    return (Bat if _is_bat(config) else Bone).create(shape, config)
+
+
+def create_miss(shape: WeightShape, config: AdapterConfig) -> Adapter:
+    return (MissBat if _is_bat(config) else Miss).create(shape, config)
+
+
+def _is_bat(config: Any) -> bool:
+    return config.init_weights == "bat"

@@ -1,0 +1,81 @@
+"""The configurations of Bone and of MiSS, its name in newer PEFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ...core.config import AdapterConfig, PeftType
+
+
+@dataclass(kw_only=True)
+class BlockConfig(AdapterConfig):
+    """What Bone and MiSS share.
+
+    Args:
+        r: the number of rows of the block (Bone), or the side of the blocks (BAT).
+        init_weights: True is Bone, starting as the identity; False the same, at random; `"bat"` is BAT.
+        bias: which biases are trained: `"none"`, `"all"`, or those of the adapted layers.
+    """
+
+    r: int = 64
+    init_weights: bool | Literal["bat"] | str = True
+    bias: str = "none"
+
+    KINDS: ClassVar[tuple[object, ...]] = (True, False, "bat")
+    BIASES: ClassVar[tuple[str, ...]] = ()
+
+    def check(self) -> None:
+        super().check()
+        self.require_choice("init_weights", self.KINDS)
+        self.require_choice("bias", self.BIASES)
+
+
+@dataclass(kw_only=True)
+class BoneConfig(BlockConfig):
+    """Bone: `W' = W + tile(Dᵀ)`, and BAT: `W'_ij = W_ij + W_ij B_i + B_i` (arXiv 2409.15371), in PEFT's older name.
+
+    Args:
+        r: the number of rows of D (Bone); or the side of the blocks (BAT), which must divide both sizes of the weight.
+        init_weights: True is Bone, starting as the identity; False the same, at random; `"bat"` is BAT.
+        bias: which biases are trained: `"none"`, `"all"`, or `"bone_only"`, those of the adapted layers.
+    """
+
+    TYPE: ClassVar[PeftType] = PeftType.BONE
+    BIASES: ClassVar[tuple[str, ...]] = ("none", "all", "bone_only")
+    BIAS_OF_ADAPTED: ClassVar[str] = "bone_only"
+
+
+@dataclass(kw_only=True)
+class MissConfig(BlockConfig):
+    """MiSS: the adapters of Bone and BAT under PEFT's newer name, and the mini form.
+
+    Args:
+        r: as in Bone.
+        mini_r: for `"mini"`: the number of columns of the block, which are repeated over the outputs; it must divide them.
+        miss_dropout: dropout on the adapter's input; not defined for `"bat"`.
+        init_weights: True is balance (Bone), False the same at random, `"bat"`, or `"mini"`.
+        bias: which biases are trained: `"none"`, `"all"`, or `"miss_only"`, those of the adapted layers.
+    """
+
+    mini_r: int = 1
+    miss_dropout: float = 0.0
+    init_weights: bool | Literal["bat", "mini"] | str = True
+
+    TYPE: ClassVar[PeftType] = PeftType.MISS
+    KINDS: ClassVar[tuple[object, ...]] = (True, False, "bat", "mini")
+    # PEFT documents "miss_only" and its code reads "bone_only" too.
+    BIASES: ClassVar[tuple[str, ...]] = ("none", "all", "miss_only", "bone_only")
+    BIAS_OF_ADAPTED: ClassVar[str] = "miss_only"
+
+    def check(self) -> None:
+        super().check()
+        self.require_share("miss_dropout")
+        if self.mini_r < 1:
+            raise self.error("mini_r", f"must be at least 1; got {self.mini_r}", "It counts columns.")
+        if self.init_weights == "bat" and self.miss_dropout:
+            raise self.error(
+                "miss_dropout",
+                f'is not defined for init_weights="bat", which acts on the weight; got {self.miss_dropout}',
+                "Set it to 0, or use init_weights=True.",
+            )

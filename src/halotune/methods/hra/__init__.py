@@ -1,0 +1,10 @@
+"""HRA: Householder reflection adaptation."""
+
+from ...core.config import PeftType
+from ...core.registry import Method, register
+from .adapter import HRA
+from .config import HRAConfig
+
+METHOD = register(Method(PeftType.HRA.value, "hra_", HRAConfig, (HRA,), HRA.create, {"HRA": 1e-2}))
+
+__all__ = ["HRA", "METHOD", "HRAConfig"]

@@ -1,0 +1,90 @@
+"""HRA on one layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ...core.adapter import InputSide
+from ...core.config import AdapterConfig
+from ...core.errors import HalotuneError
+from ...core.operator import WeightShape
+from . import ops
+from .config import HRAConfig
+
+
+class HRA(InputSide):
+    """`W' = W Q`, `Q = H_1 … H_r = I − Û T Ûᵀ`; `hra_u` U: `(in, r)`.
+
+    Forward costs two thin products, `x' = x − (x Û)(Tᵀ Ûᵀ)`, and leaves the base untouched. No gradient depends on the
+    length of a column, so give `hra_u` no weight decay.
+
+    Source: arXiv 2405.17484; the form is derived in README.md beside this file.
+    """
+
+    def __init__(self, shape: WeightShape, r: int, gram_schmidt: bool = False) -> None:
+        super().__init__()
+        self.shape, self.gram_schmidt = shape, gram_schmidt
+        self.orthogonality: tuple[float, bool] | None = None
+        self.hra_u = nn.Parameter(torch.empty(shape.in_features, r))
+
+    @classmethod
+    def create(cls, shape: WeightShape, config: AdapterConfig) -> Self:
+        assert isinstance(config, HRAConfig)
+        if config.apply_GS and config.r > shape.in_features:
+            raise HalotuneError(
+                f"HRA: apply_GS needs r orthonormal vectors, at most {shape.in_features} for a weight of {shape}; "
+                f"got r={config.r}. Use a smaller r, or a rank_pattern for this module."
+            )
+        adapter = cls(shape, config.r, config.apply_GS)
+        if config.orthogonality_weight:
+            adapter.orthogonality = (config.orthogonality_weight, config.orthogonality_norm == "squared")
+        adapter.reset(config.init_weights)
+        return adapter
+
+    @torch.no_grad()
+    def reset(self, identity: bool) -> None:
+        """Draw the vectors: in adjacent equal pairs, which cancel, where the identity is possible."""
+        n, r = self.hra_u.shape
+        nn.init.kaiming_uniform_(self.hra_u, a=math.sqrt(5))
+        if not identity or self.hra_u.is_meta:
+            return
+        if self.gram_schmidt:
+            Q, _ = torch.linalg.qr(torch.randn(n, r, device=self.hra_u.device))
+            self.hra_u.copy_(Q)
+        elif r % 2 == 0:
+            self.hra_u[:, 1::2] = self.hra_u[:, ::2]
+
+    def complaint(self) -> str | None:
+        if self.gram_schmidt and not self.hra_u.is_meta:
+            rank = int(torch.linalg.matrix_rank(ops.normalize(self.hra_u), atol=1e-3))
+            if rank < self.hra_u.shape[1]:
+                return (
+                    "the vectors are linearly dependent, as peft's own start under apply_GS leaves them; dependent "
+                    "ones count as no reflection here, so outputs differ from peft's, which are rounding noise"
+                )
+        return None
+
+    def wy(self) -> tuple[Tensor, Tensor]:
+        """`Û (in, r)` and `V = Tᵀ Ûᵀ (r, in)`, in fp32 or better."""
+        return ops.wy_factors(self.hra_u, self.gram_schmidt)
+
+    def rotate(self, x: Tensor, transpose: bool = False) -> Tensor:
+        Û, V = (t.to(x.dtype) for t in self.wy())
+        if transpose:  # x Q = x − (x Vᵀ) Ûᵀ
+            Û, V = V.mT, Û.mT
+        flat = x.reshape(-1, x.shape[-1])
+        return torch.addmm(flat, flat @ Û, V, alpha=-1).view(x.shape)
+
+    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        Û, V = self.wy()
+        return -(W @ V.mT.to(W.dtype)), Û.mT
+
+    def penalty(self) -> Tensor | None:
+        if self.orthogonality is None:
+            return None
+        weight, squared = self.orthogonality
+        return weight * ops.orthogonality(self.hra_u, squared)

@@ -1,0 +1,97 @@
+"""The mathematics of HRA: products of Householder reflections in compact WY form.
+
+With `Û (in, r)` the normalised columns and `G = ÛᵀÛ`, the product `Q = H_1 H_2 … H_r`, `H_i = I − 2 û_i û_iᵀ`, is
+
+    Q = I − Û T Ûᵀ,    chain: T = (striu(G) + ½ I)⁻¹,    Gram–Schmidt: T = 2 G⁺
+
+so that nothing of size in×in is ever needed (derivation: README.md beside this file).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.precision import exact, exact_dtype
+
+
+def normalize(U: Tensor) -> Tensor:
+    """`û_i = u_i / ‖u_i‖` for each column, in fp32 or better; a zero column stays zero and gets no gradient."""
+    U = U.to(exact_dtype(U.dtype))
+    norm = torch.linalg.vector_norm(U, dim=-2, keepdim=True)
+    tiny = torch.finfo(U.dtype).tiny
+    return U * torch.where(norm > tiny, 1.0 / norm.clamp_min(tiny), 0.0)
+
+
+def chain_core(Û: Tensor) -> Tensor:
+    """`striu(G) + ½ I` `(…, r, r)`: the inverse of T for a product of reflections in order."""
+    G = Û.mT @ Û
+    half = torch.full(G.shape[:-1], 0.5, dtype=G.dtype, device=G.device)
+    return torch.triu(G, 1) + torch.diag_embed(half)
+
+
+class _SpanInverse(torch.autograd.Function):
+    """`G⁺` of a Gram matrix at constant rank; `dG⁺ = −G⁺ dG G⁺` (the other terms vanish between Û and Ûᵀ)."""
+
+    @staticmethod
+    def forward(ctx: Any, G: Tensor) -> Tensor:
+        eigenvalues, V = torch.linalg.eigh(G)
+        tolerance = G.shape[-1] * torch.finfo(G.dtype).eps * 16
+        inverse = torch.where(eigenvalues > tolerance, 1.0 / eigenvalues.clamp_min(tolerance), 0.0)
+        pinv = (V * inverse.unsqueeze(-2)) @ V.mT
+        ctx.save_for_backward(pinv)
+        return pinv
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (pinv,) = ctx.saved_tensors
+        dG = -pinv @ grad_outputs[0].mT @ pinv
+        return 0.5 * (dG + dG.mT)
+
+
+def span_core(Û: Tensor) -> Tensor:
+    """`T = 2 G⁺`, so that `Q = I − 2P` with P the projector on span(U).
+
+    The columns are normalised, so eigenvalues of G lie in [0, r]; those under `16 r eps` count as zero: a zero column or
+    one that depends on the others is no reflection.
+    """
+    return 2.0 * _SpanInverse.apply(Û.mT @ Û)
+
+
+def wy_factors(U: Tensor, gram_schmidt: bool) -> tuple[Tensor, Tensor]:
+    """`Û (…, in, r)` and `V = Tᵀ Ûᵀ (…, r, in)`, in fp32 or better: `x Qᵀ = x − (x Û) V`."""
+    with exact(U):
+        Û = normalize(U)
+        if gram_schmidt:
+            return Û, span_core(Û).mT @ Û.mT
+        return Û, torch.linalg.solve_triangular(chain_core(Û).mT, Û.mT, upper=False)
+
+
+def orthogonality(U: Tensor, squared: bool) -> Tensor:
+    """`‖I − ÛᵀÛ‖_F²`, or its root: how far the reflections are from orthogonal ones."""
+    with exact(U):
+        Û = normalize(U)
+        gap = torch.eye(U.shape[-1], dtype=Û.dtype, device=U.device) - Û.mT @ Û
+        return gap.square().sum() if squared else torch.linalg.matrix_norm(gap)
+
+
+def reflect(x: Tensor, U: Tensor, gram_schmidt: bool) -> Tensor:
+    """The definition, one reflection after the other: `x Qᵀ`. The reference for all that is faster.
+
+    Under Gram–Schmidt the columns are orthonormalised in order first, dependent ones dropped.
+    """
+    columns = normalize(U).unbind(-1)
+    if gram_schmidt:
+        basis: list[Tensor] = []
+        for u in columns:
+            for _ in range(2):  # twice is enough
+                for q in basis:
+                    u = u - (u @ q) * q
+            if u.norm() > 1e-4:
+                basis.append(u / u.norm())
+        columns = tuple(basis)
+    for u in reversed(columns):  # x Qᵀ = x H_r … H_1
+        x = x - 2.0 * (x @ u).unsqueeze(-1) * u
+    return x

@@ -1,0 +1,10 @@
+"""LoHa: low-rank Hadamard products."""
+
+from ...core.config import PeftType
+from ...core.registry import Method, register
+from .adapter import LoHa
+from .config import LoHaConfig
+
+METHOD = register(Method(PeftType.LOHA.value, "hada_", LoHaConfig, (LoHa,), LoHa.create, {"LOHA": 5e-3}))
+
+__all__ = ["METHOD", "LoHa", "LoHaConfig"]

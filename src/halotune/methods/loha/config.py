@@ -1,0 +1,57 @@
+"""The configuration of LoHa."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ...core.config import AdapterConfig, PeftType
+
+
+class _Unset(int):
+    """A default that can be told from the same number given."""
+
+
+@dataclass(kw_only=True)
+class LoHaConfig(AdapterConfig):
+    """LoHa: `W' = W + (alpha / r) (A1 B1) ∘ (A2 B2)` (FedPara, arXiv 2108.06098).
+
+    Args:
+        r: the rank of each of the two products; ΔW has rank up to r².
+        alpha: the scale's numerator.
+        lora_alpha: another name of `alpha`, as PEFT's example prints it.
+        rank_pattern: name or regular expression -> r.
+        alpha_pattern: name or regular expression -> alpha.
+        rank_dropout: the chance that an output row of ΔW is dropped in training; kept rows are scaled up.
+        module_dropout: the chance that a layer's adapter is skipped in a training step.
+        use_effective_conv2d: for kernels larger than 1, the Tucker form, whose size does not grow with the kernel.
+        init_weights: True starts as the identity; False at random.
+    """
+
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = field(default_factory=dict)
+    r: int = 8
+    alpha: int | float = _Unset(8)
+    lora_alpha: int | float | None = field(default=None, metadata={"beyond_peft": True})
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    init_weights: bool = True
+
+    TYPE: ClassVar[PeftType] = PeftType.LOHA
+    PATTERNS: ClassVar[dict[str, str]] = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+
+    def check(self) -> None:
+        super().check()
+        self.require_share("rank_dropout")
+        self.require_share("module_dropout")
+        if self.lora_alpha is not None:
+            if not isinstance(self.alpha, _Unset) and self.alpha != self.lora_alpha:
+                raise self.error(
+                    "lora_alpha",
+                    f"is another name of alpha; got alpha={self.alpha}, lora_alpha={self.lora_alpha}",
+                    "Give one.",
+                )
+            self.alpha, self.lora_alpha = self.lora_alpha, None
+        if isinstance(self.alpha, _Unset):
+            self.alpha = int(self.alpha)

@@ -1,0 +1,10 @@
+"""LoRA: the baseline."""
+
+from ...core.config import PeftType
+from ...core.registry import Method, register
+from .adapter import Lora
+from .config import LoraConfig
+
+METHOD = register(Method(PeftType.LORA.value, "lora_", LoraConfig, (Lora,), Lora.create, {"LORA": 2e-3}))
+
+__all__ = ["METHOD", "Lora", "LoraConfig"]
