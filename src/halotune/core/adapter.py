@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ class Adapter(nn.Module, ABC):
     """One adapter on one layer. Its parameters bear PEFT's names, so that file keys follow from module paths."""
 
     shape: WeightShape
+    scale_free: ClassVar[tuple[str, ...]] = ()  # parameters whose length means nothing: weight decay is wasted on them
 
     @classmethod
     @abstractmethod

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
 
 from .adapter import Adapter
 from .config import AdapterConfig
@@ -22,6 +25,7 @@ class Method:
         adapters: every adapter class that `create` may return.
         create: a new adapter for a weight's shape and a configuration already resolved for that module.
         learning_rates: kind of adapter -> the default learning rate.
+        as_miss: rewrites a configuration and its tensors in the names of MiSS, for methods that have them.
     """
 
     peft_type: str
@@ -30,6 +34,7 @@ class Method:
     adapters: tuple[type[Adapter], ...]
     create: Callable[[WeightShape, AdapterConfig], Adapter]
     learning_rates: Mapping[str, float] = field(default_factory=dict)
+    as_miss: Callable[[Any, dict[str, Tensor]], tuple[AdapterConfig, dict[str, Tensor]]] | None = None
 
 
 _METHODS: dict[str, Method] = {}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
+
+from torch import Tensor
 
 from ...core.config import AdapterConfig, PeftType
 
@@ -79,3 +81,11 @@ class MissConfig(BlockConfig):
                 f'is not defined for init_weights="bat", which acts on the weight; got {self.miss_dropout}',
                 "Set it to 0, or use init_weights=True.",
             )
+
+
+def as_miss(config: BoneConfig, tensors: dict[str, Tensor]) -> tuple[MissConfig, dict[str, Tensor]]:
+    """The same adapter in the names of MiSS, which peft 0.19 and later read."""
+    entries = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "peft_type"}
+    if config.bias == "bone_only":
+        entries["bias"] = "miss_only"
+    return MissConfig(**entries), {key.replace("bone_block", "miss_block"): t for key, t in tensors.items()}

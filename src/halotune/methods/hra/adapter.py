@@ -25,6 +25,8 @@ class HRA(InputSide):
     Source: arXiv 2405.17484; the form is derived in README.md beside this file.
     """
 
+    scale_free = ("hra_u",)
+
     def __init__(self, shape: WeightShape, r: int, gram_schmidt: bool = False) -> None:
         super().__init__()
         self.shape, self.gram_schmidt = shape, gram_schmidt

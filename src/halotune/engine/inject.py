@@ -1,0 +1,301 @@
+"""Putting adapters into a model's layers and taking them out again."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter
+from ..core.base import LinearLike, base_for, base_kind
+from ..core.config import AdapterConfig
+from ..core.errors import HalotuneError
+from ..core.layer import AdaptedLayer
+from ..core.registry import method_of
+from .architectures import default_targets, known_architectures
+from .targets import ALL_LINEAR, matches_suffix, select, shortest_suffixes
+from .whole import WholeModule
+
+# Heads that are their model's output layer, at its root; "all-linear" leaves them out.
+_HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "qa_outputs"})
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """Every adapted layer, by its path in `model`."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+
+
+def whole_modules(model: nn.Module) -> dict[str, WholeModule]:
+    """Every module with trained copies, by its path in `model`."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, WholeModule)}
+
+
+def visible_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's own modules under the names they had before any was wrapped."""
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        yield name, module
+        if not isinstance(module, AdaptedLayer):
+            inner = module.original_module if isinstance(module, WholeModule) else module
+            for child_name, child in inner.named_children():
+                yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+    yield from walk(model, "")
+
+
+def check_name(name: str) -> None:
+    """Adapter names become names of modules and of folders."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_\-]*", name) or hasattr(nn.ModuleDict, name):
+        raise HalotuneError(
+            f"adapter name {name!r}: use letters, digits, '_' and '-' (it names a folder and a module), and none of the "
+            "names that torch.nn.ModuleDict has itself, such as 'keys' or 'update'."
+        )
+
+
+def resolve_targets(model: nn.Module, config: AdapterConfig) -> tuple[AdapterConfig, list[str]]:
+    """The configuration with its targets spelled out, and the paths of the modules they mean."""
+    modules = dict(visible_modules(model))
+    whole = config.modules_to_save or []
+    free = {n: m for n, m in modules.items() if n and not any(_inside(n, w) for w in whole)}
+    adaptable = [n for n, m in free.items() if isinstance(m, AdaptedLayer) or base_kind(m)]
+    linear = {n for n in adaptable if issubclass(_kind(free[n]), LinearLike)} - _output_layers(model)
+    if config.target_modules is None:
+        config = copy.copy(config)
+        config.target_modules = {t for t in _defaults(model) if any(matches_suffix(n, t) for n in adaptable)}
+    paths = select(config, free, linear, adaptable)
+    if config.target_modules == ALL_LINEAR:
+        config = copy.copy(config)
+        config.target_modules = shortest_suffixes([n for n in free if n in linear], list(free))
+    for path in paths:
+        if not isinstance(free[path], AdaptedLayer):
+            base_for(free[path], path)
+    return config, paths
+
+
+def _kind(module: nn.Module) -> type:
+    return type(module.base) if isinstance(module, AdaptedLayer) else base_kind(module) or object
+
+
+def _inside(name: str, whole: str) -> bool:
+    return matches_suffix(name, whole) or f".{whole}." in f".{name}."
+
+
+def _output_layers(model: nn.Module) -> set[str]:
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        output = get() if get else None
+    except (NotImplementedError, AttributeError):  # transformers' answer for models without one
+        output = None
+    return {n for n, m in visible_modules(model) if n in _HEADS or (output is not None and m is output)}
+
+
+def _defaults(model: nn.Module) -> tuple[str, ...]:
+    config = getattr(model, "config", None)
+    names = default_targets(config) or default_targets({"_class_name": type(model).__name__})
+    if names is None:
+        kind = getattr(config, "model_type", None) or type(model).__name__
+        there = sorted({n.rsplit(".", 1)[-1] for n, m in visible_modules(model) if n and base_kind(m)})
+        raise HalotuneError(
+            f"target_modules: there is no default for {kind!r} ({len(known_architectures())} architectures have one). "
+            f"Name the modules, for example from: {', '.join(there[:12])}; or use target_modules='all-linear'."
+        )
+    return names
+
+
+def inject(
+    model: nn.Module,
+    config: AdapterConfig,
+    name: str,
+    *,
+    low_cpu_mem_usage: bool = False,
+    autocast_adapter_dtype: bool = True,
+    paths: list[str] | None = None,
+) -> AdapterConfig:
+    """Put an adapter named `name` on every target; the model is untouched where an error is raised.
+
+    Args:
+        low_cpu_mem_usage: create the parameters on the meta device, to be loaded afterwards.
+        autocast_adapter_dtype: parameters in fp32 over a half-precision base; else in the base's dtype.
+        paths: the modules to adapt, where they are known already.
+
+    Returns:
+        the configuration with its targets spelled out.
+    """
+    check_name(name)
+    _check_bias(model, config, name)
+    if paths is None:
+        config, paths = resolve_targets(model, config)
+    modules = dict(visible_modules(model))
+    method = method_of(config.peft_type)
+    created: dict[str, tuple[AdaptedLayer, Adapter]] = {}
+    for path in paths:
+        module = modules[path]
+        layer = module if isinstance(module, AdaptedLayer) else AdaptedLayer(module, path)
+        if name in layer.adapters:
+            raise HalotuneError(f"{path}: already has an adapter named {name!r}. Delete it first, or use another name.")
+        base = layer.base
+        with torch.device("meta") if low_cpu_mem_usage else torch.device(base.device):
+            try:
+                adapter = method.create(base.shape, config.at(path))
+            except HalotuneError as e:
+                raise HalotuneError(f"{path}: {e}") from e
+        created[path] = layer, adapter.to(_parameter_dtype(base.dtype, autocast_adapter_dtype))
+    whole = _whole_targets(modules, config)
+    if not low_cpu_mem_usage:
+        for notice in config.notices():
+            warnings.warn(notice, stacklevel=3)
+    _warn_if_tied(model, [*paths, *whole])
+    wrappers: dict[nn.Module, nn.Module] = {}
+    for path, (layer, adapter) in created.items():
+        layer.add(name, adapter)
+        wrappers[modules[path]] = layer.train(modules[path].training)
+    for path in whole:
+        wrapper = modules[path] if isinstance(modules[path], WholeModule) else WholeModule(modules[path])
+        wrapper.add(name)  # type: ignore[operator]
+        wrappers[modules[path]] = wrapper.train(modules[path].training)
+    swap(model, {old: new for old, new in wrappers.items() if old is not new})
+    return config
+
+
+def _parameter_dtype(base: torch.dtype, autocast: bool) -> torch.dtype:
+    half = base in (torch.float16, torch.bfloat16)
+    return base if base in (torch.float32, torch.float64) or (half and not autocast) else torch.float32
+
+
+def _whole_targets(modules: Mapping[str, nn.Module], config: AdapterConfig) -> list[str]:
+    found: dict[nn.Module, str] = {}
+    for wanted in config.modules_to_save or []:
+        named = {n: m for n, m in modules.items() if n and matches_suffix(n, wanted)}
+        if not named and wanted not in _HEADS:  # a task's usual heads are tried, each model has one of them
+            raise HalotuneError(
+                f"modules_to_save: no module matches {wanted!r}. The model's top modules are "
+                f"{', '.join(n for n in modules if n and '.' not in n)}."
+            )
+        found.update({m: n for n, m in named.items()})
+    return list(found.values())
+
+
+def _check_bias(model: nn.Module, config: AdapterConfig, name: str) -> None:
+    if getattr(config, "bias", "none") == "none":
+        return
+    others = getattr(model, "peft_config", {})
+    trained = [n for n, c in others.items() if n != name and getattr(c, "bias", "none") != "none"]
+    if trained:
+        raise HalotuneError(
+            f"adapter {name!r}: bias={config.bias!r}, but {trained[0]!r} trains biases already, and they belong to the "  # type: ignore[attr-defined]
+            'base. Use bias="none" for all adapters but one.'
+        )
+
+
+def tied_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """Parameters that several modules share: id -> all their names."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return {i: n for i, n in names.items() if len(n) > 1}
+
+
+def _warn_if_tied(model: nn.Module, paths: list[str]) -> None:
+    shared = {n: others for others in tied_parameters(model).values() for n in others}
+    for path in paths:
+        for key in (f"{path}.weight", f"{path}.base_layer.weight"):
+            others = [n for n in shared.get(key, []) if n != key]
+            if others:
+                warnings.warn(
+                    f"{path} shares its weight with {', '.join(others)}, which stays as it is: training acts on {path} "
+                    "alone, and a merge unties the two.",
+                    stacklevel=4,
+                )
+
+
+def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each new module in the place of the old one, wherever the model holds it."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
+
+
+def eject(model: nn.Module, *, trained: bool) -> None:
+    """Take all adapters out: every layer is its base again.
+
+    Args:
+        trained: keep the active trained copies of `modules_to_save`; else the originals.
+    """
+    inner: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in adapted_layers(model).values()}
+    for wrapper in whole_modules(model).values():
+        inner[wrapper] = wrapper.current if trained else wrapper.original_module
+    swap(model, inner)
+
+
+# -- which adapters are active, and what is trained
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze what is no adapter and no trained copy."""
+    ours: set[int] = set()
+    for layer in adapted_layers(model).values():
+        ours |= {id(p) for p in layer.adapters.parameters()}
+    for wrapper in whole_modules(model).values():
+        ours |= {id(p) for p in wrapper.modules_to_save.parameters()}
+    for p in model.parameters():
+        if id(p) not in ours:
+            p.requires_grad_(False)
+
+
+def train_biases(model: nn.Module, config: AdapterConfig, name: str) -> None:
+    """Make trainable the biases that the configuration names."""
+    bias = getattr(config, "bias", "none")
+    if bias == "none":
+        return
+    for layer in adapted_layers(model).values() if bias != "all" else ():
+        if name in layer.adapters and isinstance(layer.base.bias, nn.Parameter):
+            layer.base.bias.requires_grad_(True)
+    if bias == "all":
+        for key, p in model.named_parameters():
+            if (key == "bias" or key.endswith(".bias")) and ".original_module." not in key:
+                p.requires_grad_(True)
+
+
+def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None:
+    """Make these adapters the active ones, in this order; exactly they are trained."""
+    wholes = whole_modules(model)
+    for path, wrapper in wholes.items():
+        wrapper.check(names, path)
+    for layer in adapted_layers(model).values():
+        layer.active_adapters = [n for n in names if n in layer.adapters]
+        for n, adapter in layer.adapters.items():
+            adapter.requires_grad_(trainable and n in names)
+    for wrapper in wholes.values():
+        wrapper.active_adapters = [n for n in names if n in wrapper.modules_to_save]
+        for n, module in wrapper.modules_to_save.items():
+            for p in module.parameters():
+                if p.is_floating_point():
+                    p.requires_grad_(trainable and n in names)
+
+
+def enable(model: nn.Module, on: bool) -> None:
+    for module in (*adapted_layers(model).values(), *whole_modules(model).values()):
+        module.enabled = on
+
+
+def remove(model: nn.Module, name: str) -> None:
+    for module in (*adapted_layers(model).values(), *whole_modules(model).values()):
+        module.remove(name)
+
+
+def paths_in_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """The modules of `model` that the keys of a state dict name: the longest path that each begins with."""
+    names = {n for n, _ in visible_modules(model) if n}
+    found: dict[str, None] = {}
+    for key in state_dict:
+        parts = key.removeprefix("base_model.model.").split(".")
+        for k in range(len(parts) - 1, 0, -1):
+            if ".".join(parts[:k]) in names:
+                found[".".join(parts[:k])] = None
+                break
+    return list(found)

@@ -1,0 +1,133 @@
+"""Merging adapters into the stored weights: checked first, reported, and undone bit for bit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..core.adapter import Additive
+from ..core.errors import HalotuneError
+from ..core.layer import AdaptedLayer, MergeRecord
+from .inject import adapted_layers, tied_parameters
+
+T = TypeVar("T")
+
+
+@dataclass
+class MergeReport:
+    """What a merge did, layer by layer."""
+
+    layers: dict[str, MergeRecord] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: asdict(record) for name, record in self.layers.items()}
+
+    @property
+    def lost(self) -> float:
+        """The share of the delta lost to rounding, in the middle of the layers."""
+        shares = sorted(r.lost for r in self.layers.values())
+        return shares[len(shares) // 2] if shares else 0.0
+
+
+def merge(
+    model: nn.Module, names: list[str], *, keep: bool = True, safe: bool = True, progressbar: bool = False
+) -> MergeReport:
+    """Write adapters into the weights of all layers that have them.
+
+    Every merged weight is computed and checked before the first is written.
+
+    Args:
+        names: the adapters, in the order in which they apply.
+        keep: hold snapshots, for `unmerge`.
+        safe: check for values that are not finite.
+        progressbar: show one on standard error.
+    """
+    layers = {path: layer for path, layer in adapted_layers(model).items() if _pending(layer, names)}
+    for path, layer in layers.items():
+        _check_order(path, layer, _pending(layer, names))
+    if safe:
+        for path, layer in layers.items():
+            _check_finite(path, layer, _pending(layer, names))
+    shared = {n for others in tied_parameters(model).values() for n in others}
+    report, done = MergeReport(), []
+    try:
+        for path, layer in _with_progress(layers.items(), progressbar):
+            tied = f"{path}.base_layer.weight" in shared
+            if tied:
+                _untie(model, path)
+            done.append(layer)
+            report.layers[path] = layer.merge(_pending(layer, names), keep=keep, untie=tied)
+    except BaseException:
+        for layer in done if keep else ():
+            layer.unmerge()
+        raise
+    if report.lost > 0.5:
+        dtype = next(iter(layers.values())).base.dtype
+        warnings.warn(
+            f"merging into {dtype}: in half of the layers more than {report.lost:.0%} of the adapter's delta is lost to "
+            "rounding. Load the base in fp32 to merge without that loss.",
+            stacklevel=3,
+        )
+    return report
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put back every weight that a merge changed."""
+    for layer in adapted_layers(model).values():
+        layer.unmerge()
+    config = getattr(model, "config", None)
+    if getattr(config, "_halotune_untied", False):
+        config.tie_word_embeddings = True  # type: ignore[union-attr]
+        del config._halotune_untied  # type: ignore[union-attr]
+
+
+def _pending(layer: AdaptedLayer, names: list[str]) -> list[str]:
+    return [n for n in names if n in layer.adapters and n not in layer.merged_adapters]
+
+
+def _check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:
+    """Merged adapters apply before the others: refuse where that would change what active ones compute."""
+    waiting = [n for n in layer.active_adapters if n not in layer.merged_adapters]
+    inside = [n for n in waiting if n in names]
+    if inside == waiting[: len(inside)] or all(isinstance(layer.adapters[n], Additive) for n in {*waiting, *names}):
+        return
+    raise HalotuneError(
+        f"{path}: the active adapters apply in the order {waiting}, so merging {names} alone would change the result: the "
+        f"merged ones come first. Merge {waiting[: waiting.index(inside[-1]) + 1]}, or set another order with set_adapter."
+    )
+
+
+@torch.no_grad()
+def _check_finite(path: str, layer: AdaptedLayer, names: list[str]) -> None:
+    merged = layer.merged_weight(names).to(layer.base.dtype)
+    if not torch.isfinite(merged).all():
+        raise HalotuneError(
+            f"{path}: merging {', '.join(names)} gives {int((~torch.isfinite(merged)).sum())} values that are not finite "
+            f"in {layer.base.dtype}. Nothing was merged. Check the adapter for NaN, or load the base in fp32."
+        )
+
+
+def _untie(model: nn.Module, path: str) -> None:
+    warnings.warn(
+        f"{path} shares its weight with another module; the merge gives it a weight of its own, and the other stays as it is.",
+        stacklevel=4,
+    )
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]  # else the next tie_weights() undoes the merge
+        config._halotune_untied = True  # type: ignore[union-attr]
+
+
+def _with_progress(items: Iterable[T], show: bool) -> Iterable[T]:
+    if not show:
+        return items
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return items
+    return tqdm(list(items), desc="Merging", unit="layer")

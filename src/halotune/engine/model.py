@@ -1,0 +1,548 @@
+"""`PeftModel` and the task classes: a base model with adapters, under the API that PEFT's users know."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ..core.config import AdapterConfig, TaskType
+from ..core.errors import AdapterFileError, HalotuneError
+from ..core.files import WEIGHTS_NAME, locate
+from ..core.registry import method_of
+from .card import write_card
+from .inject import adapted_layers
+from .merging import MergeReport
+from .state import get_peft_model_state_dict, read_tensors, set_peft_model_state_dict, write_tensors
+from .status import LayerStatus, ModelStatus, layer_status, model_status
+from .tuner import AdapterModel, tuner_class
+
+
+class PeftModel(nn.Module):
+    """A base model with adapters. The base's own attributes and methods are reached through it.
+
+    Args:
+        model: the base model; it is changed in place.
+        peft_config: the first adapter's configuration.
+        adapter_name: its name.
+        autocast_adapter_dtype: parameters in fp32 over a half-precision base.
+        low_cpu_mem_usage: create the parameters on the meta device, to be loaded afterwards.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = ()  # modules that the task trains whole
+
+    def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> Self:
+        return super().__new__(_with_signature_of(cls, type(model)))  # type: ignore[arg-type]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: AdapterConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(model, (PeftModel, AdapterModel)):
+            raise HalotuneError(
+                f"the model is a {type(model).__name__} already. Use add_adapter for a second adapter, or unload() first."
+            )
+        self.base_model: AdapterModel = tuner_class(str(method_of(peft_config.peft_type).peft_type))(
+            model,
+            self._with_heads(peft_config, model),
+            adapter_name,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+        _let_checkpointing_reach(model)
+
+    def _with_heads(self, config: AdapterConfig, model: nn.Module) -> AdapterConfig:
+        """A copy of the configuration that knows the base and the task's heads."""
+        config = copy.copy(config)
+        if config.base_model_name_or_path is None:
+            own = getattr(model, "config", None)
+            config.base_model_name_or_path = (
+                getattr(model, "name_or_path", None) or getattr(own, "_name_or_path", None) or None
+            )
+        if self.heads:
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *self.heads]))
+        return config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or name.startswith("__"):
+                raise
+            return getattr(super().__getattr__("base_model"), name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # the class with the base's signature is made at run time
+        return _blank, (_public(type(self)), type(self.get_base_model())), self.__dict__
+
+    # -- the parts
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, with the adapters in its layers."""
+        return self.base_model.model
+
+    @property
+    def peft_config(self) -> dict[str, AdapterConfig]:
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.base_model.active_adapter
+
+    @property
+    def active_peft_config(self) -> AdapterConfig:
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def peft_type(self) -> str:
+        return str(method_of(self.active_peft_config.peft_type).peft_type)
+
+    # -- adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: AdapterConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Put one more adapter into the model, inactive."""
+        self.base_model.add_adapter(
+            adapter_name,
+            self._with_heads(peft_config, self.get_base_model()),
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make this adapter, or these in this order, the active ones, and train them (unless `inference_mode`)."""
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take one adapter out."""
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model is the base model. Merged adapters are taken out, and merged again afterwards."""
+        merged = self.base_model.merged_adapters
+        self.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.base_model.enable_adapter_layers()
+            if merged:
+                self.base_model.merge_adapter(merged)
+
+    def penalty(self) -> Tensor | float:
+        """The sum of the active adapters' penalties, to be added to the loss; 0.0 where none has one."""
+        return self.base_model.penalty()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> MergeReport:
+        """Write adapters (the active ones) into the weights; `unmerge_adapter` restores them bit for bit."""
+        return self.base_model.merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights, bit for bit."""
+        self.base_model.unmerge_adapter()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
+    ) -> Any:
+        """Write adapters (the active ones) into the weights for good, and return the plain model."""
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> Any:
+        """Take all adapters out and return the plain model as it was."""
+        return self.base_model.unload()
+
+    # -- counting
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """The numbers of trainable and of all parameters; packed 4-bit weights count as what they hold."""
+        trainable = total = 0
+        for p in self.parameters():
+            n = _size(p)
+            total += n
+            trainable += n if p.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """One entry per adapted layer."""
+        return layer_status(self)
+
+    def get_model_status(self) -> ModelStatus:
+        """All layers' entries in one; what differs between layers is "irregular"."""
+        return model_status(self)
+
+    # -- files
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        bone_as_miss: bool = False,
+    ) -> None:
+        """Write adapters in PEFT's format: `default` into the folder itself, others into subfolders of their names.
+
+        Args:
+            save_directory: the folder; it is made where it is missing.
+            safe_serialization: only True; pickles are never written.
+            selected_adapters: names of adapters; None is all.
+            save_embedding_layers: store the embeddings too; "auto": where they are targets or were resized.
+            is_main_process: others write nothing.
+            state_dict: the model's state dict, where it was gathered already.
+            bone_as_miss: write Bone adapters as MiSS, which peft 0.19 and later can read.
+        """
+        if not safe_serialization:
+            raise HalotuneError(
+                "save_pretrained: safe_serialization=False would write a pickle, which can run code when it is read. Leave "
+                "it True."
+            )
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        unknown = [n for n in names if n not in self.peft_config]
+        if unknown:
+            raise HalotuneError(
+                f"selected_adapters: no adapter is named {unknown[0]!r}; there are {sorted(self.peft_config)}."
+            )
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise HalotuneError(f"save_pretrained: {folder} is a file. Give a folder.")
+        if not is_main_process:
+            return
+        for name in names:
+            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
+            config = self._to_be_written(name)
+            as_miss = method_of(config.peft_type).as_miss
+            if bone_as_miss and as_miss:
+                config, tensors = as_miss(config, tensors)
+            here = folder if name == "default" else folder / name
+            write_tensors(tensors, here / WEIGHTS_NAME)
+            config.save_pretrained(here)
+            write_card(here / "README.md", config, sum(_size(t) for t in tensors.values()))
+
+    def _to_be_written(self, name: str) -> AdapterConfig:
+        config = copy.copy(self.peft_config[name])
+        config.inference_mode = True
+        if config.task_type is None and config.auto_mapping is None:
+            base = type(self.get_base_model())
+            config.auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+        return config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: AdapterConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """A base model with an adapter that was saved.
+
+        Args:
+            model: the base model; untouched where an error is raised.
+            model_id: the adapter's folder, or its repository on the hub.
+            adapter_name: what it is called in this model.
+            is_trainable: go on training it; else it is frozen.
+            config: instead of the stored configuration.
+            autocast_adapter_dtype: parameters in fp32 over a half-precision base; else in the file's dtype.
+            low_cpu_mem_usage: load without initialising first.
+            key_mapping: regular expression -> replacement, applied to the file's keys.
+            kwargs: `subfolder`, `revision`, `token`, `cache_dir` … of the hub; `torch_device`.
+        """
+        source = _Source.read(model_id, config, is_trainable, key_mapping, **kwargs)
+        wrapper = PEFT_CLASSES.get(str(source.config.task_type and TaskType(source.config.task_type).value), PeftModel)
+        if cls is not PeftModel:
+            wrapper = cls
+        trained = [p for p in model.parameters() if p.requires_grad]
+        wrapped = wrapper(model, source.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        try:
+            wrapped._load(source, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        except BaseException:
+            wrapped.unload()
+            for p in trained:
+                p.requires_grad_(True)
+            raise
+        return wrapped
+
+    def load_adapter(
+        self,
+        model_id: str | PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | torch.device | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load one more adapter from a folder or the hub, inactive; or new weights for one of the same configuration."""
+        source = _Source.read(model_id, None, is_trainable, key_mapping, **kwargs)
+        new = adapter_name not in self.peft_config
+        if new:
+            self.add_adapter(adapter_name, source.config, low_cpu_mem_usage, autocast_adapter_dtype)
+        try:
+            result = self._load(source, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        except BaseException:
+            if new:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    self.delete_adapter(adapter_name)
+            raise
+        if torch_device is not None:
+            for layer in adapted_layers(self).values():
+                if adapter_name in layer.adapters:
+                    layer.adapters[adapter_name].to(torch_device)
+        return result
+
+    def _load(self, source: _Source, name: str, autocast: bool, low_cpu_mem_usage: bool) -> Any:
+        return set_peft_model_state_dict(
+            self,
+            source.tensors,
+            name,
+            source.ignore_mismatched_sizes,
+            low_cpu_mem_usage,
+            file=source.file,
+            keep_dtype=not autocast,
+        )
+
+
+class _Source:
+    """An adapter's configuration and tensors, as read."""
+
+    def __init__(
+        self, file: Path, config: AdapterConfig, tensors: dict[str, Tensor], ignore_mismatched_sizes: bool
+    ) -> None:
+        self.file, self.config, self.tensors = file, config, tensors
+        self.ignore_mismatched_sizes = ignore_mismatched_sizes
+
+    @classmethod
+    def read(
+        cls,
+        model_id: str | PathLike[str],
+        config: AdapterConfig | None,
+        is_trainable: bool,
+        key_mapping: Mapping[str, str] | None,
+        *,
+        subfolder: str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> _Source:
+        config = copy.copy(config or AdapterConfig.from_pretrained(model_id, subfolder=subfolder, **kwargs))
+        config.inference_mode = not is_trainable
+        file = locate(model_id, WEIGHTS_NAME, subfolder=subfolder, **kwargs)
+        tensors = _renamed(read_tensors(file), key_mapping, file)
+        return cls(file, config, tensors, ignore_mismatched_sizes)
+
+
+def _renamed(tensors: dict[str, Tensor], mapping: Mapping[str, str] | None, file: Path) -> dict[str, Tensor]:
+    import re
+
+    out: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        new = key
+        for pattern, replacement in (mapping or {}).items():
+            new, n = re.subn(pattern, replacement, new)
+            if n:
+                break
+        if new in out:
+            raise AdapterFileError(
+                file, f"key_mapping gives {new} twice.", key=key, remedy="Make the mapping one to one."
+            )
+        out[new] = tensor
+    return out
+
+
+def _size(t: Tensor) -> int:
+    if t.numel() == 0 and hasattr(t, "ds_numel"):
+        return int(t.ds_numel)  # type: ignore[attr-defined]  # ZeRO-3 keeps the parameter elsewhere
+    if type(t).__name__ == "Params4bit":
+        return t.numel() * 2 * t.element_size()
+    return t.numel()
+
+
+def _let_checkpointing_reach(model: nn.Module) -> None:
+    """Checkpointed blocks get gradients only where their input asks for one, and frozen embeddings do not."""
+    if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()  # type: ignore[operator]
+
+
+# -- one class per base class, for the signature of `forward`: trainers read it to tell which columns a model takes
+
+
+@cache
+def _with_signature_of(cls: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
+    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
+    try:
+        forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):  # a forward without one
+        return cls
+    forward.__doc__ = base.forward.__doc__
+    own = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "_public": cls}
+    return type(cls.__name__, (cls,), own)
+
+
+def _public(cls: type[PeftModel]) -> type[PeftModel]:
+    return cls.__dict__.get("_public", cls)
+
+
+def _blank(cls: type[PeftModel], base: type[nn.Module]) -> PeftModel:
+    return object.__new__(_with_signature_of(cls, base))
+
+
+# -- tasks
+
+
+class PeftModelForCausalLM(PeftModel):
+    """A causal language model with adapters."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the active adapters; the base's own arguments."""
+        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """An encoder-decoder language model with adapters."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the active adapters; the base's own arguments."""
+        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """A sequence classifier with adapters; its head is trained whole."""
+
+    heads = ("classifier", "score")
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """A token classifier with adapters; its head is trained whole."""
+
+    heads = ("classifier", "score")
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """An extractive question answering model with adapters; its head is trained whole."""
+
+    heads = ("qa_outputs",)
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """An encoder with adapters."""
+
+
+PEFT_CLASSES: dict[str, type[PeftModel]] = {
+    TaskType.SEQ_CLS.value: PeftModelForSequenceClassification,
+    TaskType.SEQ_2_SEQ_LM.value: PeftModelForSeq2SeqLM,
+    TaskType.CAUSAL_LM.value: PeftModelForCausalLM,
+    TaskType.TOKEN_CLS.value: PeftModelForTokenClassification,
+    TaskType.QUESTION_ANS.value: PeftModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION.value: PeftModelForFeatureExtraction,
+}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: AdapterConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Put a new adapter into a model and return the wrapped model.
+
+    Args:
+        model: any module; its layers are wrapped in place.
+        peft_config: `HRAConfig`, `LoHaConfig`, `BoneConfig`, `MissConfig` or `LoraConfig`.
+        adapter_name: the adapter's name.
+        mixed: accepted for PEFT's sake; adapters of different methods can always live on one model.
+        autocast_adapter_dtype: parameters in fp32 over a half-precision base.
+        revision: of the base model, for the stored configuration.
+        low_cpu_mem_usage: create the parameters on the meta device, to be loaded afterwards.
+
+    Returns:
+        the class of the configuration's `task_type`, or `PeftModel`.
+    """
+    if not isinstance(peft_config, AdapterConfig):
+        raise HalotuneError(
+            f"get_peft_model: expected one of halotune's configurations, such as HRAConfig; got {type(peft_config).__module__}."
+            f"{type(peft_config).__name__}. Build it from halotune, or read a saved one with PeftConfig.from_pretrained."
+        )
+    if revision is not None:
+        peft_config = copy.copy(peft_config)
+        peft_config.revision = revision
+    task = peft_config.task_type
+    wrapper = PEFT_CLASSES[TaskType(task).value] if task else PeftModel
+    return wrapper(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def inject_adapter_in_model(
+    peft_config: AdapterConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put an adapter into a model without wrapping it: the same object comes back.
+
+    Args:
+        state_dict: adapt the modules that its keys name, instead of `target_modules`; it is not loaded.
+    """
+    tuner = tuner_class(str(method_of(peft_config.peft_type).peft_type))(
+        model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
+    )
+    model.peft_config = {**getattr(model, "peft_config", {}), **tuner.peft_config}  # type: ignore[assignment]
+    return model
+
+
+__all__ = [
+    "PEFT_CLASSES",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "get_peft_model",
+    "inject_adapter_in_model",
+]

@@ -1,0 +1,57 @@
+"""Making a model ready to be trained with adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .inject import adapted_layers
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Freeze a quantized model, keep what is not quantized (norms, embeddings, the head) in fp32, turn on checkpointing.
+
+    Args:
+        use_gradient_checkpointing: trade time for memory; inputs of blocks then ask for gradients.
+        gradient_checkpointing_kwargs: for the model's `gradient_checkpointing_enable`.
+    """
+    quantized = getattr(model, "is_quantized", False) or any(
+        getattr(model, flag, False) for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit")
+    )
+    for p in model.parameters():
+        p.requires_grad_(False)
+        if p.dtype in (torch.float16, torch.bfloat16) and type(p).__name__ != "Params4bit":
+            p.data = p.data.to(torch.float32)
+    if use_gradient_checkpointing and (quantized or hasattr(model, "gradient_checkpointing_enable")):
+        model.enable_input_require_grads()  # type: ignore[operator]
+        kwargs = gradient_checkpointing_kwargs or {"use_reentrant": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
+    return model
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimiser groups: weight decay for what has a scale that matters, none for HRA's vectors, biases and norms.
+
+    An adapter class names the parameters that decay would only rescale in its attribute `scale_free`.
+    """
+    free: set[int] = set()
+    for layer in adapted_layers(model).values():
+        for adapter in layer.adapters.values():
+            free |= {id(adapter.get_parameter(n)) for n in adapter.scale_free}  # type: ignore[operator, union-attr]
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for p in _trained(model.parameters()):
+        (kept if id(p) in free or p.dim() < 2 else decayed).append(p)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [p for p in parameters if p.requires_grad]

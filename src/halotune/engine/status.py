@@ -1,0 +1,114 @@
+"""What is where in a model with adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from ..core.layer import AdaptedLayer
+from ..core.registry import method_of
+from .inject import adapted_layers, whole_modules
+
+if TYPE_CHECKING:
+    from .model import PeftModel
+
+
+@dataclass
+class LayerStatus:
+    """One adapted layer, or one module trained whole."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Literal["irregular"]]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+@dataclass
+class ModelStatus:
+    """All layers together; "irregular" where they differ."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Literal["irregular"]
+    active_adapters: list[str] | Literal["irregular"]
+    merged_adapters: list[str] | Literal["irregular"]
+    requires_grad: dict[str, bool | Literal["irregular"]]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+def _one(values: Iterable[Any]) -> Any:
+    """The value that all share, or "irregular"."""
+    distinct: list[Any] = []
+    for v in values:
+        if v not in distinct:
+            distinct.append(v)
+    return distinct[0] if len(distinct) == 1 else "irregular"
+
+
+def _trained(module: nn.Module) -> bool | Literal["irregular"]:
+    flags = [p.requires_grad for p in module.parameters()]
+    return _one(flags) if flags else False
+
+
+def _devices(module: nn.Module) -> list[str]:
+    return sorted({str(p.device) for p in module.parameters()})
+
+
+def layer_status(model: PeftModel) -> list[LayerStatus]:
+    base, out = model.get_base_model(), []
+    for path, module in {**adapted_layers(base), **whole_modules(base)}.items():
+        is_layer = isinstance(module, AdaptedLayer)
+        copies = module.adapters if is_layer else module.modules_to_save
+        out.append(
+            LayerStatus(
+                name=path,
+                module_type=type(module.base_layer if is_layer else module.original_module).__name__,
+                enabled=module.enabled,
+                active_adapters=list(module.active_adapters),
+                merged_adapters=list(module.merged_adapters) if is_layer else [],
+                requires_grad={n: _trained(m) for n, m in copies.items()},
+                available_adapters=sorted(copies),
+                devices={n: _devices(m) for n, m in copies.items()},
+                quantization_backend=module.base.quantization if is_layer else None,
+            )
+        )
+    return out
+
+
+def model_status(model: PeftModel) -> ModelStatus:
+    rows = layer_status(model)
+    trainable, total = model.get_nb_trainable_parameters()
+    names = list(model.peft_config)
+    layers = [r for r in rows if any(n in r.available_adapters for n in names)]
+    shown = [[n for n in model.active_adapters if n in r.available_adapters] for r in layers]
+    return ModelStatus(
+        base_model_type=type(model.get_base_model()).__name__,
+        adapter_model_type=type(model.base_model).__name__,
+        peft_types={n: method_of(c.peft_type).peft_type for n, c in model.peft_config.items()},
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(layers),
+        enabled=_one(r.enabled for r in layers),
+        active_adapters=list(model.active_adapters)
+        if all(r.active_adapters == s for r, s in zip(layers, shown, strict=True))
+        else "irregular",
+        merged_adapters=_one(r.merged_adapters for r in layers if r.name in adapted_layers(model.get_base_model())),
+        requires_grad={n: _one(r.requires_grad[n] for r in layers if n in r.requires_grad) for n in names},
+        available_adapters=sorted(names),
+        devices={n: sorted({d for r in layers for d in r.devices.get(n, [])}) for n in names},
+        quantization_backend=_one(r.quantization_backend for r in layers),
+    )

@@ -1,0 +1,228 @@
+"""A model with adapters in it: what `HRAModel`, `LoHaModel`, `BoneModel` … are."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..core.config import AdapterConfig
+from ..core.errors import HalotuneError
+from ..core.layer import AdaptedLayer
+from ..core.registry import method_of
+from .architectures import DEFAULT_TARGETS
+from .inject import (
+    activate,
+    adapted_layers,
+    eject,
+    enable,
+    freeze,
+    inject,
+    paths_in_state_dict,
+    remove,
+    train_biases,
+    whole_modules,
+)
+from .merging import MergeReport, merge, unmerge
+
+
+class AdapterModel(nn.Module):
+    """Adapters on any module, which is changed in place; `model` is that module.
+
+    Args:
+        model: any module: a transformers model, a pipeline's UNet, your own.
+        peft_config: a configuration, or a dict name -> configuration.
+        adapter_name: the adapter's name, for a single configuration.
+        low_cpu_mem_usage: create the parameters on the meta device, to be loaded afterwards.
+        state_dict: adapt the modules that its keys name, instead of `target_modules`; it is not loaded.
+        autocast_adapter_dtype: parameters in fp32 over a half-precision base.
+    """
+
+    prefix: ClassVar[str] = ""
+    tuner_layer_cls: ClassVar[type[nn.Module]] = AdaptedLayer
+    target_module_mapping: ClassVar[Mapping[str, tuple[str, ...]]] = DEFAULT_TARGETS
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: AdapterConfig | Mapping[str, AdapterConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, AdapterConfig] = {}
+        self.active_adapters: list[str] = []
+        self.merge_report: MergeReport | None = None
+        configs = {adapter_name: peft_config} if isinstance(peft_config, AdapterConfig) else dict(peft_config)
+        paths = None if state_dict is None else paths_in_state_dict(model, state_dict)
+        for name, config in configs.items():
+            self.add_adapter(
+                name,
+                config,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                paths=paths,
+            )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or name.startswith("__"):
+                raise
+            return getattr(super().__getattr__("model"), name)
+
+    # -- adapters
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: AdapterConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        paths: list[str] | None = None,
+    ) -> None:
+        """Put one more adapter into the model. The first one becomes active."""
+        if adapter_name in self.peft_config:
+            raise HalotuneError(f"there is an adapter named {adapter_name!r} already. Delete it, or use another name.")
+        config = inject(
+            self.model,
+            peft_config,
+            adapter_name,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            paths=paths,
+        )
+        if not self.peft_config:
+            freeze(self.model)
+        self.peft_config[adapter_name] = config = copy.copy(config)
+        active = self.active_adapters or [adapter_name]
+        self.active_adapters = active
+        activate(self.model, active, trainable=not any(self.peft_config[n].inference_mode for n in active))
+        if not config.inference_mode:
+            train_biases(self.model, config, adapter_name)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make this adapter, or these in this order, the active ones, and (unless `inference_mode`) train them alone."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_known(names)
+        if len(set(names)) < len(names):
+            raise HalotuneError(f"set_adapter: {names} names an adapter twice; each can be applied once.")
+        if self.merged_adapters:
+            warnings.warn("adapters were merged; the base weights are restored before others are set.", stacklevel=2)
+            self.unmerge_adapter()
+        activate(self.model, names, trainable=not inference_mode)
+        self.active_adapters = names
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take one adapter out. If it was the only active one, the first of the others becomes active."""
+        self._check_known([adapter_name])
+        if adapter_name in self.merged_adapters:
+            self.unmerge_adapter()
+        remove(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+        self.active_adapters = [n for n in self.active_adapters if n != adapter_name]
+        if not self.active_adapters and self.peft_config:
+            first = next(iter(self.peft_config))
+            warnings.warn(f"the active adapter {adapter_name!r} was deleted; {first!r} is active now.", stacklevel=2)
+            self.set_adapter(first)
+
+    def _check_known(self, names: list[str]) -> None:
+        unknown = [n for n in names if n not in self.peft_config]
+        if unknown:
+            raise HalotuneError(f"there is no adapter named {unknown[0]!r}; the model has {sorted(self.peft_config)}.")
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter's name, or the names where there are several."""
+        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
+
+    def enable_adapter_layers(self) -> None:
+        enable(self.model, True)
+
+    def disable_adapter_layers(self) -> None:
+        """Run as the base model; merged adapters are taken out of the weights."""
+        biased = [n for n in self.active_adapters if getattr(self.peft_config[n], "bias", "none") != "none"]
+        if biased:
+            warnings.warn(
+                f"{biased[0]!r} trained biases of the base model, which stay: without adapters the output is not the "
+                "original model's.",
+                stacklevel=2,
+            )
+        self.unmerge_adapter()
+        enable(self.model, False)
+
+    def penalty(self) -> Tensor | float:
+        """The sum of the active adapters' penalties, for the loss; 0.0 where none has one."""
+        total: Tensor | float = 0.0
+        for layer in adapted_layers(self.model).values():
+            for name in layer.active_adapters:
+                term = layer.adapters[name].penalty()  # type: ignore[operator]
+                total = total if term is None else total + term
+        return total
+
+    # -- merging
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        merged = {n for layer in adapted_layers(self.model).values() for n in layer.merged_adapters}
+        return [n for n in self.peft_config if n in merged]
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> MergeReport:
+        """Write adapters (the active ones) into the weights; `unmerge_adapter` restores them bit for bit.
+
+        Adapters that are active and not merged still apply, after the merged ones. Values are checked before any
+        weight changes; `safe_merge=False` skips that.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        self._check_known(names)
+        self.merge_report = merge(self.model, names, safe=safe_merge)
+        return self.merge_report
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights, bit for bit."""
+        unmerge(self.model)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Write adapters (the active ones) into the weights for good, and return the plain model."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        self._check_known(names)
+        already = [n for n in self.merged_adapters if n not in names]
+        if already:
+            raise HalotuneError(f"{already} are merged already but not among {names}. Call unmerge_adapter() first.")
+        self.merge_report = merge(self.model, names, keep=False, safe=safe_merge, progressbar=progressbar)
+        for wrapper in whole_modules(self.model).values():
+            wrapper.active_adapters, wrapper.enabled = [n for n in names if n in wrapper.modules_to_save], True
+        return self._release(trained=True)
+
+    def unload(self) -> nn.Module:
+        """Take all adapters out and return the plain model as it was; only trained biases stay."""
+        self.unmerge_adapter()
+        return self._release(trained=False)
+
+    def _release(self, *, trained: bool) -> nn.Module:
+        eject(self.model, trained=trained)
+        self.peft_config, self.active_adapters = {}, []
+        return self.model
+
+
+@lru_cache
+def tuner_class(peft_type: str) -> type[AdapterModel]:
+    """The class that bears a method's name: `HRAModel`, `LoHaModel`, `BoneModel` …; `halotune` exports them."""
+    method = method_of(peft_type)
+    name = method.config.__name__.removesuffix("Config") + "Model"
+    _, _, arguments = (AdapterModel.__doc__ or "").partition("\n")
+    body = {"prefix": method.prefix, "__doc__": f"A model with {method.peft_type} adapters.\n{arguments}"}
+    return type(name, (AdapterModel,), {**body, "__module__": "halotune"})
