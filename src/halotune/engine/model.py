@@ -282,18 +282,18 @@ class PeftModel(nn.Module):
             is_trainable: go on training it; else it is frozen.
             config: instead of the stored configuration.
             autocast_adapter_dtype: parameters in fp32 over a half-precision base; else in the file's dtype.
-            low_cpu_mem_usage: load without initialising first.
+            low_cpu_mem_usage: accepted for PEFT's sake; parameters are never initialised before they are loaded.
             key_mapping: regular expression -> replacement, applied to the file's keys.
-            kwargs: `subfolder`, `revision`, `token`, `cache_dir` … of the hub; `torch_device`.
+            kwargs: `subfolder`; `revision`, `token`, `cache_dir` … of the hub; `ignore_mismatched_sizes`.
         """
         source = _Source.read(model_id, config, is_trainable, key_mapping, **kwargs)
         wrapper = PEFT_CLASSES.get(str(source.config.task_type and TaskType(source.config.task_type).value), PeftModel)
         if cls is not PeftModel:
             wrapper = cls
         trained = [p for p in model.parameters() if p.requires_grad]
-        wrapped = wrapper(model, source.config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        wrapped = wrapper(model, source.config, adapter_name, autocast_adapter_dtype, source.complete)
         try:
-            wrapped._load(source, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            wrapped._load(source, adapter_name, autocast_adapter_dtype)
         except BaseException:
             wrapped.unload()
             for p in trained:
@@ -312,13 +312,16 @@ class PeftModel(nn.Module):
         key_mapping: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Load one more adapter from a folder or the hub, inactive; or new weights for one of the same configuration."""
+        """Load one more adapter from a folder or the hub, inactive; or new weights for one of the same configuration.
+
+        The arguments are those of `from_pretrained`; `torch_device` is where its parameters go.
+        """
         source = _Source.read(model_id, None, is_trainable, key_mapping, **kwargs)
         new = adapter_name not in self.peft_config
         if new:
-            self.add_adapter(adapter_name, source.config, low_cpu_mem_usage, autocast_adapter_dtype)
+            self.add_adapter(adapter_name, source.config, source.complete, autocast_adapter_dtype)
         try:
-            result = self._load(source, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            result = self._load(source, adapter_name, autocast_adapter_dtype)
         except BaseException:
             if new:
                 with warnings.catch_warnings():
@@ -331,13 +334,13 @@ class PeftModel(nn.Module):
                     layer.adapters[adapter_name].to(torch_device)
         return result
 
-    def _load(self, source: _Source, name: str, autocast: bool, low_cpu_mem_usage: bool) -> Any:
+    def _load(self, source: _Source, name: str, autocast: bool) -> Any:
         return set_peft_model_state_dict(
             self,
             source.tensors,
             name,
             source.ignore_mismatched_sizes,
-            low_cpu_mem_usage,
+            source.complete,
             file=source.file,
             keep_dtype=not autocast,
         )
@@ -346,11 +349,13 @@ class PeftModel(nn.Module):
 class _Source:
     """An adapter's configuration and tensors, as read."""
 
-    def __init__(
-        self, file: Path, config: AdapterConfig, tensors: dict[str, Tensor], ignore_mismatched_sizes: bool
-    ) -> None:
+    def __init__(self, file: Path, config: AdapterConfig, tensors: dict[str, Tensor], complete: bool) -> None:
         self.file, self.config, self.tensors = file, config, tensors
-        self.ignore_mismatched_sizes = ignore_mismatched_sizes
+        self.complete = complete  # every parameter comes from the file, so none needs to be initialised
+
+    @property
+    def ignore_mismatched_sizes(self) -> bool:
+        return not self.complete
 
     @classmethod
     def read(
@@ -368,7 +373,7 @@ class _Source:
         config.inference_mode = not is_trainable
         file = locate(model_id, WEIGHTS_NAME, subfolder=subfolder, **kwargs)
         tensors = _renamed(read_tensors(file), key_mapping, file)
-        return cls(file, config, tensors, ignore_mismatched_sizes)
+        return cls(file, config, tensors, complete=not ignore_mismatched_sizes)
 
 
 def _renamed(tensors: dict[str, Tensor], mapping: Mapping[str, str] | None, file: Path) -> dict[str, Tensor]:
@@ -399,7 +404,10 @@ def _size(t: Tensor) -> int:
 
 def _let_checkpointing_reach(model: nn.Module) -> None:
     """Checkpointed blocks get gradients only where their input asks for one, and frozen embeddings do not."""
-    if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+    on = getattr(model, "is_activation_checkpointing", None)  # transformers 5's name
+    if on is None:
+        on = getattr(model, "is_gradient_checkpointing", False)
+    if on and hasattr(model, "enable_input_require_grads"):
         model.enable_input_require_grads()  # type: ignore[operator]
 
 

@@ -45,7 +45,6 @@ class BoneConfig(BlockConfig):
 
     TYPE: ClassVar[PeftType] = PeftType.BONE
     BIASES: ClassVar[tuple[str, ...]] = ("none", "all", "bone_only")
-    BIAS_OF_ADAPTED: ClassVar[str] = "bone_only"
 
 
 @dataclass(kw_only=True)
@@ -57,7 +56,7 @@ class MissConfig(BlockConfig):
         mini_r: for `"mini"`: the number of columns of the block, which are repeated over the outputs; it must divide them.
         miss_dropout: dropout on the adapter's input; not defined for `"bat"`.
         init_weights: True is balance (Bone), False the same at random, `"bat"`, or `"mini"`.
-        bias: which biases are trained: `"none"`, `"all"`, or `"miss_only"`, those of the adapted layers.
+        bias: which biases are trained: `"none"`, `"all"`, or `"MiSS_only"`, those of the adapted layers.
     """
 
     mini_r: int = 1
@@ -66,9 +65,7 @@ class MissConfig(BlockConfig):
 
     TYPE: ClassVar[PeftType] = PeftType.MISS
     KINDS: ClassVar[tuple[object, ...]] = (True, False, "bat", "mini")
-    # PEFT documents "miss_only" and its code reads "bone_only" too.
-    BIASES: ClassVar[tuple[str, ...]] = ("none", "all", "miss_only", "bone_only")
-    BIAS_OF_ADAPTED: ClassVar[str] = "miss_only"
+    BIASES: ClassVar[tuple[str, ...]] = ("none", "all", "MiSS_only", "bone_only")  # peft's files hold either
 
     def check(self) -> None:
         super().check()
@@ -87,5 +84,5 @@ def as_miss(config: BoneConfig, tensors: dict[str, Tensor]) -> tuple[MissConfig,
     """The same adapter in the names of MiSS, which peft 0.19 and later read."""
     entries = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "peft_type"}
     if config.bias == "bone_only":
-        entries["bias"] = "miss_only"
+        entries["bias"] = "MiSS_only"
     return MissConfig(**entries), {key.replace("bone_block", "miss_block"): t for key, t in tensors.items()}

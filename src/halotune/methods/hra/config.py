@@ -31,7 +31,6 @@ class HRAConfig(AdapterConfig):
     orthogonality_norm: Literal["squared", "unsquared"] | str = beyond_peft(default="squared")
 
     TYPE: ClassVar[PeftType] = PeftType.HRA
-    BIAS_OF_ADAPTED: ClassVar[str] = "hra_only"
 
     def check(self) -> None:
         super().check()

@@ -37,7 +37,6 @@ class LoraConfig(AdapterConfig):
     fan_in_fan_out: bool = False
 
     TYPE: ClassVar[PeftType] = PeftType.LORA
-    BIAS_OF_ADAPTED: ClassVar[str] = "lora_only"
     PATTERNS: ClassVar[dict[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     FILE_NAMES: ClassVar[dict[str, str]] = {"init_weights": "init_lora_weights"}
     INERT: ClassVar[dict[str, tuple[Any, ...]]] = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
