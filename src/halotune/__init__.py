@@ -14,6 +14,7 @@ from .engine.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
+from .engine.hotswap import hotswap_adapter
 from .engine.merging import MergeReport
 from .engine.model import (
     PeftModel,
@@ -81,6 +82,7 @@ __all__ = [
     "TaskType",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
     "inject_adapter_in_model",
     "parameter_groups",
     "prepare_model_for_kbit_training",

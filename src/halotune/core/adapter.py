@@ -51,6 +51,23 @@ class Adapter(nn.Module, ABC):
         """`B (out, k)`, `A (k, in)` with `weight(W) − W == B A` exactly; None where only a full-rank delta is."""
         return None
 
+    factors_exist: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """The configuration's r."""
+
+    @classmethod
+    def combined(cls, adapters: Sequence[Self], weights: Sequence[float], how: str, rank: int) -> Self | None:
+        """One adapter of this class that equals several exactly, or None where there is none.
+
+        Args:
+            how: "linear" adds the weighted deltas; "cat" applies one after the other.
+            rank: for "cat": the r of the result, filled up with what does nothing.
+        """
+        return None
+
     def penalty(self) -> Tensor | None:
         """A term to be added to the loss, or None."""
         return None
@@ -58,6 +75,11 @@ class Adapter(nn.Module, ABC):
     def complaint(self) -> str | None:
         """What is wrong with parameters just read from a file though they fit, or None."""
         return None
+
+    @property
+    def dropout(self) -> float:
+        """The largest chance of any dropout in it; 0 where the forward pass is deterministic."""
+        return 0.0
 
     @classmethod
     def prepare(cls, adapters: Sequence[Self]) -> None:
@@ -100,6 +122,10 @@ class Additive(Adapter):
         B, A = self.low_rank()
         return (W + B @ A).to(W.dtype)
 
+    @property
+    def dropout(self) -> float:
+        return self.input_dropout
+
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.input_dropout) if self.training and self.input_dropout else x
 
@@ -140,7 +166,9 @@ def weight_form(x: Tensor, op: Operator, f: Callable[..., Tensor], θ: tuple[Ten
     x, W = op.pad(x.to(dtype)), op.weight().to(dtype)
     if torch.compiler.is_compiling():  # the compiler decides itself what to keep
         return op.add_bias(op.contract(x, scaled(W, *θ)))
-    return op.add_bias(_WeightForm.apply(x, W, op, scaled, *θ))
+    if op.transient and not W.requires_grad:  # not kept for backward, but made again
+        return op.add_bias(_WeightForm.apply(x, None, (op, W), scaled, *θ))
+    return op.add_bias(_WeightForm.apply(x, W, (op, W), scaled, *θ))
 
 
 class _Scaled:
@@ -157,15 +185,19 @@ class _WeightForm(torch.autograd.Function):
     """`y = f(W, θ) x`. Backward builds `f(W, θ)` again, forms `G = dyᵀ x` and pulls it back to θ (and W)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, op: Operator, f: Callable[..., Tensor], *θ: Tensor) -> Tensor:
-        ctx.save_for_backward(x, W, *θ)
+    def forward(
+        ctx: Any, x: Tensor, kept: Tensor | None, made: tuple[Operator, Tensor], f: Callable[..., Tensor], *θ: Tensor
+    ) -> Tensor:
+        op, W = made
+        ctx.save_for_backward(x, kept, *θ)
         ctx.op, ctx.f = op, f
         return op.contract(x, f(W, *θ))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, *θ = ctx.saved_tensors
+        x, kept, *θ = ctx.saved_tensors
         need_x, need_W, _, _, *need_θ = ctx.needs_input_grad
+        W = ctx.op.weight().to(x.dtype) if kept is None else kept
         leaves = [t.detach().requires_grad_(need) for t, need in zip((W, *θ), (need_W, *need_θ), strict=True)]
         with torch.enable_grad():
             adapted = ctx.f(*leaves)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import HalotuneError
+from .offload import Overlay, offload_hook
 from .operator import Operator, WeightShape, add_product
 
 
@@ -43,7 +44,9 @@ class Base(Operator):
 
     @property
     def device(self) -> torch.device:
-        return self.parameter.device
+        """Where the layer runs."""
+        hook = offload_hook(self.module) if self.parameter.is_meta else None
+        return self.parameter.device if hook is None else torch.device(hook.execution_device)
 
     @abstractmethod
     def stored(self, W: Tensor) -> Tensor:
@@ -51,18 +54,42 @@ class Base(Operator):
 
     @torch.no_grad()
     def write(self, W: Tensor) -> None:
-        self.parameter.copy_(self.stored(W))
+        """Store the matrix `W` `(out, in)`, rounded to the layer's dtype."""
+        hook = offload_hook(self.module) if self.parameter.is_meta else None
+        if hook is None:
+            self.parameter.copy_(self.stored(W))
+        else:
+            hook.weights_map = Overlay({"weight": self.stored(W).to("cpu", self.dtype)}, hook.weights_map)
 
-    def snapshot(self) -> Tensor:
-        return self.parameter.detach().clone()
+    def snapshot(self) -> Any:
+        """What `restore` needs to undo a `write` bit for bit."""
+        hook = offload_hook(self.module) if self.parameter.is_meta else None
+        return self.parameter.detach().clone() if hook is None else hook.weights_map
 
     @torch.no_grad()
-    def restore(self, snapshot: Tensor) -> None:
-        self.parameter.copy_(snapshot)
+    def restore(self, snapshot: Any) -> None:
+        if isinstance(snapshot, Tensor):
+            self.parameter.copy_(snapshot)
+        else:
+            hook = offload_hook(self.module)
+            assert hook is not None
+            hook.weights_map = snapshot
+
+    def tensor(self, name: str) -> Any:
+        """A tensor of the module; brought to where it runs, if accelerate keeps it elsewhere."""
+        own = getattr(self.module, name)
+        if own is None or not own.is_meta or (hook := offload_hook(self.module)) is None:
+            return own
+        return hook.weights_map[name].to(hook.execution_device)
+
+    @property
+    def transient(self) -> bool:
+        """Whether `weight()` makes a new tensor, to be made again rather than kept."""
+        return self.parameter.is_meta
 
     @property
     def bias(self) -> Tensor | None:
-        return self.module.bias
+        return self.tensor("bias")
 
     def add_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self._broadcast(self.bias.to(y.dtype))
@@ -100,7 +127,7 @@ class Linear(LinearLike):
         return WeightShape(self.module.out_features, self.module.in_features)
 
     def weight(self) -> Tensor:
-        return self.module.weight
+        return self.tensor("weight")
 
     def stored(self, W: Tensor) -> Tensor:
         return W
@@ -122,7 +149,7 @@ class TransposedLinear(LinearLike):
         return WeightShape(n_out, n_in)
 
     def weight(self) -> Tensor:
-        return self.module.weight.t()
+        return self.tensor("weight").t()
 
     def stored(self, W: Tensor) -> Tensor:
         return W.t()
@@ -144,7 +171,7 @@ class Convolution(Base):
         return WeightShape(w.shape[0], w[0].numel(), tuple(self.module.kernel_size), self.module.groups)
 
     def weight(self) -> Tensor:
-        return self.module.weight.flatten(1)
+        return self.tensor("weight").flatten(1)
 
     def stored(self, W: Tensor) -> Tensor:
         return W.reshape(self.module.weight.shape)

@@ -179,6 +179,10 @@ class AdapterConfig(BaseConfig):
                     break
         return replace(self, **own) if own else self
 
+    def combined(self, r: int) -> Self:
+        """The configuration of an adapter made of several of this method."""
+        return replace(self, r=r, rank_pattern={})
+
     # -- files
 
     def to_dict(self) -> dict[str, Any]:

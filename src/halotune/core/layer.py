@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +16,91 @@ from .errors import HalotuneError
 from .operator import Adapted, Operator
 from .precision import exact_dtype
 
+BASE = "__base__"  # in a mixed batch: this sample goes through the base alone
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which adapter each sample of a batch uses; `"__base__"` for none."""
+
+    names: tuple[str, ...]
+
+    def groups(self, x: Tensor) -> list[tuple[str, Tensor]]:
+        """Each name with the rows of `x` that it has. Samples may have become several rows each (beams, flat tokens)."""
+        repeats, rest = divmod(x.shape[0], len(self.names))
+        if rest or not repeats:
+            raise HalotuneError(
+                f"adapter_names: {len(self.names)} names, but a layer got {x.shape[0]} rows, which is no multiple. Give one "
+                "name per sample of the batch."
+            )
+        return [
+            (name, torch.tensor([i for i in range(x.shape[0]) if self.names[i // repeats] == name], device=x.device))
+            for name in dict.fromkeys(self.names)
+        ]
+
+    def run(self, x: Tensor, call: Callable[[str, Tensor], Tensor]) -> Tensor:
+        """`call(name, rows)` for every name, put together again."""
+        groups = self.groups(x)
+        if len(groups) == 1:
+            return call(groups[0][0], x)
+        parts = [call(name, x.index_select(0, index)) for name, index in groups]
+        order = torch.argsort(torch.cat([index for _, index in groups]))
+        return torch.cat(parts).index_select(0, order)
+
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """What one merge did to one weight.
+    """What one merge did to one weight, or to several.
 
     Attributes:
-        delta: `‖W' − W‖ / ‖W‖`, before rounding.
-        lost: `‖round(W') − W'‖ / ‖W' − W‖`: the share of the delta lost to the dtype of the base.
-        changed: the share of the weights whose stored value changed.
+        weight_norm: `‖W‖`.
+        delta_norm: `‖W' − W‖`, before rounding.
+        lost_norm: `‖round(W') − W'‖`.
+        weights: how many there are.
+        changed_weights: how many changed in their stored value.
     """
 
-    delta: float
-    lost: float
-    changed: float
+    weight_norm: float
+    delta_norm: float
+    lost_norm: float
+    weights: int
+    changed_weights: int
+
+    @property
+    def delta(self) -> float:
+        """The relative size of the delta."""
+        return self.delta_norm / self.weight_norm if self.weight_norm else self.delta_norm
+
+    @property
+    def lost(self) -> float:
+        """The share of the delta lost to the dtype of the base."""
+        return self.lost_norm / self.delta_norm if self.delta_norm else 0.0
+
+    @property
+    def changed(self) -> float:
+        """The share of the weights whose stored value changed."""
+        return self.changed_weights / self.weights if self.weights else 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        return {"delta": self.delta, "lost": self.lost, "changed": self.changed}
+
+    @classmethod
+    def measure(cls, before: Tensor, after: Tensor, stored: Tensor) -> MergeRecord:
+        """`before` and `stored` in the base's dtype, `after` as computed."""
+        before, stored = before.to(after.dtype), stored.to(after.dtype)
+        return cls(
+            float(before.norm()),
+            float((after - before).norm()),
+            float((stored - after).norm()),
+            before.numel(),
+            int((stored != before).sum()),
+        )
+
+    @classmethod
+    def total(cls, records: list[MergeRecord]) -> MergeRecord:
+        norms = [[r.weight_norm, r.delta_norm, r.lost_norm] for r in records]
+        W, D, L = (math.hypot(*column) for column in zip(*norms, strict=True)) if records else (0.0, 0.0, 0.0)
+        return cls(W, D, L, sum(r.weights for r in records), sum(r.changed_weights for r in records))
 
 
 class AdaptedLayer(nn.Module):
@@ -45,6 +118,7 @@ class AdaptedLayer(nn.Module):
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.enabled = True
+        self.rows: Rows | None = None  # set for the time of one call with adapter_names
         self._original: tuple[nn.Parameter, Tensor | None] | None = None
 
     @property
@@ -71,7 +145,18 @@ class AdaptedLayer(nn.Module):
                 f"{type(self.base_layer).__name__}: an adapted layer takes its input alone; got "
                 f"{len(args)} more arguments and {sorted(kwargs)}. Leave this layer out with exclude_modules."
             )
-        return self.operator()(x)
+        return self.operator()(x) if self.rows is None else self.rows.run(x, self._run_one)
+
+    def _run_one(self, name: str, x: Tensor) -> Tensor:
+        op: Operator = self.base
+        return Adapted(op, self.adapters[name], self.scales[name])(x) if name in self.adapters else op(x)  # type: ignore[arg-type]
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """Apply `W + scale (F(W) − W)` in the place of the adapter's map F."""
+        if name in self.merged_adapters:
+            raise HalotuneError(f"adapter {name!r} is merged, so its scale is fixed. Call unmerge_adapter() first.")
+        if name in self.scales:
+            self.scales[name] = float(scale)
 
     def add(self, name: str, adapter: Adapter) -> None:
         self.adapters[name] = adapter
@@ -115,7 +200,7 @@ class AdaptedLayer(nn.Module):
             self.base_layer.weight = nn.Parameter(stored.detach().clone(), requires_grad=stored.requires_grad)
         self.base.write(after)
         self.merged_adapters = [*self.merged_adapters, *names]
-        return _record(before, after, self.base.weight().detach())
+        return MergeRecord.measure(before, after, self.base.weight().detach())
 
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit."""
@@ -140,15 +225,3 @@ class AdaptedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"active={self.active_adapters}, merged={self.merged_adapters}" if self.adapters else ""
-
-
-def _record(before: Tensor, after: Tensor, stored: Tensor) -> MergeRecord:
-    before, rounded = before.to(after.dtype), stored.to(after.dtype)
-    delta = (after - before).norm()
-    lost = (rounded - after).norm() / delta if delta > 0 else delta
-    size = before.norm()
-    return MergeRecord(
-        delta=float(delta / size) if size > 0 else float(delta),
-        lost=float(lost),
-        changed=float((rounded != before).float().mean()),
-    )

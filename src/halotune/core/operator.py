@@ -52,6 +52,11 @@ class Operator(ABC):
     def weight(self) -> Tensor:
         """The weight as a matrix `(out, in)`."""
 
+    @property
+    @abstractmethod
+    def transient(self) -> bool:
+        """Whether `weight()` makes a new tensor, to be made again rather than kept."""
+
     @abstractmethod
     def pad(self, x: Tensor) -> Tensor:
         """`x` with the padding that `contract` does not add itself (a convolution's reflect, circular, 'same')."""
@@ -90,6 +95,10 @@ class Adapted(Operator):
         W = self.inner.weight()
         adapted = self.adapter.weight(W)
         return adapted if self.scale == 1.0 else torch.lerp(W, adapted, self.scale)
+
+    @property
+    def transient(self) -> bool:
+        return True
 
     def pad(self, x: Tensor) -> Tensor:
         return self.inner.pad(x)

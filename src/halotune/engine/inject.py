@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
+from ..core.attention import AdaptedAttention, Projection
 from ..core.base import LinearLike, base_for, base_kind
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
-from ..core.layer import AdaptedLayer
+from ..core.layer import BASE, AdaptedLayer, Rows
 from ..core.registry import method_of
 from .architectures import default_targets, known_architectures
 from .targets import ALL_LINEAR, matches_suffix, select, shortest_suffixes
@@ -39,12 +41,22 @@ def visible_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
-        if not isinstance(module, AdaptedLayer):
-            inner = module.original_module if isinstance(module, WholeModule) else module
-            for child_name, child in inner.named_children():
-                yield from walk(child, f"{name}.{child_name}" if name else child_name)
+        if isinstance(module, AdaptedLayer):
+            return
+        if isinstance(module, nn.MultiheadAttention):
+            yield from _projections(AdaptedAttention(module), name)  # as they will be
+        if isinstance(module, AdaptedAttention):
+            yield from _projections(module, name)
+        inner = module.original_module if isinstance(module, WholeModule) else module
+        inner = inner.base_layer if isinstance(inner, AdaptedAttention) else inner
+        for child_name, child in inner.named_children():
+            yield from walk(child, f"{name}.{child_name}" if name else child_name)
 
     yield from walk(model, "")
+
+
+def _projections(attention: AdaptedAttention, name: str) -> list[tuple[str, nn.Module]]:
+    return [(f"{name}.{n}", m) for n, m in attention.named_children() if n != "base_layer"]
 
 
 def check_name(name: str) -> None:
@@ -66,7 +78,7 @@ def resolve_targets(model: nn.Module, config: AdapterConfig) -> tuple[AdapterCon
     if config.target_modules is None:
         config = copy.copy(config)
         config.target_modules = {t for t in _defaults(model) if any(matches_suffix(n, t) for n in adaptable)}
-    paths = select(config, free, linear, adaptable)
+    paths = _expanded(select(config, free, linear, adaptable), free)
     if config.target_modules == ALL_LINEAR:
         config = copy.copy(config)
         config.target_modules = shortest_suffixes([n for n in free if n in linear], list(free))
@@ -76,12 +88,27 @@ def resolve_targets(model: nn.Module, config: AdapterConfig) -> tuple[AdapterCon
     return config, paths
 
 
+def _expanded(paths: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Attention modules stand for their projections."""
+    out: dict[str, None] = {}
+    for path in paths:
+        inside = [n for n in modules if n.startswith(f"{path}.")] if _is_attention(modules[path]) else [path]
+        out.update(dict.fromkeys(inside))
+    return list(out)
+
+
+def _is_attention(module: nn.Module | None) -> bool:
+    return isinstance(module, (nn.MultiheadAttention, AdaptedAttention))
+
+
 def _kind(module: nn.Module) -> type:
     return type(module.base) if isinstance(module, AdaptedLayer) else base_kind(module) or object
 
 
 def _inside(name: str, whole: str) -> bool:
-    return matches_suffix(name, whole) or f".{whole}." in f".{name}."
+    """Whether a module is one that `modules_to_save` names, or lies in one. As in PEFT, "norm" names "input_norm" too."""
+    parts = name.split(".")
+    return any(".".join(parts[:k]).endswith(whole) for k in range(1, len(parts) + 1))
 
 
 def _output_layers(model: nn.Module) -> set[str]:
@@ -143,12 +170,18 @@ def inject(
                 adapter = method.create(base.shape, config.at(path))
             except HalotuneError as e:
                 raise HalotuneError(f"{path}: {e}") from e
+        if adapter.dropout and _is_attention(modules.get(path.rpartition(".")[0])):
+            raise HalotuneError(
+                f"{path}: the projections of torch.nn.MultiheadAttention are adapted as weights, where dropout is not defined; "
+                f"got {adapter.dropout:g}. Set the dropout to 0, or leave the module out with exclude_modules."
+            )
         created[path] = layer, adapter.to(_parameter_dtype(base.dtype, autocast_adapter_dtype))
     whole = _whole_targets(modules, config)
     if not low_cpu_mem_usage:
         for notice in config.notices():
             warnings.warn(notice, stacklevel=3)
     _warn_if_tied(model, [*paths, *whole])
+    swap(model, _wrapped_attention(modules, created))
     wrappers: dict[nn.Module, nn.Module] = {}
     for path, (layer, adapter) in created.items():
         layer.add(name, adapter)
@@ -158,7 +191,38 @@ def inject(
         wrapper.add(name)  # type: ignore[operator]
         wrappers[modules[path]] = wrapper.train(modules[path].training)
     swap(model, {old: new for old, new in wrappers.items() if old is not new})
+    _leave_fused_paths(model)
     return config
+
+
+def _wrapped_attention(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[nn.Module, nn.Module]:
+    """Attention modules that are to be wrapped, since one of these paths is a projection of theirs."""
+    out: dict[nn.Module, nn.Module] = {}
+    for path in paths:
+        parent = path.rpartition(".")[0]
+        attention = modules.get(parent)
+        if isinstance(attention, nn.MultiheadAttention):
+            projections = (m for n, m in modules.items() if n.startswith(f"{parent}.") and isinstance(m, Projection))
+            out[attention] = next(projections).owner
+    return out
+
+
+# torch's own encoder has a fused inference path, on nested tensors, which reads weights and so passes adapters by. It takes
+# that path only while these attributes are true.
+_FUSED = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor"))
+
+
+def _leave_fused_paths(model: nn.Module, *, back: bool = False) -> None:
+    inside = [c for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer) for c in m.children()]
+    if not back and not any(isinstance(c, (AdaptedLayer, AdaptedAttention)) for c in inside):
+        return
+    for kind, name in _FUSED:
+        for m in model.modules():
+            if isinstance(m, kind):
+                own = m.__dict__.setdefault("_halotune_fused", getattr(m, name))
+                setattr(m, name, own if back else 0)
+                if back:
+                    del m.__dict__["_halotune_fused"]
 
 
 def _parameter_dtype(base: torch.dtype, autocast: bool) -> torch.dtype:
@@ -169,7 +233,7 @@ def _parameter_dtype(base: torch.dtype, autocast: bool) -> torch.dtype:
 def _whole_targets(modules: Mapping[str, nn.Module], config: AdapterConfig) -> list[str]:
     found: dict[nn.Module, str] = {}
     for wanted in config.modules_to_save or []:
-        named = {n: m for n, m in modules.items() if n and matches_suffix(n, wanted)}
+        named = {n: m for n, m in modules.items() if n.endswith(wanted)}
         if not named and wanted not in _HEADS:  # a task's usual heads are tried, each model has one of them
             raise HalotuneError(
                 f"modules_to_save: no module matches {wanted!r}. The model's top modules are "
@@ -229,7 +293,9 @@ def eject(model: nn.Module, *, trained: bool) -> None:
     inner: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in adapted_layers(model).values()}
     for wrapper in whole_modules(model).values():
         inner[wrapper] = wrapper.current if trained else wrapper.original_module
+    inner.update({m: m.base_layer for m in model.modules() if isinstance(m, AdaptedAttention)})
     swap(model, inner)
+    _leave_fused_paths(model, back=True)
 
 
 # -- which adapters are active, and what is trained
@@ -281,6 +347,37 @@ def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None
 def enable(model: nn.Module, on: bool) -> None:
     for module in (*adapted_layers(model).values(), *whole_modules(model).values()):
         module.enabled = on
+
+
+@contextmanager
+def per_sample(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Inside, sample i of a batch goes through adapter `names[i]`, or through the base for `"__base__"`."""
+    modules = [*adapted_layers(model).values(), *whole_modules(model).values()]
+    known = {n for m in modules for n in (m.adapters if isinstance(m, AdaptedLayer) else m.modules_to_save)}
+    unknown = sorted(set(names) - known - {BASE})
+    if unknown or not names:
+        raise HalotuneError(
+            f"adapter_names: {unknown or 'empty'}; the model has {sorted(known)}, and {BASE!r} for none."
+        )
+    if any(isinstance(m, AdaptedLayer) and m.merged for m in modules):
+        raise HalotuneError("adapter_names: adapters are merged into the weights. Call unmerge_adapter() first.")
+    if not all(m.enabled for m in modules):
+        raise HalotuneError(
+            f"adapter_names: adapters are disabled. Leave disable_adapter(), or name {BASE!r} for samples."
+        )
+    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        raise HalotuneError(
+            "adapter_names: checkpointed blocks run again in backward, when the names are gone. Turn gradient checkpointing "
+            "off, or train one adapter at a time."
+        )
+    rows = Rows(tuple(names))
+    for m in modules:
+        m.rows = rows
+    try:
+        yield
+    finally:
+        for m in modules:
+            m.rows = None
 
 
 def remove(model: nn.Module, name: str) -> None:

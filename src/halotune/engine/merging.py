@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -24,14 +24,22 @@ class MergeReport:
 
     layers: dict[str, MergeRecord] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {name: asdict(record) for name, record in self.layers.items()}
+    def total(self) -> MergeRecord:
+        """All layers together: norms add as squares, shares by the number of weights."""
+        return MergeRecord.total(list(self.layers.values()))
 
-    @property
-    def lost(self) -> float:
-        """The share of the delta lost to rounding, in the middle of the layers."""
-        shares = sorted(r.lost for r in self.layers.values())
-        return shares[len(shares) // 2] if shares else 0.0
+    def to_dict(self) -> dict[str, Any]:
+        """`{"total": {…}, "layers": {name: {"delta": …, "lost": …, "changed": …}}}`, ready for JSON."""
+        layers = {name: record.to_dict() for name, record in self.layers.items()}
+        return {"total": self.total().to_dict(), "layers": layers}
+
+    def __str__(self) -> str:
+        """A table: one line a layer, and the total."""
+        width = max([5, *map(len, self.layers)])
+        head = f"{'layer':<{width}}  {'|ΔW|/|W|':>9}  {'lost':>8}  {'changed':>8}"
+        rows = [*self.layers.items(), ("total", self.total())]
+        lines = [f"{n:<{width}}  {r.delta:>9.2e}  {r.lost:>8.2%}  {r.changed:>8.2%}" for n, r in rows]
+        return "\n".join([head, *lines])
 
 
 def merge(
@@ -66,10 +74,9 @@ def merge(
         for layer in done if keep else ():
             layer.unmerge()
         raise
-    if report.lost > 0.5:
-        dtype = next(iter(layers.values())).base.dtype
+    if report.total().lost > 0.5:
         warnings.warn(
-            f"merging into {dtype}: in half of the layers more than {report.lost:.0%} of the adapter's delta is lost to "
+            f"merging into {next(iter(layers.values())).base.dtype} lost {report.total().lost:.0%} of the adapter's delta to "
             "rounding. Load the base in fp32 to merge without that loss.",
             stacklevel=3,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from os import PathLike
@@ -21,7 +21,7 @@ from ..core.errors import AdapterFileError, HalotuneError
 from ..core.files import WEIGHTS_NAME, locate
 from ..core.registry import method_of
 from .card import write_card
-from .inject import adapted_layers
+from .inject import adapted_layers, per_sample
 from .merging import MergeReport
 from .state import get_peft_model_state_dict, read_tensors, set_peft_model_state_dict, write_tensors
 from .status import LayerStatus, ModelStatus, layer_status, model_status
@@ -78,8 +78,12 @@ class PeftModel(nn.Module):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *self.heads]))
         return config
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model(*args, **kwargs)
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base's own arguments; and `adapter_names`, one per sample of the batch, `"__base__"` for none."""
+        if adapter_names is None:
+            return self.base_model(*args, **kwargs)
+        with per_sample(self, adapter_names):
+            return self.base_model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -91,6 +95,14 @@ class PeftModel(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class with the base's signature is made at run time
         return _blank, (_public(type(self)), type(self.get_base_model())), self.__dict__
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Generate with the active adapters, or with one per sample; the base's own arguments."""
+        generate: Any = self.get_base_model().generate
+        if adapter_names is None:
+            return generate(*args, **kwargs)
+        with per_sample(self, adapter_names):
+            return generate(*args, **kwargs)
 
     # -- the parts
 
@@ -154,6 +166,16 @@ class PeftModel(nn.Module):
             self.base_model.enable_adapter_layers()
             if merged:
                 self.base_model.merge_adapter(merged)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """A new adapter that equals a combination of others exactly: see `AdapterModel.add_weighted_adapter`."""
+        self.base_model.add_weighted_adapter(adapters, weights, adapter_name, combination_type)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """The strength of one adapter, everywhere: `W + scale (F(W) − W)`; 1 is its own, 0 is the base."""
+        self.base_model.set_scale(adapter_name, scale)
 
     def penalty(self) -> Tensor | float:
         """The sum of the active adapters' penalties, to be added to the loss; 0.0 where none has one."""
@@ -417,7 +439,7 @@ def _let_checkpointing_reach(model: nn.Module) -> None:
 @cache
 def _with_signature_of(cls: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model(*args, **kwargs)
+        return PeftModel.forward(self, *args, **kwargs)
 
     try:
         forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
@@ -442,17 +464,9 @@ def _blank(cls: type[PeftModel], base: type[nn.Module]) -> PeftModel:
 class PeftModelForCausalLM(PeftModel):
     """A causal language model with adapters."""
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the active adapters; the base's own arguments."""
-        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
-
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """An encoder-decoder language model with adapters."""
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the active adapters; the base's own arguments."""
-        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
 
 
 class PeftModelForSequenceClassification(PeftModel):

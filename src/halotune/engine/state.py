@@ -270,12 +270,12 @@ def _assign(model: nn.Module, key: str, tensor: Tensor, *, replace: bool, keep_d
 
 
 def _device_beside(model: nn.Module, path: str) -> torch.device:
-    """Where a parameter of the meta device belongs: beside its base layer, or the module that it is a copy of."""
-    for infix, sibling in ((".adapters.", ".base_layer"), (".modules_to_save.", ".original_module")):
-        owner, found, _ = path.partition(infix)
-        if found:
-            return next(model.get_submodule(owner + sibling).parameters()).device
-    return torch.device("cpu")
+    """Where a parameter of the meta device belongs: where its layer runs, or beside the module that it is a copy of."""
+    owner, in_layer, _ = path.partition(".adapters.")
+    if in_layer:
+        return model.get_submodule(owner).base.device  # type: ignore[union-attr, return-value]
+    owner, _, _ = path.partition(".modules_to_save")
+    return next(model.get_submodule(f"{owner}.original_module").parameters()).device
 
 
 def _warn_of_complaints(model: nn.Module, name: str) -> None:

@@ -15,6 +15,7 @@ from ..core.errors import HalotuneError
 from ..core.layer import AdaptedLayer
 from ..core.registry import method_of
 from .architectures import DEFAULT_TARGETS
+from .combining import combine
 from .inject import (
     activate,
     adapted_layers,
@@ -161,6 +162,37 @@ class AdapterModel(nn.Module):
             )
         self.unmerge_adapter()
         enable(self.model, False)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """A new adapter, inactive, that equals a combination of others exactly.
+
+        Args:
+            adapters: their names.
+            weights: one number for each.
+            adapter_name: what the new one is called.
+            combination_type: `"linear"`: `W + Σ w_i (F_i(W) − W)` for Bone or BAT of one r, and LoRA; `"cat"`: one after the
+                other, for HRA of weight 1, and LoRA; `"lora"`: as linear for anything but BAT, as a LoRA of the summed ranks.
+
+        Raises:
+            HalotuneError: the combination is not exact; it names the one that is.
+        """
+        self._check_known(adapters)
+        config, combined = combine(self.model, self.peft_config, adapters, weights, combination_type)
+        self.add_adapter(adapter_name, config, low_cpu_mem_usage=True, paths=list(combined))
+        for path, layer in adapted_layers(self.model).items():
+            path = path.replace(".base_layer.", ".")
+            if path in combined:
+                like = next(layer.adapters[n] for n in adapters if n in layer.adapters)
+                p = next(like.parameters())
+                layer.adapters[adapter_name] = combined[path].to(p.device, p.dtype).requires_grad_(False)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """The strength of one adapter, everywhere: `W + scale (F(W) − W)`."""
+        self._check_known([adapter_name])
+        for layer in adapted_layers(self.model).values():
+            layer.set_scale(adapter_name, scale)
 
     def penalty(self) -> Tensor | float:
         """The sum of the active adapters' penalties, for the loss; 0.0 where none has one."""

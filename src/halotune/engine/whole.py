@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..core.errors import HalotuneError
+from ..core.layer import Rows
 
 
 class WholeModule(nn.Module):
@@ -19,6 +20,7 @@ class WholeModule(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self.active_adapters: list[str] = []
         self.enabled = True
+        self.rows: Rows | None = None
 
     def add(self, name: str) -> None:
         """A copy of the original; its parameters are kept in fp32 or better only where the original's are."""
@@ -43,7 +45,17 @@ class WholeModule(nn.Module):
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.current(*args, **kwargs)
+        if self.rows is None:
+            return self.current(*args, **kwargs)
+        if len(args) != 1 or kwargs:
+            raise HalotuneError(
+                f"adapter_names: {type(self.original_module).__name__}, trained whole, is called with more than one input, "
+                "which cannot be split by sample. Run the adapters one at a time."
+            )
+        return self.rows.run(args[0], lambda name, x: self._of(name)(x))
+
+    def _of(self, name: str) -> nn.Module:
+        return self.modules_to_save[name] if name in self.modules_to_save else self.original_module
 
     def __getattr__(self, name: str) -> Any:
         try:

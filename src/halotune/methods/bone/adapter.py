@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,15 @@ class Bone(Additive):
         block = self.get_parameter(self.block)
         return block.repeat(1, self.shape.out_features // block.shape[1])
 
+    @property
+    def rank(self) -> int:
+        return self.r
+
+    @classmethod
+    def combined(cls, adapters: Sequence[Self], weights: Sequence[float], how: str, rank: int) -> Self | None:
+        """The delta is linear in D, so blocks of one r add."""
+        return _sum_of_blocks(adapters, weights) if how == "linear" else None
+
     def low_rank(self) -> tuple[Tensor, Tensor]:
         D = self.D()
         return D.mT, ops.unfolding(self.r, self.shape.in_features, D)
@@ -96,8 +106,32 @@ class Bat(WeightSide):
         nn.init.zeros_(adapter.get_parameter(cls.block))
         return adapter
 
+    factors_exist = False
+
+    @property
+    def rank(self) -> int:
+        return self.r
+
+    @classmethod
+    def combined(cls, adapters: Sequence[Self], weights: Sequence[float], how: str, rank: int) -> Self | None:
+        """The delta `W_ij B_i + B_i` is linear in B, so blocks of one r add."""
+        return _sum_of_blocks(adapters, weights) if how == "linear" else None
+
     def transform(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         return ops.bat, (self.get_parameter(self.block),)
+
+
+_Block = TypeVar("_Block", Bone, Bat)
+
+
+def _sum_of_blocks(adapters: Sequence[_Block], weights: Sequence[float]) -> _Block | None:
+    blocks = [a.get_parameter(a.block).detach() for a in adapters]
+    if len({b.shape for b in blocks}) > 1:
+        return None
+    out = copy.deepcopy(adapters[0])
+    with torch.no_grad():
+        out.get_parameter(out.block).copy_(sum(w * b for w, b in zip(weights, blocks, strict=True)))
+    return out
 
 
 class Miss(Bone):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,27 @@ class HRA(InputSide):
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
         Û, V = self.wy()
         return -(W @ V.mT.to(W.dtype)), Û.mT
+
+    @property
+    def rank(self) -> int:
+        return self.hra_u.shape[1]
+
+    @classmethod
+    def combined(cls, adapters: Sequence[Self], weights: Sequence[float], how: str, rank: int) -> Self | None:
+        """Chains of weight 1, one after the other, are one chain; zero columns reflect nothing."""
+        if how != "cat" or any(w != 1 for w in weights):
+            return None
+        U = torch.cat([a.as_chain() for a in adapters], dim=1)
+        out = cls(adapters[0].shape, rank)
+        out.hra_u = nn.Parameter(nn.functional.pad(U, (0, rank - U.shape[1])))
+        return out
+
+    def as_chain(self) -> Tensor:
+        """Vectors `(in, r)` whose reflections in order give Q: under Gram–Schmidt, an orthonormal basis of their span."""
+        if not self.gram_schmidt:
+            return self.hra_u.detach()
+        basis, values, _ = torch.linalg.svd(ops.normalize(self.hra_u.detach()), full_matrices=False)
+        return basis * (values > values.max() * 1e-3)
 
     def penalty(self) -> Tensor | None:
         if self.orthogonality is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
+
+from typing_extensions import Self
 
 from ...core.config import AdapterConfig, PeftType, beyond_peft
 
@@ -55,6 +57,9 @@ class HRAConfig(AdapterConfig):
             "starts at random. Use an even r, or init_weights=False to silence this."
             for r in odd
         ]
+
+    def combined(self, r: int) -> Self:
+        return replace(super().combined(r), apply_GS=False)
 
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()

@@ -87,6 +87,14 @@ class LoHa(WeightSide):
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
         return ops.khatri_rao(*self._half("1"), *self._half("2"), s=self.scaling)
 
+    @property
+    def dropout(self) -> float:
+        return max(self.rank_dropout, self.module_dropout)
+
+    @property
+    def rank(self) -> int:
+        return self.r
+
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
         f, (A1, *others) = self.transform()
         θ = (self._dropped(A1), *others)

@@ -53,6 +53,19 @@ class Lora(Additive):
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         nn.init.zeros_(B) if init else nn.init.kaiming_uniform_(B, a=math.sqrt(5))
 
+    @property
+    def rank(self) -> int:
+        return self.lora_A.weight.shape[0]
+
+    @torch.no_grad()
+    def set_factors(self, B: Tensor, A: Tensor) -> None:
+        """Take over factors `B (out, k)`, `A (k, in)`, k ≤ r; the other ranks become zero."""
+        k = A.shape[0]
+        for factor in (self.lora_A, self.lora_B):
+            factor.weight.zero_()
+        self.lora_A.weight.flatten(1)[:k] = A
+        self.lora_B.weight.flatten(1)[:, :k] = B / self.scaling
+
     def low_rank(self) -> tuple[Tensor, Tensor]:
         A, B = self.lora_A.weight.flatten(1), self.lora_B.weight.flatten(1)
         dtype = exact_dtype(A.dtype)

@@ -1,0 +1,1 @@
+"""`halotune demo`: a real pretrained encoder, real human ratings, every method in turn, one page of results."""
