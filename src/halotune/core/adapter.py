@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .operator import Operator, WeightShape
-from .precision import compute_dtype
+from .precision import compute_dtype, exact
 
 if TYPE_CHECKING:
     from .config import AdapterConfig
@@ -94,7 +94,8 @@ class InputSide(Adapter):
         """`x Qᵀ` over the last dimension (`x Q` if `transpose`), in the dtype of `x`."""
 
     def weight(self, W: Tensor) -> Tensor:
-        return self.rotate(W, transpose=True)
+        with exact(W):
+            return self.rotate(W, transpose=True)
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
         if not op.shape.is_linear:  # patches of an image cannot be rotated before they are cut
@@ -120,7 +121,8 @@ class Additive(Adapter):
 
     def weight(self, W: Tensor) -> Tensor:
         B, A = self.low_rank()
-        return (W + B @ A).to(W.dtype)
+        with exact(W):
+            return (W + B @ A).to(W.dtype)
 
     @property
     def dropout(self) -> float:

@@ -106,6 +106,7 @@ class AdapterConfig(BaseConfig):
             )
         self.peft_type = self.TYPE
         self._check_types()
+        self._check_patterns()
         if self.task_type is not None:
             self.task_type = self._choice("task_type", _plain(self.task_type), TaskType)
         if isinstance(self.target_modules, (list, tuple)):
@@ -165,6 +166,21 @@ class AdapterConfig(BaseConfig):
                 raise self.error(
                     f.name, f"expected {expected}; got {value!r} ({type(value).__name__})", "Fix its type."
                 )
+
+    def _check_patterns(self) -> None:
+        named = {f: getattr(self, f) for f in ("target_modules", "exclude_modules", "layers_pattern")}
+        listed = [(f, [v] if isinstance(v, str) else []) for f, v in named.items()]
+        listed += [(f, list(getattr(self, f, {}))) for f in self.PATTERNS.values()]
+        for name, patterns in listed:
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as e:
+                    raise self.error(
+                        name,
+                        f"{pattern!r} is no regular expression ({e})",
+                        'Anything is ".*" there; or list names, which match as endings of paths.',
+                    ) from None
 
     # -- one module's share of the configuration
 

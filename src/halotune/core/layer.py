@@ -202,6 +202,14 @@ class AdaptedLayer(nn.Module):
         self.merged_adapters = [*self.merged_adapters, *names]
         return MergeRecord.measure(before, after, self.base.weight().detach())
 
+    @property
+    def original_weight(self) -> Tensor:
+        """The stored weight as it was before any merge, in the base layer's own layout."""
+        if self._original is None:
+            return self.base.parameter
+        parameter, snapshot = self._original
+        return snapshot if isinstance(snapshot, Tensor) else parameter
+
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit."""
         if self._original is not None:

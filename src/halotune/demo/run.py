@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from .. import get_peft_model
 from ..core.errors import HalotuneError
@@ -93,13 +95,17 @@ def fit(task: Task, name: str, folder: Path, on_step: Callable[[float], object])
 
 
 def run_method(
-    task: Task, name: str, folder: Path, on_step: Callable[[float], object], on_proof: Callable[[], object]
+    task: Task, name: str, output_dir: Path, on_step: Callable[[float], object], on_proof: Callable[[], object]
 ) -> Record:
-    """Train, save, prove."""
-    run, record = fit(task, name, folder, on_step)
-    gc.collect()  # the trained model, so that the next one's memory is its own
-    on_proof()
-    proof = prove(task.pretrained, folder, run.predictions, task.held_out, task.seed)
+    """Train, save, prove; the adapter of an earlier run is replaced only then."""
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=output_dir) as staging:
+        run, record = fit(task, name, Path(staging), on_step)
+        gc.collect()  # the trained model, so that the next one's memory is its own
+        on_proof()
+        proof = prove(task.pretrained, Path(staging), run.predictions, task.held_out, task.seed)
+        (output_dir / name).mkdir(exist_ok=True)
+        for file in Path(staging).iterdir():
+            os.replace(file, output_dir / name / file.name)
     record["proof"] = {**asdict(proof), "reloads": proof.reloads, "merges": proof.merges}
     return record
 
@@ -131,7 +137,7 @@ def demo(
     finally:
         if results:
             conclude(console, output_dir, results, time.perf_counter() - started)
-    if as_json:
+    if as_json and results:
         print(report.as_json(keep(output_dir, results)))
     failed = not all(r["proof"]["reloads"] and r["proof"]["merges"] for r in results.values())
     return status or (UNPROVED if failed else OK)
@@ -149,28 +155,29 @@ def check_writable(folder: Path) -> None:
 
 def headline(task: Task) -> str:
     return (
-        f"[bold]{task.pretrained.name}[/] learns how good or bad words are, from VADER's ratings:\n"
-        f"{len(task.words):,} to train on, {len(task.held_out):,} held out; epochs {task.epochs:g}, seed {task.seed}\n"
+        f"[bold]{escape(task.pretrained.name)}[/] learns how good or bad words are:\n"
+        f"{len(task.words):,} human ratings from VADER to train on, {len(task.held_out):,} held out; "
+        f"epochs {task.epochs:g}, seed {task.seed}\n"
     )
 
 
 def progress(console: Console) -> Progress:
-    columns = TextColumn("{task.description:<5}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    columns = TextColumn("{task.description:<5}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     return Progress(*columns, TextColumn("{task.fields[doing]}"), console=console)
 
 
 def follow(bars: Progress, task: Task, name: str, output_dir: Path) -> Record:
     """`run_method` with a progress bar of its own."""
-    bar = bars.add_task(METHODS[name].title, total=steps_in(task.epochs, task.words), doing="wrapping the model")
+    steps = steps_in(task.epochs, task.words)
+    bar = bars.add_task(METHODS[name].title, total=steps + 1, doing="")  # the last step is the proof
     record = run_method(
         task,
         name,
-        output_dir / name,
+        output_dir,
         on_step=lambda loss: bars.update(bar, advance=1, doing=f"loss {loss:.2f}"),
         on_proof=lambda: bars.update(bar, doing="reloading and merging"),
     )
-    bars.update(bar, doing=f"Spearman {record['after']['spearman']:.3f}")
-    bars.stop_task(bar)
+    bars.update(bar, advance=1, doing=f"Spearman {record['after']['spearman']:.3f}")
     return record
 
 
@@ -178,7 +185,7 @@ def keep(output_dir: Path, results: dict[str, Record]) -> dict[str, Record]:
     """Write the results into `metrics.json`; other methods of earlier runs stay there, as their adapters do."""
     file = output_dir / report.METRICS
     merged = {**report.read_metrics(file), **results}
-    merged = {name: merged[name] for name in sorted(merged, key=list(METHODS).index)}
+    merged = {name: merged[name] for name in [*METHODS, *merged] if name in merged}  # in one order, always
     report.write_metrics(file, merged)
     return merged
 
@@ -195,5 +202,6 @@ def conclude(console: Console, output_dir: Path, results: dict[str, Record], sec
     for name in filter(results.__contains__, comparable):
         console.print(report.proof_line(results[name]))
     report.plot(output_dir / report.PLOT, comparable)
-    files = ", ".join([*(f"{name}/" for name in results), report.METRICS, report.PLOT])
-    console.print(f"\n{seconds:.0f} s; wrote {files} to [bold]{output_dir}[/]")
+    console.print(
+        f"\n{seconds:.0f} s. Adapters, {report.METRICS} and {report.PLOT} are in [bold]{escape(str(output_dir))}[/]"
+    )

@@ -12,7 +12,7 @@ from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..core.files import WEIGHTS_NAME, locate
 from .model import PeftModel
-from .state import read_tensors
+from .state import embedding_keys, read_tensors
 
 
 class AutoPeftModel:
@@ -90,9 +90,10 @@ class AutoPeftModel:
 
 def _fit_vocabulary(model: nn.Module, rows: dict[str, int]) -> None:
     """Resize the embeddings to those stored with the adapter, where their number differs."""
-    stored = [n for key, n in rows.items() if key.endswith(("embed_tokens.weight", "lm_head.weight"))]
-    get = getattr(model, "get_input_embeddings", None)
-    if stored and get is not None and get().weight.shape[0] != stored[0]:
+    paths = [key.removesuffix(".weight") for key in embedding_keys(model, list(model.state_dict()))]
+    keys = [f"base_model.model.{path}{infix}.weight" for path in paths for infix in ("", ".base_layer")]
+    stored = [rows[key] for key in keys if key in rows]
+    if stored and model.get_input_embeddings().weight.shape[0] != stored[0]:  # type: ignore[operator]
         model.resize_token_embeddings(stored[0])  # type: ignore[operator]
 
 

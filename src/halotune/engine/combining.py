@@ -40,17 +40,18 @@ def combine(
     layers = {p: layer for p, layer in adapted_layers(model).items() if any(n in layer.adapters for n in names)}
     if {method_of(configs[n].peft_type).peft_type for n in names} == {"LORA"}:
         how = "lora"
-    combined = _as_lora(layers, names, weights) if how == "lora" else _within(layers, configs, names, weights, how)
-    ranks = {p: a.rank for p, a in combined.items()}
-    r = max(ranks.values())
+    combined = _as_lora(layers, names, weights) if how == "lora" else _within(layers, names, weights, how)
+    r = max(a.rank for a in combined.values())
     if how == "lora":
         config = method_of("LORA").config(r=r, **{"lora_alpha": r})
     else:
         config = configs[names[0]].combined(r)
     first = configs[names[0]]
     config.task_type, config.base_model_name_or_path = first.task_type, first.base_model_name_or_path
-    config.rank_pattern = {re.escape(p): k for p, k in ranks.items() if k != r}
     visible = {p: p.replace(".base_layer.", ".") for p in layers}  # attention's output projection lies in its base
+    config.rank_pattern = {f"^{re.escape(visible[p])}": a.rank for p, a in combined.items() if a.rank != r}
+    for p, adapter in combined.items():
+        _check_described(config, visible[p], layers[p], adapter)
     config.target_modules = shortest_suffixes(list(visible.values()), [n for n, _ in visible_modules(model)])
     return config, {visible[p]: a for p, a in combined.items()}
 
@@ -81,18 +82,29 @@ def _parts(layer: AdaptedLayer, names: Sequence[str], weights: Sequence[float]) 
     return [a for a, _ in own], [w for _, w in own]  # type: ignore[misc]
 
 
+def _check_described(config: AdapterConfig, path: str, layer: AdaptedLayer, adapter: Adapter) -> None:
+    """One configuration must describe all layers; adapters of two kinds can meet on none and still differ."""
+    try:
+        with torch.device("meta"):
+            made = method_of(config.peft_type).create(layer.base.shape, config.at(path))
+    except HalotuneError:  # not even possible here
+        made = None
+    sizes = {n: p.shape for n, p in adapter.named_parameters()}
+    if type(made) is not type(adapter) or {n: p.shape for n, p in made.named_parameters()} != sizes:
+        raise HalotuneError(
+            f"{path}: the adapters are of different kinds on different layers, which no single configuration describes. "
+            'Use combination_type="lora", or for BAT merge one after the other.'
+        )
+
+
 @torch.no_grad()
 def _within(
-    layers: Mapping[str, AdaptedLayer],
-    configs: Mapping[str, AdapterConfig],
-    names: Sequence[str],
-    weights: Sequence[float],
-    how: str,
+    layers: Mapping[str, AdaptedLayer], names: Sequence[str], weights: Sequence[float], how: str
 ) -> dict[str, Adapter]:
     out: dict[str, Adapter] = {}
-    total = sum(configs[n].r for n in names)
-    for path, layer in layers.items():
-        adapters, own = _parts(layer, names, weights)
+    parts = {path: _parts(layer, names, weights) for path, layer in layers.items()}
+    total = max(sum(a.rank for a in adapters) for adapters, _ in parts.values())
+    for path, (adapters, own) in parts.items():
         kinds = {type(a) for a in adapters}
         combined = adapters[0].combined(adapters, own, how, total) if len(kinds) == 1 else None
         if combined is None:

@@ -42,18 +42,21 @@ def hotswap_adapter(
     """
     model = getattr(model, "_orig_mod", model)
     old, new = config_of(model, adapter_name), AdapterConfig.from_pretrained(model_name_or_path, **kwargs)
-    entries = {**old.to_dict(), **new.to_dict()}
-    differ = sorted(k for k in entries if k not in _BOOKKEEPING and old.to_dict().get(k) != new.to_dict().get(k))
-    if differ or _kind(old) != _kind(new):
-        shown = "; ".join(
-            f"{k}: {old.to_dict().get(k)!r} here, {new.to_dict().get(k)!r} there" for k in differ or ["init_weights"]
-        )
-        raise HalotuneError(
-            f"{model_name_or_path}: cannot be swapped into {adapter_name!r}, whose configuration differs ({shown}). Use "
-            "load_adapter with another name, then set_adapter."
-        )
+    require_same(old, new, adapter_name, model_name_or_path)
     file = locate(model_name_or_path, WEIGHTS_NAME, **kwargs)
     return set_peft_model_state_dict(model, read_tensors(file), adapter_name, file=file)
+
+
+def require_same(old: AdapterConfig, new: AdapterConfig, name: str, source: object) -> None:
+    """Raises where two configurations differ in what their adapters compute."""
+    here, there = old.to_dict(), new.to_dict()
+    differ = sorted(k for k in {**here, **there} if k not in _BOOKKEEPING and here.get(k) != there.get(k))
+    if differ or _kind(old) != _kind(new):
+        shown = "; ".join(f"{k}: {here.get(k)!r} here, {there.get(k)!r} there" for k in differ or ["init_weights"])
+        raise HalotuneError(
+            f"{source}: cannot be swapped into {name!r}, whose configuration differs ({shown}). Use load_adapter with "
+            "another name, then set_adapter."
+        )
 
 
 def _kind(config: AdapterConfig) -> object:

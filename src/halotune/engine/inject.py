@@ -19,6 +19,7 @@ from ..core.errors import HalotuneError
 from ..core.layer import BASE, AdaptedLayer, Rows
 from ..core.registry import method_of
 from .architectures import default_targets, known_architectures
+from .offloading import check_offloaded
 from .targets import ALL_LINEAR, matches_suffix, select, shortest_suffixes
 from .whole import WholeModule
 
@@ -39,18 +40,23 @@ def whole_modules(model: nn.Module) -> dict[str, WholeModule]:
 def visible_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's own modules under the names they had before any was wrapped."""
 
+    wrapped: dict[nn.Module, AdaptedAttention] = {}
+
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         if isinstance(module, AdaptedLayer):
             return
         if isinstance(module, nn.MultiheadAttention):
-            yield from _projections(AdaptedAttention(module), name)  # as they will be
+            if module not in wrapped:  # under a second name it is the same
+                wrapped[module] = AdaptedAttention(module)
+            yield from _projections(wrapped[module], name)  # as they will be
         if isinstance(module, AdaptedAttention):
             yield from _projections(module, name)
         inner = module.original_module if isinstance(module, WholeModule) else module
         inner = inner.base_layer if isinstance(inner, AdaptedAttention) else inner
-        for child_name, child in inner.named_children():
-            yield from walk(child, f"{name}.{child_name}" if name else child_name)
+        for child_name, child in inner._modules.items():  # named_children() leaves out second names
+            if child is not None:
+                yield from walk(child, f"{name}.{child_name}" if name else child_name)
 
     yield from walk(model, "")
 
@@ -78,7 +84,8 @@ def resolve_targets(model: nn.Module, config: AdapterConfig) -> tuple[AdapterCon
     if config.target_modules is None:
         config = copy.copy(config)
         config.target_modules = {t for t in _defaults(model) if any(matches_suffix(n, t) for n in adaptable)}
-    paths = _expanded(select(config, free, linear, adaptable), free)
+    inside = [n for n in modules if n not in free]
+    paths = _expanded(select(config, free, linear, adaptable, inside), free)
     if config.target_modules == ALL_LINEAR:
         config = copy.copy(config)
         config.target_modules = shortest_suffixes([n for n in free if n in linear], list(free))
@@ -106,7 +113,7 @@ def _kind(module: nn.Module) -> type:
 
 
 def _inside(name: str, whole: str) -> bool:
-    """Whether a module is one that `modules_to_save` names, or lies in one. As in PEFT, "norm" names "input_norm" too."""
+    """Whether `modules_to_save` names a module, or one that it lies in; as in PEFT, "norm" names "input_norm" too."""
     parts = name.split(".")
     return any(".".join(parts[:k]).endswith(whole) for k in range(1, len(parts) + 1))
 
@@ -153,14 +160,22 @@ def inject(
         the configuration with its targets spelled out.
     """
     check_name(name)
-    _check_bias(model, config, name)
     if paths is None:
         config, paths = resolve_targets(model, config)
+    if isinstance(model, nn.MultiheadAttention):
+        raise HalotuneError(
+            "the model itself is a torch.nn.MultiheadAttention, and attention is adapted in its place in a model. Make it a "
+            "submodule of one."
+        )
     modules = dict(visible_modules(model))
     method = method_of(config.peft_type)
     created: dict[str, tuple[AdaptedLayer, Adapter]] = {}
+    seen: set[nn.Module] = set()
     for path in paths:
         module = modules[path]
+        if module in seen:  # under a second name it is the same
+            continue
+        seen.add(module)
         layer = module if isinstance(module, AdaptedLayer) else AdaptedLayer(module, path)
         if name in layer.adapters:
             raise HalotuneError(f"{path}: already has an adapter named {name!r}. Delete it first, or use another name.")
@@ -177,6 +192,7 @@ def inject(
             )
         created[path] = layer, adapter.to(_parameter_dtype(base.dtype, autocast_adapter_dtype))
     whole = _whole_targets(modules, config)
+    check_offloaded(modules, config, paths, whole)
     if not low_cpu_mem_usage:
         for notice in config.notices():
             warnings.warn(notice, stacklevel=3)
@@ -243,10 +259,10 @@ def _whole_targets(modules: Mapping[str, nn.Module], config: AdapterConfig) -> l
     return list(found.values())
 
 
-def _check_bias(model: nn.Module, config: AdapterConfig, name: str) -> None:
+def check_bias(others: Mapping[str, AdapterConfig], config: AdapterConfig, name: str) -> None:
+    """Two adapters cannot both train biases, which belong to the base."""
     if getattr(config, "bias", "none") == "none":
         return
-    others = getattr(model, "peft_config", {})
     trained = [n for n, c in others.items() if n != name and getattr(c, "bias", "none") != "none"]
     if trained:
         raise HalotuneError(
@@ -258,8 +274,9 @@ def _check_bias(model: nn.Module, config: AdapterConfig, name: str) -> None:
 def tied_parameters(model: nn.Module) -> dict[int, list[str]]:
     """Parameters that several modules share: id -> all their names."""
     names: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name)
+    for prefix, module in model.named_modules():  # each module once, though it may have two names
+        for name, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            names.setdefault(id(p), []).append(name)
     return {i: n for i, n in names.items() if len(n) > 1}
 
 
@@ -350,8 +367,16 @@ def enable(model: nn.Module, on: bool) -> None:
 
 
 @contextmanager
-def per_sample(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Inside, sample i of a batch goes through adapter `names[i]`, or through the base for `"__base__"`."""
+def per_sample(model: nn.Module, names: Sequence[str], batch: int | None = None) -> Iterator[None]:
+    """Inside, sample i of a batch goes through adapter `names[i]`, or through the base for `"__base__"`.
+
+    Args:
+        batch: the number of samples, where it is known.
+    """
+    if batch is not None and len(names) != batch:
+        raise HalotuneError(
+            f"adapter_names: got {len(names)} names for a batch of {batch} samples. Give one name per sample."
+        )
     modules = [*adapted_layers(model).values(), *whole_modules(model).values()]
     known = {n for m in modules for n in (m.adapters if isinstance(m, AdaptedLayer) else m.modules_to_save)}
     unknown = sorted(set(names) - known - {BASE})
@@ -381,8 +406,17 @@ def per_sample(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 
 def remove(model: nn.Module, name: str) -> None:
-    for module in (*adapted_layers(model).values(), *whole_modules(model).values()):
+    """Take one adapter out; a module that has no other left is as it was before it was wrapped."""
+    layers, wholes = adapted_layers(model).values(), whole_modules(model).values()
+    for module in (*layers, *wholes):
         module.remove(name)
+    empty: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in layers if not layer.adapters}
+    empty.update({w: w.original_module for w in wholes if not w.modules_to_save})
+    swap(model, empty)
+    attentions = [m for m in model.modules() if isinstance(m, AdaptedAttention) and not adapted_layers(m)]
+    swap(model, {m: m.base_layer for m in attentions})
+    if not any(isinstance(m, (AdaptedLayer, WholeModule)) for m in model.modules()):
+        _leave_fused_paths(model, back=True)
 
 
 def paths_in_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:

@@ -62,17 +62,18 @@ def merge(
         for path, layer in layers.items():
             _check_finite(path, layer, _pending(layer, names))
     shared = {n for others in tied_parameters(model).values() for n in others}
+    tied = {path for path in layers if f"{path}.base_layer.weight" in shared}
     report, done = MergeReport(), []
     try:
+        for path in tied:
+            _untie(model, path, keep)
         for path, layer in _with_progress(layers.items(), progressbar):
-            tied = f"{path}.base_layer.weight" in shared
-            if tied:
-                _untie(model, path)
             done.append(layer)
-            report.layers[path] = layer.merge(_pending(layer, names), keep=keep, untie=tied)
+            report.layers[path] = layer.merge(_pending(layer, names), keep=keep, untie=path in tied)
     except BaseException:
         for layer in done if keep else ():
             layer.unmerge()
+        _tie_again(model)
         raise
     if report.total().lost > 0.5:
         warnings.warn(
@@ -87,10 +88,7 @@ def unmerge(model: nn.Module) -> None:
     """Put back every weight that a merge changed."""
     for layer in adapted_layers(model).values():
         layer.unmerge()
-    config = getattr(model, "config", None)
-    if getattr(config, "_halotune_untied", False):
-        config.tie_word_embeddings = True  # type: ignore[union-attr]
-        del config._halotune_untied  # type: ignore[union-attr]
+    _tie_again(model)
 
 
 def _pending(layer: AdaptedLayer, names: list[str]) -> list[str]:
@@ -100,12 +98,13 @@ def _pending(layer: AdaptedLayer, names: list[str]) -> list[str]:
 def _check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:
     """Merged adapters apply before the others: refuse where that would change what active ones compute."""
     waiting = [n for n in layer.active_adapters if n not in layer.merged_adapters]
-    inside = [n for n in waiting if n in names]
+    inside = [n for n in names if n in waiting]
     if inside == waiting[: len(inside)] or all(isinstance(layer.adapters[n], Additive) for n in {*waiting, *names}):
         return
+    first = waiting[: max(waiting.index(n) for n in inside) + 1]
     raise HalotuneError(
-        f"{path}: the active adapters apply in the order {waiting}, so merging {names} alone would change the result: the "
-        f"merged ones come first. Merge {waiting[: waiting.index(inside[-1]) + 1]}, or set another order with set_adapter."
+        f"{path}: the active adapters apply in the order {waiting}, so merging {names} would change the result: the "
+        f"merged ones come first. Merge {first}, or set another order with set_adapter."
     )
 
 
@@ -119,7 +118,7 @@ def _check_finite(path: str, layer: AdaptedLayer, names: list[str]) -> None:
         )
 
 
-def _untie(model: nn.Module, path: str) -> None:
+def _untie(model: nn.Module, path: str, keep: bool) -> None:
     warnings.warn(
         f"{path} shares its weight with another module; the merge gives it a weight of its own, and the other stays as it is.",
         stacklevel=4,
@@ -127,7 +126,12 @@ def _untie(model: nn.Module, path: str) -> None:
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # type: ignore[union-attr]  # else the next tie_weights() undoes the merge
-        config._halotune_untied = True  # type: ignore[union-attr]
+        model.__dict__["_halotune_untied"] = keep  # not on the configuration, which is written to files
+
+
+def _tie_again(model: nn.Module) -> None:
+    if model.__dict__.pop("_halotune_untied", False):
+        model.config.tie_word_embeddings = True  # type: ignore[union-attr]
 
 
 def _with_progress(items: Iterable[T], show: bool) -> Iterable[T]:

@@ -21,6 +21,7 @@ from ..core.errors import AdapterFileError, HalotuneError
 from ..core.files import WEIGHTS_NAME, locate
 from ..core.registry import method_of
 from .card import write_card
+from .hotswap import require_same
 from .inject import adapted_layers, per_sample
 from .merging import MergeReport
 from .state import get_peft_model_state_dict, read_tensors, set_peft_model_state_dict, write_tensors
@@ -82,8 +83,14 @@ class PeftModel(nn.Module):
         """The base's own arguments; and `adapter_names`, one per sample of the batch, `"__base__"` for none."""
         if adapter_names is None:
             return self.base_model(*args, **kwargs)
-        with per_sample(self, adapter_names):
+        with per_sample(self, adapter_names, self._batch_size(args, kwargs)):
             return self.base_model(*args, **kwargs)
+
+    def _batch_size(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+        """The number of samples of an input that we know by name; None else."""
+        main = getattr(self.get_base_model(), "main_input_name", "input_ids")
+        inputs = (*args, *(kwargs.get(name) for name in (main, "inputs", "inputs_embeds")))
+        return next((t.shape[0] for t in inputs if isinstance(t, Tensor) and t.dim()), None)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -101,7 +108,7 @@ class PeftModel(nn.Module):
         generate: Any = self.get_base_model().generate
         if adapter_names is None:
             return generate(*args, **kwargs)
-        with per_sample(self, adapter_names):
+        with per_sample(self, adapter_names, self._batch_size(args, kwargs)):
             return generate(*args, **kwargs)
 
     # -- the parts
@@ -342,6 +349,8 @@ class PeftModel(nn.Module):
         new = adapter_name not in self.peft_config
         if new:
             self.add_adapter(adapter_name, source.config, source.complete, autocast_adapter_dtype)
+        else:
+            require_same(self.peft_config[adapter_name], source.config, adapter_name, model_id)
         try:
             result = self._load(source, adapter_name, autocast_adapter_dtype)
         except BaseException:

@@ -20,19 +20,17 @@ def prepare_model_for_kbit_training(
 
     Args:
         use_gradient_checkpointing: trade time for memory; inputs of blocks then ask for gradients.
-        gradient_checkpointing_kwargs: for the model's `gradient_checkpointing_enable`.
+        gradient_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
     """
-    quantized = getattr(model, "is_quantized", False) or any(
-        getattr(model, flag, False) for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit")
-    )
     for p in model.parameters():
         p.requires_grad_(False)
         if p.dtype in (torch.float16, torch.bfloat16) and type(p).__name__ != "Params4bit":
             p.data = p.data.to(torch.float32)
-    if use_gradient_checkpointing and (quantized or hasattr(model, "gradient_checkpointing_enable")):
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # transformers 5 and 4
+    turn_on = next((getattr(model, n) for n in names if hasattr(model, n)), None)
+    if use_gradient_checkpointing and turn_on is not None:
         model.enable_input_require_grads()  # type: ignore[operator]
-        kwargs = gradient_checkpointing_kwargs or {"use_reentrant": False}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
+        turn_on(gradient_checkpointing_kwargs or {"use_reentrant": False})
     return model
 
 

@@ -23,8 +23,6 @@ from ..core.config import AdapterConfig
 from ..core.errors import AdapterFileError, HalotuneError
 from .inject import adapted_layers, visible_modules
 
-_EMBEDDINGS = ("embed_tokens", "lm_head")
-
 
 class LoadResult(NamedTuple):
     """What PEFT's functions return; both lists are empty, since here each is an error."""
@@ -64,7 +62,7 @@ def _bias_keys(model: nn.Module, state_keys: list[str], name: str, bias: str) ->
     return [k for k in (f"{path}.base_layer.bias" for path in layers) if k in known]
 
 
-def _embedding_keys(model: nn.Module, state_keys: list[str]) -> list[str]:
+def embedding_keys(model: nn.Module, state_keys: list[str]) -> list[str]:
     """Keys of the input and output embeddings, adapted ones through their base."""
     embeddings = []
     for get in ("get_input_embeddings", "get_output_embeddings"):
@@ -92,29 +90,30 @@ def get_peft_model_state_dict(
         state_dict: the model's state dict, where it was gathered already.
         adapter_name: which adapter.
         unwrap_compiled: take the model out of `torch.compile`'s wrapper first.
-        save_embedding_layers: store input and output embeddings too; "auto": where they are targets, or where the
+        save_embedding_layers: store input and output embeddings too; "auto": those that are targets, and both where the
             vocabulary was resized.
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     config = config_of(model, adapter_name)
     tensors = model.state_dict() if state_dict is None else state_dict
+    merged = {f"{p}.base_layer.weight": layer for p, layer in adapted_layers(model).items() if layer.merged}
+    tensors = {**tensors, **{key: layer.original_weight for key, layer in merged.items() if key in tensors}}
     keys = list(tensors)
     out = {file_key: tensors[key] for file_key, key in _own_keys(keys, adapter_name).items()}
     bias = getattr(config, "bias", "none")
     out.update({key: tensors[key] for key in _bias_keys(model, keys, adapter_name, bias)})
-    if save_embedding_layers == "auto":
-        save_embedding_layers = embeddings_differ(model, config)
-    if save_embedding_layers:
-        out.update({key: tensors[key] for key in _embedding_keys(model, keys) if key not in out})
+    embeddings = embedding_keys(model, keys) if save_embedding_layers else []
+    if save_embedding_layers == "auto" and not vocabulary_differs(model, config):
+        layers = adapted_layers(model)
+        targets = {f"{path}.base_layer.weight" for path, layer in layers.items() if adapter_name in layer.adapters}
+        embeddings = [key for key in embeddings if key in targets]
+    out.update({key: tensors[key] for key in embeddings if key not in out})
     return out
 
 
-def embeddings_differ(model: nn.Module, config: AdapterConfig) -> bool:
-    """Whether the embeddings are targets, or hold another number of words than the base model's own file says."""
-    targets = config.target_modules
-    if isinstance(targets, (set, list, tuple)) and any(t.rsplit(".", 1)[-1] in _EMBEDDINGS for t in targets):
-        return True
+def vocabulary_differs(model: nn.Module, config: AdapterConfig) -> bool:
+    """Whether the model holds another number of words than the base model's own file says."""
     base = config.base_model_name_or_path
     here = getattr(getattr(model, "config", None), "vocab_size", None)
     if not base or here is None:
@@ -160,12 +159,17 @@ def set_peft_model_state_dict(
         AdapterFileError: missing, extra, misshapen or non-finite tensors.
     """
     config = config_of(model, adapter_name)
+    if any(adapter_name in layer.merged_adapters for layer in adapted_layers(model).values()):
+        raise HalotuneError(
+            f"adapter {adapter_name!r} is merged into the weights, which new tensors would not change. Call "
+            "unmerge_adapter() first."
+        )
     tensors = _dropping_ignored(dict(peft_model_state_dict))
     state = model.state_dict(keep_vars=True)
     keys = list(state)
     expected = _own_keys(keys, adapter_name)
     biases = {k: k for k in _bias_keys(model, keys, adapter_name, getattr(config, "bias", "none"))}
-    optional = {k: k for k in _embedding_keys(model, keys)}
+    optional = {k: k for k in embedding_keys(model, keys)}
     _check_keys(tensors, expected, biases, optional, file)
     targets = {**optional, **biases, **expected}
     for key in list(tensors):
@@ -260,11 +264,12 @@ def _assign(model: nn.Module, key: str, tensor: Tensor, *, replace: bool, keep_d
     path, _, leaf = key.rpartition(".")
     module = model.get_submodule(path)
     old = getattr(module, leaf)
-    if not replace:
+    ours = ".adapters." in key or ".modules_to_save." in key
+    if not old.is_meta and not (replace and ours):  # a tensor of the base may be shared: it stays the same object
         old.copy_(tensor)
         return
     device = _device_beside(model, path) if old.is_meta else old.device
-    dtype = tensor.dtype if keep_dtype and ".base_layer." not in key else old.dtype
+    dtype = tensor.dtype if keep_dtype and ours else old.dtype
     new = tensor.to(device=device, dtype=dtype, copy=True)
     setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
@@ -284,7 +289,7 @@ def _warn_of_complaints(model: nn.Module, name: str) -> None:
         if name in layer.adapters:
             complaint = layer.adapters[name].complaint()  # type: ignore[operator]
             if complaint:
-                complaints.setdefault(complaint, []).append(path)
+                complaints.setdefault(complaint, []).append(path.removeprefix("base_model.model."))
     for complaint, paths in complaints.items():
         warnings.warn(f"adapter {name!r}, {', '.join(paths)}: {complaint}.", stacklevel=4)
 

@@ -35,7 +35,11 @@ def layer_index(name: str, patterns: str | Collection[str] | None) -> int | None
 
 
 def select(
-    config: AdapterConfig, names: Iterable[str], linear: Collection[str], adaptable: Collection[str]
+    config: AdapterConfig,
+    names: Iterable[str],
+    linear: Collection[str],
+    adaptable: Collection[str],
+    whole: Collection[str] = (),
 ) -> list[str]:
     """The modules to adapt.
 
@@ -44,6 +48,7 @@ def select(
         names: every module's name.
         linear: the names that "all-linear" means.
         adaptable: the names whose modules can be adapted, for suggestions.
+        whole: names of modules that are trained whole; a target that means one of these is no mistake.
 
     Raises:
         HalotuneError: nothing matched.
@@ -56,7 +61,7 @@ def select(
     else:
         found = [n for n in names if matches(n, wanted)]
         if not isinstance(wanted, str):
-            _report_unmatched(wanted, found, adaptable)
+            _report_unmatched(wanted, [*found, *whole] if found else [], adaptable)
     if not found:
         raise HalotuneError(
             f"target_modules={_shown(target)}: no module of the model matches. {_hint(wanted, adaptable)}"
@@ -98,9 +103,11 @@ def _hint(wanted: str | Collection[str], adaptable: Collection[str]) -> str:
     last = sorted({n.rsplit(".", 1)[-1] for n in adaptable if not n.rsplit(".", 1)[-1].isdigit()})
     terms = re.findall(r"\w+", wanted) if isinstance(wanted, str) else [w.rsplit(".", 1)[-1] for w in wanted]
     near = list(dict.fromkeys(c for t in terms for c in closest(t, last)))
+    how = "A string is a regular expression for the whole path; list names to match endings. "
+    how = how if isinstance(wanted, str) else ""
     if near:
-        return f"The closest names are {', '.join(near[:6])}."
-    return f"Modules that can be adapted: {', '.join(last[:12])}{' …' if len(last) > 12 else ''}."
+        return f"{how}The closest names are {', '.join(near[:6])}."
+    return f"{how}Modules that can be adapted: {', '.join(last[:12])}{' …' if len(last) > 12 else ''}."
 
 
 def _shown(target: object) -> str:

@@ -19,6 +19,7 @@ from .combining import combine
 from .inject import (
     activate,
     adapted_layers,
+    check_bias,
     eject,
     enable,
     freeze,
@@ -61,16 +62,25 @@ class AdapterModel(nn.Module):
         self.peft_config: dict[str, AdapterConfig] = {}
         self.active_adapters: list[str] = []
         self.merge_report: MergeReport | None = None
+        self._merge_order: list[str] = []
         configs = {adapter_name: peft_config} if isinstance(peft_config, AdapterConfig) else dict(peft_config)
         paths = None if state_dict is None else paths_in_state_dict(model, state_dict)
-        for name, config in configs.items():
-            self.add_adapter(
-                name,
-                config,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                paths=paths,
-            )
+        flags = [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            for name, config in configs.items():
+                self.add_adapter(
+                    name,
+                    config,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    paths=paths,
+                )
+        except BaseException:  # the model as it was, though a first configuration was good
+            for name in self.peft_config:
+                remove(model, name)
+            for p, flag in flags:
+                p.requires_grad_(flag)
+            raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -96,6 +106,7 @@ class AdapterModel(nn.Module):
         """Put one more adapter into the model. The first one becomes active."""
         if adapter_name in self.peft_config:
             raise HalotuneError(f"there is an adapter named {adapter_name!r} already. Delete it, or use another name.")
+        check_bias({**getattr(self.model, "peft_config", {}), **self.peft_config}, peft_config, adapter_name)
         config = inject(
             self.model,
             peft_config,
@@ -207,8 +218,9 @@ class AdapterModel(nn.Module):
 
     @property
     def merged_adapters(self) -> list[str]:
+        """Their names, in the order in which they were merged."""
         merged = {n for layer in adapted_layers(self.model).values() for n in layer.merged_adapters}
-        return [n for n in self.peft_config if n in merged]
+        return [n for n in self._merge_order if n in merged]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> MergeReport:
         """Write adapters (the active ones) into the weights; `unmerge_adapter` restores them bit for bit.
@@ -218,7 +230,9 @@ class AdapterModel(nn.Module):
         """
         names = self.active_adapters if adapter_names is None else adapter_names
         self._check_known(names)
+        before = self.merged_adapters
         self.merge_report = merge(self.model, names, safe=safe_merge)
+        self._merge_order = list(dict.fromkeys([*before, *names]))
         return self.merge_report
 
     def unmerge_adapter(self) -> None:

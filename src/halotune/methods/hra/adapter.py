@@ -105,7 +105,7 @@ class HRA(InputSide):
         if not self.gram_schmidt:
             return self.hra_u.detach()
         basis, values, _ = torch.linalg.svd(ops.normalize(self.hra_u.detach()), full_matrices=False)
-        return basis * (values > values.max() * 1e-3)
+        return basis * (values.square() > ops.rank_tolerance(basis))
 
     def penalty(self) -> Tensor | None:
         if self.orthogonality is None:

@@ -32,13 +32,18 @@ def chain_core(Û: Tensor) -> Tensor:
     return torch.triu(G, 1) + torch.diag_embed(half)
 
 
+def rank_tolerance(G: Tensor) -> float:
+    """Which eigenvalues of a Gram matrix `(…, r, r)` of normalised columns count as zero."""
+    return G.shape[-1] * torch.finfo(G.dtype).eps * 16
+
+
 class _SpanInverse(torch.autograd.Function):
     """`G⁺` of a Gram matrix at constant rank; `dG⁺ = −G⁺ dG G⁺` (the other terms vanish between Û and Ûᵀ)."""
 
     @staticmethod
     def forward(ctx: Any, G: Tensor) -> Tensor:
         eigenvalues, V = torch.linalg.eigh(G)
-        tolerance = G.shape[-1] * torch.finfo(G.dtype).eps * 16
+        tolerance = rank_tolerance(G)
         inverse = torch.where(eigenvalues > tolerance, 1.0 / eigenvalues.clamp_min(tolerance), 0.0)
         pinv = (V * inverse.unsqueeze(-2)) @ V.mT
         ctx.save_for_backward(pinv)

@@ -1,0 +1,204 @@
+"""Models of published shapes with random weights, and batches for them."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import HalotuneError
+from .contenders import imported
+
+Batch = dict[str, Tensor]
+TARGETS = ("qv", "all-linear", "all")
+
+
+class Family(ABC):
+    """What the models of one architecture share."""
+
+    qv: ClassVar[tuple[str, str]]  # the query's and the value's projections
+    blocks: ClassVar[tuple[str, ...]]  # classes of the repeated blocks, which --compile compiles
+    layers: ClassVar[str] = "num_hidden_layers"  # the configuration's field that --layers changes
+    decodes: ClassVar[bool] = False
+
+    @abstractmethod
+    def build(self, shape: dict[str, Any]) -> nn.Module: ...
+
+    @abstractmethod
+    def batch(self, shape: dict[str, Any], batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Batch:
+        """One random batch."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor: ...
+
+    def entry(self, model: Any) -> nn.Module:
+        """The module whose output gradients have to reach."""
+        return model.get_input_embeddings()
+
+    def head(self, model: Any) -> nn.Module | None:
+        """The output layer, which "all-linear" leaves out."""
+        return model.get_output_embeddings()
+
+
+class Llama(Family):
+    qv = "q_proj", "v_proj"
+    blocks = ("LlamaDecoderLayer",)
+    decodes = True
+
+    def build(self, shape: dict[str, Any]) -> nn.Module:
+        transformers = imported("transformers")
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(tie_word_embeddings=False, **shape))
+
+    def batch(self, shape: dict[str, Any], batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Batch:
+        return {"input_ids": torch.randint(shape["vocab_size"], (batch, tokens), device=device)}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(**batch, labels=batch["input_ids"], use_cache=False).loss
+
+
+class Bert(Family):
+    qv = "query", "value"
+    blocks = ("BertLayer",)
+
+    def build(self, shape: dict[str, Any]) -> nn.Module:
+        transformers = imported("transformers")
+        return transformers.BertForMaskedLM(transformers.BertConfig(**shape))
+
+    batch = Llama.batch
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(**batch, labels=batch["input_ids"]).loss
+
+
+class UNet(Family):
+    """Stable Diffusion's UNet, which has convolutions; `tokens` are the latent's pixels."""
+
+    qv = "to_q", "to_v"
+    blocks = ("BasicTransformerBlock", "ResnetBlock2D")
+    layers = "layers_per_block"
+
+    def build(self, shape: dict[str, Any]) -> nn.Module:
+        return imported("diffusers").UNet2DConditionModel(**shape)
+
+    def batch(self, shape: dict[str, Any], batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Batch:
+        factor = 2 ** (len(shape["block_out_channels"]) - 1)  # every block but the last halves the sides
+        side = max(1, round(math.sqrt(tokens) / factor)) * factor
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        return {
+            "sample": torch.randn(batch, 4, side, side, **options),
+            "timestep": torch.randint(1000, (batch,), device=device),
+            "encoder_hidden_states": torch.randn(batch, 77, shape["cross_attention_dim"], **options),
+            "noise": torch.randn(batch, 4, side, side, **options),
+        }
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        inputs = {k: v for k, v in batch.items() if k != "noise"}
+        return nn.functional.mse_loss(model(**inputs).sample.float(), batch["noise"].float())
+
+    def entry(self, model: Any) -> nn.Module:
+        return model.conv_in
+
+    def head(self, model: Any) -> nn.Module | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A shape by name.
+
+    Attributes:
+        family: its architecture.
+        shape: the configuration's fields.
+        tokens: how many a sample has, unless asked otherwise.
+    """
+
+    family: Family
+    shape: dict[str, Any]
+    tokens: int
+
+    def with_layers(self, layers: int | None) -> Preset:
+        return self if layers is None else replace(self, shape={**self.shape, self.family.layers: layers})
+
+
+def _llama(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, mlp: int, vocab: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": mlp,
+        "vocab_size": vocab,
+    }
+
+
+def _bert(hidden: int, layers: int, heads: int, mlp: int, vocab: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp,
+        "vocab_size": vocab,
+    }
+
+
+def _unet(channels: tuple[int, ...], cross: int, heads: int, layers: int) -> dict[str, Any]:
+    n = len(channels) - 1
+    return {
+        "block_out_channels": channels,
+        "down_block_types": ("CrossAttnDownBlock2D",) * n + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * n,
+        "cross_attention_dim": cross,
+        "attention_head_dim": heads,  # diffusers' name for the number of heads
+        "layers_per_block": layers,
+    }
+
+
+PRESETS: dict[str, Preset] = {
+    "llama-8b": Preset(Llama(), _llama(4096, 32, 32, 8, 128, 14336, 128256), 768),
+    "llama-3b": Preset(Llama(), _llama(3072, 28, 24, 8, 128, 8192, 128256), 768),
+    "llama-1b": Preset(Llama(), _llama(2048, 16, 32, 8, 64, 8192, 128256), 768),
+    "llama-tiny": Preset(Llama(), _llama(128, 2, 4, 2, 32, 256, 512), 64),
+    "bert-base": Preset(Bert(), _bert(768, 12, 12, 3072, 30522), 128),
+    "bert-tiny": Preset(Bert(), _bert(128, 2, 2, 512, 512), 32),
+    "sd-unet": Preset(UNet(), _unet((320, 640, 1280, 1280), 768, 8, 2), 4096),
+    "unet-tiny": Preset(UNet(), _unet((32, 64), 32, 2, 1), 64),
+}
+
+
+def build(preset: Preset, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A frozen model with random weights, made on the device in its dtype."""
+    with default_dtype(dtype), device:
+        model = preset.family.build(preset.shape)
+    return model.to(device, dtype).requires_grad_(False)
+
+
+def target_names(model: nn.Module, family: Family, targets: str) -> list[str]:
+    """The full names of the modules that get an adapter: the same ones for every library."""
+    named = [(name, m) for name, m in model.named_modules() if m is not family.head(model)]
+    if targets == "qv":
+        return [name for name, _ in named if name.rsplit(".", 1)[-1] in family.qv]
+    kinds = (nn.Linear,) if targets == "all-linear" else (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [name for name, m in named if isinstance(m, kinds)]
+
+
+def preset_of(name: str) -> Preset:
+    if name not in PRESETS:
+        raise HalotuneError(f"model: expected one of {', '.join(PRESETS)}; got {name!r}.")
+    return PRESETS[name]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,197 @@
+"""What a run shows and keeps: the table, `bench.json`, the chart."""
+
+from __future__ import annotations
+
+import io
+import json
+import textwrap
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import HalotuneError
+from ..core.files import write_atomically
+from .rows import Row, short
+
+FILE, FORMAT = "bench.json", 1
+GIB, MIB = 2**30, 2**20
+NONE = "–"
+TITLES = {"frozen": "× frozen", "lora": "× LoRA", "peft_lora": "× peft's LoRA"}
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+LIBRARIES = {"frozen": "#555555", "ours": "#0072B2", "peft": "#E69F00", "lycoris": "#CC79A7"}
+METHODS = {"": "#555555", "hra": "#D55E00", "loha": "#0072B2", "bone": "#009E73", "bat": "#CC79A7", "lora": "#000000"}
+LINES = {"peft": "--", "lycoris": ":"}
+
+# -- the table
+
+
+def heading(kind: str, setting: dict[str, Any]) -> str:
+    """What a reader has to know, in three lines."""
+    s = setting
+    shape = ", ".join(f"{k} {v}" for k, v in s["shape"].items() if isinstance(v, int))
+    where = "" if s["targets"] is None else f", {s['targets']} ({s['adapted_modules']} modules)"
+    mode = "compiled" if s["compiled"] else "eager"
+    size = "" if s["batch"] is None else f", batch {s['batch']} × {s['tokens']} tokens"
+    return "\n".join(
+        [
+            f"{kind}: {s['model']}{where}, {s['dtype']}, {mode}{size}",
+            shape,
+            f"{s['device']}; {', '.join(f'{k} {v}' for k, v in s['versions'].items())}",
+        ]
+    )
+
+
+def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells; columns that would be the same or empty all the way down are left out."""
+    columns: list[tuple[str, Callable[[Row], str]]] = [("contender", lambda r: str(r.contender))]
+    if any(r.point for r in rows):
+        columns.append(("at", lambda r: " ".join(f"{k} {v}" for k, v in r.point.items())))
+    if len({r.measure for r in rows}) > 1:
+        columns.append(("measure", lambda r: r.measure))
+    columns += [("trainable", lambda r: NONE if r.trainable is None else f"{r.trainable:,}"), ("ms [min–max]", _time)]
+    for name, title in TITLES.items():
+        if name in ("frozen", "lora") or any(name in r.ratios for r in rows):
+            columns.append((title, lambda r, name=name: f"{r.ratios[name].median:.2f}" if name in r.ratios else NONE))
+    if any(r.saved is not None for r in rows):
+        columns.append(("kept MiB", lambda r: NONE if r.saved is None else f"{r.saved / MIB:.2f}"))
+    columns.append(("peak GiB", lambda r: NONE if r.peak is None else f"{r.peak / GIB:.2f}"))
+    columns.append(("× memory", lambda r: NONE if r.memory_ratio is None else f"{r.memory_ratio:.2f}"))
+    columns.append(("status", lambda r: textwrap.shorten(r.status, 70, placeholder=" …")))
+    return [title for title, _ in columns], [[cell(row) for _, cell in columns] for row in rows]
+
+
+def _time(row: Row) -> str:
+    if row.median is None:
+        return NONE
+    return f"{short(row.median)} [{short(min(row.times))}–{short(max(row.times))}]"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """With rich where it is installed, else plain; numbers stand to the right."""
+    headers, body = cells(rows)
+    words = {"contender", "at", "measure", "status"}
+    if find_spec("rich"):
+        return _rich(headers, body, words)
+    widths = [max(map(len, column)) for column in zip(headers, *body, strict=True)]
+    lines = [
+        "  ".join(c.ljust(w) if h in words else c.rjust(w) for c, w, h in zip(line, widths, headers, strict=True))
+        for line in [headers, ["─" * w for w in widths], *body]
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _rich(headers: list[str], body: list[list[str]], words: set[str]) -> str:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for header in headers:
+        out.add_column(Text(header), justify="left" if header in words else "right", no_wrap=True)
+    for line in body:
+        out.add_row(*map(Text, line))
+    text = io.StringIO()
+    Console(file=text, width=400, highlight=False).print(out)  # lines as long as they are: a terminal may scroll
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+# -- the file
+
+
+def read_runs(file: Path) -> list[dict[str, Any]]:
+    """The runs that are in the file already; none where there is no file."""
+    if not file.exists():
+        return []
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if document["format"] == FORMAT:
+            return list(document["runs"])
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise HalotuneError(
+        f"{file}: is not a file of this benchmark, so no run can be added. Choose another --output-dir."
+    )
+
+
+def run_record(kind: str, date: str, rows: Sequence[Row]) -> dict[str, Any]:
+    return {"kind": kind, "date": date, "rows": [row.to_dict() for row in rows]}
+
+
+def as_json(runs: Sequence[dict[str, Any]]) -> str:
+    return json.dumps({"format": FORMAT, "runs": list(runs)}, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def write_runs(file: Path, runs: Sequence[dict[str, Any]]) -> None:
+    text = as_json(runs) + "\n"
+    write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+# -- the chart
+
+
+def plot_name(kind: str, setting: dict[str, Any]) -> str:
+    s = setting
+    sizes = f"{s['shape'].get('in_features')}x{s['shape'].get('out_features')}"
+    what = [sizes] if s["targets"] is None else [s["model"], s["targets"]]
+    batch = [] if s["batch"] is None else [f"{s['batch']}x{s['tokens']}"]
+    return "-".join([kind, *what, s["dtype"], *batch, *(["compiled"] if s["compiled"] else [])]) + ".png"
+
+
+def plot(file: Path, kind: str, rows: Sequence[Row]) -> bool:
+    """Bars, or lines over the swept size; False where matplotlib is not installed or nothing was measured."""
+    measured = [row for row in rows if row.rounds]
+    if not measured or not find_spec("matplotlib"):
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[Row]] = {}
+    for row in measured:
+        panels.setdefault(next(iter(row.point), row.measure), []).append(row)
+    bars = not any(row.point for row in measured)
+    tallest = max(map(len, panels.values()))
+    size = (5.5 * len(panels), 1.6 + 0.32 * tallest if bars else 4.8)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # draws without a display
+    for axes, (name, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        (_bars if bars else _curves)(axes, name, panel)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, axis="x" if bars else "both")
+    figure.suptitle(heading(kind, measured[0].setting).splitlines()[0], fontsize=10)
+    write_atomically(file, lambda temporary: figure.savefig(temporary, format="png"))
+    return True
+
+
+def _bars(axes: Any, name: str, rows: Sequence[Row]) -> None:
+    """One bar for each contender, from the least to the most time of all its repetitions, at the median."""
+    for i, row in enumerate(rows):
+        median = row.median or 0.0
+        spread = [[median - min(row.times)], [max(row.times) - median]]
+        axes.barh(i, median, xerr=spread, color=LIBRARIES[row.contender.library], ecolor="#999999")
+        reference = next(iter(row.ratios.items()), None)
+        ratio = f"  {reference[1].median:.2f} {TITLES[reference[0]]}" if reference else ""
+        axes.annotate(f" {short(median)} ms{ratio}", (max(row.times), i), va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [str(row.contender) for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.6 * max(max(row.times) for row in rows))
+    axes.set_xlabel(f"{name}, ms")
+
+
+def _curves(axes: Any, name: str, rows: Sequence[Row]) -> None:
+    """Time over rank or tokens; where the cost is linear, the slope is 1."""
+    lines: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        lines.setdefault((row.contender.library, row.contender.method), []).append(row)
+    for (library, method), line in lines.items():
+        label = f"{library}:{method}" if method else library
+        if name == "tokens" and method:
+            label = str(line[0].contender)
+        style: dict[str, Any] = {"color": METHODS[method], "linestyle": LINES.get(library, "-"), "marker": "o"}
+        axes.plot([r.point[name] for r in line], [r.median for r in line], label=label, markersize=3, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel(name)
+    axes.set_ylabel(f"{rows[0].measure}, ms")
+    axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,157 @@
+"""What was measured: one row for each contender and measure, with ratios to the references beside it."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .contenders import FROZEN, Contender
+
+OK = "ok"
+PACKAGES = ("torch", "transformers", "diffusers", "peft", "lycoris-lora", "triton")
+
+# What rows are compared with: the first contender of the same measure and point that is one of these.
+REFERENCES: dict[str, Callable[[Contender], bool]] = {
+    "frozen": lambda c: c.library == FROZEN,
+    "lora": lambda c: (c.library, c.method) == ("ours", "lora"),
+    "peft_lora": lambda c: (c.library, c.method) == ("peft", "lora"),
+}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median over the rounds of the ratio of the two medians of a round, and the rounds' extremes.
+
+    Contenders of one round were measured one after the other, so a machine that drifts between rounds moves both.
+    """
+
+    to: str
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def between(cls, row: Row, reference: Row) -> Ratio | None:
+        both = sorted(row.rounds.keys() & reference.rounds.keys())
+        ratios = [statistics.median(row.rounds[i]) / statistics.median(reference.rounds[i]) for i in both]
+        if not ratios:
+            return None
+        return cls(str(reference.contender), statistics.median(ratios), min(ratios), max(ratios))
+
+
+@dataclass
+class Row:
+    """One contender, one measure.
+
+    Attributes:
+        contender: who.
+        measure: what was timed, such as "step" or "backward".
+        setting: where and on what: device, versions, model, shape, dtype, batch …
+        point: where a curve is measured: the swept size and its value.
+        rounds: round -> milliseconds of each repetition.
+        trainable: the number of trainable parameters.
+        peak: the most memory that was allocated, in bytes, weights included.
+        saved: what one forward pass keeps for backward, in bytes.
+        problem: why it could not be measured, or not to the end.
+        ratios: name of the reference -> ratio of the times.
+        memory_ratio: `peak` over the frozen model's.
+    """
+
+    contender: Contender
+    measure: str
+    setting: dict[str, Any]
+    point: dict[str, int] = field(default_factory=dict)
+    rounds: dict[int, list[float]] = field(default_factory=dict)
+    trainable: int | None = None
+    peak: int | None = None
+    saved: int | None = None
+    problem: str | None = None
+    ratios: dict[str, Ratio] = field(default_factory=dict)
+    memory_ratio: float | None = None
+
+    @property
+    def times(self) -> list[float]:
+        return [t for times in self.rounds.values() for t in times]
+
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.times) if self.rounds else None
+
+    @property
+    def status(self) -> str:
+        return self.problem or OK
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "contender": str(self.contender),
+            "measure": self.measure,
+            **self.point,
+            "status": self.status,
+            "trainable_parameters": self.trainable,
+            "ms": None if not self.rounds else {"median": self.median, "min": min(self.times), "max": max(self.times)},
+            "ratios": {name: vars(ratio) for name, ratio in self.ratios.items()},
+            "peak_bytes": self.peak,
+            "peak_to_frozen": self.memory_ratio,
+            "saved_bytes": self.saved,
+            "rounds_ms": {str(i): [round(t, 4) for t in times] for i, times in self.rounds.items()},
+            "setting": self.setting,
+        }
+
+
+def compare(rows: Sequence[Row]) -> None:
+    """Fill in the ratios."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.measure, *row.point.items()), []).append(row)
+    for group in groups.values():
+        for name, is_reference in REFERENCES.items():
+            reference = next((r for r in group if is_reference(r.contender) and r.rounds), None)
+            for row in group if reference else ():
+                assert reference is not None
+                ratio = Ratio.between(row, reference)
+                if ratio:
+                    row.ratios[name] = ratio
+                if name == "frozen" and row.peak and reference.peak:
+                    row.memory_ratio = row.peak / reference.peak
+
+
+def short(ms: float) -> str:
+    """Three digits, or all those before the point."""
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:#.3g}"
+
+
+def versions() -> dict[str, str]:
+    """The versions of everything that may matter and is installed."""
+    from .. import __version__
+
+    out = {"halotune": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        out["cuda"] = torch.version.cuda
+    return out
+
+
+def hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+
+
+def _processor() -> str:
+    try:
+        lines: Iterable[str] = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = ()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, None) or platform.processor() or platform.machine()

@@ -1,0 +1,292 @@
+"""`adapter_names=[…]`: every sample of a batch has its own adapter. In peft they are ignored for HRA, LoHa and MiSS."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
+
+from halotune import HalotuneError, PeftModel, PeftModelForSequenceClassification, TaskType, get_peft_model
+from halotune.engine.inject import adapted_layers, whole_modules
+
+from .models import METHODS, MLP, adapted, close, composed, config, differ, every_method, layers, randomized
+
+BASE = "__base__"
+EVERYTHING = [BASE, *METHODS]
+SAMPLES = len(EVERYTHING)
+
+
+# -- forward
+
+
+@torch.no_grad()
+def test_all_methods_in_one_batch(crowd: PeftModel, plain: MLP):
+    x = torch.randn(2 * SAMPLES, 3, 7, dtype=torch.float64)
+    names = [*EVERYTHING, *EVERYTHING[::-1]]
+    crowd.set_adapter("lora-r2")  # what is active does not matter
+    y = crowd(x, adapter_names=names)
+    expected = {n: composed(plain, crowd, [n])(x) for n in EVERYTHING}
+    close(y, torch.stack([expected[n][i] for i, n in enumerate(names)]))
+    assert all(differ(expected[n], expected[BASE]) for n in METHODS)
+    close(crowd(x), expected["lora-r2"])  # nothing of the call is left
+
+
+@every_method
+@torch.no_grad()
+def test_each_method_beside_the_base(crowd: PeftModel, plain: MLP, x: Tensor, method: str):
+    expected, base = composed(plain, crowd, [method])(x), plain(x)
+    for used in ([1, 0, 0, 1, 0], [0, 0, 1, 1, 1], [1] * 5, [0] * 5):
+        y = crowd(x, adapter_names=[method if u else BASE for u in used])
+        close(y, torch.where(torch.tensor(used, dtype=torch.bool)[:, None, None], expected, base))
+
+
+@torch.no_grad()
+def test_adapters_on_different_layers_with_scales(plain: MLP, x: Tensor):
+    model = adapted(plain, a=config("hra-r4", ["up"]), b=config("bat-r3", ["stem", "down"]))
+    model.set_scale("a", 0.3)
+    model.set_scale("b", -1.2)
+    a, b = (composed(plain, model, [n], {"a": 0.3, "b": -1.2})(x) for n in "ab")
+    names = ["b", "a", BASE, "a", "b"]
+    close(model(x, adapter_names=names), torch.stack([b[0], a[1], plain(x)[2], a[3], b[4]]))
+
+
+class Classifier(nn.Module):
+    """A trunk and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.score = nn.Linear(6, 9), nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.score(torch.tanh(self.trunk(x)))
+
+
+@torch.no_grad()
+def test_heads_trained_whole_go_with_their_samples():
+    """Each adapter has its own copy of the head; the base, and an adapter without one, the original."""
+    plain, x = Classifier().double(), torch.randn(5, 6, dtype=torch.float64)
+    heads = {"modules_to_save": ["score"]}
+    model = adapted(
+        plain,
+        a=config("hra-r4", ["trunk"], **heads),
+        b=config("loha-r5", ["trunk"], **heads),
+        c=config("bat-r3", ["trunk"]),
+    )
+    names = ["c", "b", BASE, "a", "b"]
+    y = model(x, adapter_names=names)
+    alone = {}
+    for n in "abc":
+        expected = composed(plain, model, [n])
+        if n != "c":
+            expected.score.load_state_dict(model.get_base_model().score.modules_to_save[n].state_dict())
+        alone[n] = expected(x)
+    alone[BASE] = plain(x)
+    close(y, torch.stack([alone[n][i] for i, n in enumerate(names)]))
+    assert differ(alone["a"], alone["b"]) and differ(alone["a"], composed(plain, model, ["a"])(x))
+
+
+@torch.no_grad()
+def test_a_language_model_that_classifies():
+    plain = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=37,
+            hidden_size=12,
+            intermediate_size=18,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_labels=3,
+            pad_token_id=0,
+        )
+    ).double()
+    configs = {n: config(n, ["q_proj", "v_proj", "down_proj"], task_type=TaskType.SEQ_CLS) for n in METHODS}
+    model = adapted(plain.eval(), **configs)
+    assert isinstance(model, PeftModelForSequenceClassification)
+    ids = torch.randint(3, 37, (SAMPLES, 6))
+    mask = torch.ones_like(ids)
+    ids[::3, 4:] = mask[::3, 4:] = 0
+    y = model(input_ids=ids, attention_mask=mask, adapter_names=EVERYTHING).logits
+    for i, name in enumerate(EVERYTHING):
+        if name == BASE:
+            alone = plain(input_ids=ids, attention_mask=mask).logits
+        else:
+            model.set_adapter(name)
+            alone = model(input_ids=ids, attention_mask=mask).logits
+        close(y[i], alone[i])
+    with pytest.raises(HalotuneError, match="score: hra-r4, lora-r2 each hold a trained copy"):
+        model.set_adapter(["hra-r4", "lora-r2"])  # every task adapter brings a head
+
+
+# -- generate
+
+
+@pytest.fixture(scope="module")
+def writer() -> PeftModel:
+    """A language model with every method."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(2)
+    plain = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=37,
+            hidden_size=12,
+            intermediate_size=18,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    return adapted(plain.double().eval(), **{n: config(n, ["q_proj", "v_proj", "down_proj"]) for n in METHODS})
+
+
+HOW = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "all beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    # The most likely of one candidate: sampling that can be compared.
+    "sampling": {"do_sample": True, "top_k": 1, "num_return_sequences": 3},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@torch.no_grad()
+def test_generate(writer: PeftModel, how: str):
+    options = {**HOW[how], "max_new_tokens": 4, "pad_token_id": 0}
+    ids = torch.randint(1, 37, (SAMPLES, 5))
+    together = writer.generate(input_ids=ids, adapter_names=EVERYTHING, **options)
+    each = together.view(SAMPLES, -1, 9)
+    assert each.shape[1] == options.get("num_return_sequences", 1)
+    for i, name in enumerate(EVERYTHING):
+        if name == BASE:
+            with writer.disable_adapter():
+                alone = writer.generate(input_ids=ids[i : i + 1], **options)
+        else:
+            writer.set_adapter(name)
+            alone = writer.generate(input_ids=ids[i : i + 1], **options)
+        assert torch.equal(each[i], alone), name
+    with writer.disable_adapter():
+        base = writer.generate(input_ids=ids, **options).view(SAMPLES, -1, 9)
+    changed = sum(not torch.equal(each[i], base[i]) for i in range(1, SAMPLES))
+    assert changed > SAMPLES // 2 and torch.equal(each[0], base[0])
+
+
+@torch.no_grad()
+def test_generate_with_an_encoder():
+    """The encoder sees a row per sample, the decoder a row per beam."""
+    plain = T5ForConditionalGeneration(
+        T5Config(vocab_size=37, d_model=12, d_kv=6, d_ff=18, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    plain.generation_config.eos_token_id = None
+    model = adapted(plain.double().eval(), a=config("hra-r4", ["q", "wo"]), b=config("bat-r3", ["v", "wi"]))
+    ids, names = torch.randint(1, 37, (4, 5)), ["b", "a", BASE, "b"]
+    options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    together = model.generate(ids, adapter_names=names, **options)
+    for i, name in enumerate(names):
+        alone = composed(plain, model, [] if name == BASE else [name]).generate(ids[i : i + 1], **options)
+        assert torch.equal(together[i : i + 1], alone)
+
+
+# -- training
+
+
+@every_method
+def test_gradients_are_those_of_the_samples(plain: MLP, x: Tensor, method: str):
+    model = adapted(plain, a=config(method), b=config("hra-r3", ["up", "down"]), c=config(method))
+    model.set_adapter(["a", "b", "c"])
+    names = ["a", "b", BASE, "a", "b"]
+    model(x, adapter_names=names).square().sum().backward()
+    mixed = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert {n.split(".adapters.")[1][0] for n in mixed} == {"a", "b"}  # nothing for c
+    model.zero_grad()
+    for name in "ab":
+        model.set_adapter(name)
+        model(x[[i for i, n in enumerate(names) if n == name]]).square().sum().backward()
+    alone = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert mixed.keys() == alone.keys()
+    for n in mixed:
+        close(mixed[n], alone[n])
+
+
+# -- what is refused
+
+
+@torch.no_grad()
+def test_unknown_names(crowd: PeftModel, x: Tensor):
+    known = ", ".join(f"'{n}'" for n in sorted(METHODS))
+    with pytest.raises(HalotuneError, match=rf"\['bose'\]; the model has \[{known}\], and '__base__' for none"):
+        crowd(x, adapter_names=["hra-r4", "bose", BASE, BASE, BASE])
+    with pytest.raises(HalotuneError, match="adapter_names: empty"):
+        crowd(x=x, adapter_names=[])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 8])
+@torch.no_grad()
+def test_wrong_count(writer: PeftModel, n: int):
+    """Also a divisor of the batch, which could pass for samples that have become several rows."""
+    ids = torch.randint(1, 37, (6, 5))
+    for call in (
+        lambda: writer(ids, adapter_names=["hra-r4"] * n),
+        lambda: writer(input_ids=ids, adapter_names=["hra-r4"] * n),
+        lambda: writer(inputs_embeds=torch.zeros(6, 5, 12).double(), adapter_names=["hra-r4"] * n),
+        lambda: writer.generate(ids, adapter_names=["hra-r4"] * n, max_new_tokens=1),
+        lambda: writer.generate(inputs=ids, adapter_names=["hra-r4"] * n, max_new_tokens=1),
+    ):
+        with pytest.raises(HalotuneError, match=f"{n} names for a batch of 6 samples. Give one name per sample"):
+            call()
+
+
+@torch.no_grad()
+def test_a_count_that_only_a_layer_can_tell(crowd: PeftModel, plain: MLP, x: Tensor):
+    with pytest.raises(HalotuneError, match=r"2 names, but a layer got 5 rows.*one name per sample"):
+        crowd(x=x, adapter_names=["hra-r4", BASE])  # an argument that we do not know by name
+    crowd.set_adapter("hra-r4")
+    close(crowd(x), composed(plain, crowd, ["hra-r4"])(x))  # nothing of the failed call is left
+
+
+@torch.no_grad()
+def test_not_while_merged_or_disabled(plain: MLP, x: Tensor):
+    model = adapted(plain, a=config("hra-r4", ["up"]), b=config("lora-r2", ["down"]))
+    model.merge_adapter(["a"])
+    with pytest.raises(HalotuneError, match=r"adapters are merged.*unmerge_adapter\(\)"):
+        model(x, adapter_names=["b"] * 5)
+    model.unmerge_adapter()
+    with model.disable_adapter(), pytest.raises(HalotuneError, match=r"disabled.*name '__base__'"):
+        model(x, adapter_names=["b"] * 5)
+    close(model(x, adapter_names=["b"] * 5), composed(plain, model, ["b"])(x))
+
+
+def test_not_with_checkpointed_blocks(writer: PeftModel):
+    model = copy.deepcopy(writer).train()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # transformers 5's name
+    ids = torch.randint(1, 37, (2, 5))
+    with pytest.raises(HalotuneError, match="gradient checkpointing off, or train one adapter at a time"):
+        model(input_ids=ids, adapter_names=["hra-r4", BASE])
+    model.eval()
+    with torch.no_grad():
+        assert differ(*model(input_ids=ids[[0, 0]], adapter_names=["hra-r4", BASE]).logits)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mix = nn.Linear(6, 9), nn.Bilinear(9, 6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(self.up(x), x)
+
+
+@torch.no_grad()
+def test_not_through_a_whole_module_of_two_inputs():
+    model = get_peft_model(TwoInputs(), config("hra-r4", ["up"], modules_to_save=["mix"]), "a")
+    randomized(model)
+    x = torch.randn(2, 6)
+    assert model(x).shape == (2, 4)
+    with pytest.raises(HalotuneError, match="Bilinear, trained whole, is called with more than one input"):
+        model(x, adapter_names=["a", BASE])
+    layers_and_wholes = [*adapted_layers(model).values(), *whole_modules(model).values()]
+    assert [m.rows for m in layers_and_wholes] == [None, None] and len(layers(model)) == 1

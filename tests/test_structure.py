@@ -1,0 +1,107 @@
+"""How the package hangs together: imports go one way, and importing it costs next to nothing beside torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+import halotune
+
+ROOT = Path(halotune.__file__).parent
+
+# part -> the other parts that it may import; None is anything.
+ALLOWED: dict[str, set[str] | None] = {
+    "core": set(),
+    "ops": set(),
+    "methods": {"core", "ops"},
+    "engine": {"core"},
+    "quant": {"core"},
+    "integrations": {"engine", "core"},
+    "recipes": None,
+    "demo": None,
+    "bench": None,
+    "cli": None,
+    "__init__": None,
+}
+THIRD_PARTY = {"torch", "safetensors", "typing_extensions"}
+
+
+def files() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(file: Path, *, lazy: bool = True) -> Iterator[str]:
+    """Full names of the modules that a file imports; `lazy=False`: only those that importing the file imports."""
+    package = ".".join(("halotune", *file.relative_to(ROOT).parts[:-1]))
+
+    def walk(node: ast.AST) -> Iterator[ast.AST]:
+        for child in ast.iter_child_nodes(node):
+            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            typing_only = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+            if lazy or not (inside or typing_only):
+                yield child
+                yield from walk(child)
+
+    for node in walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), package) if node.level else node.module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def third_party(names: Iterator[str]) -> set[str]:
+    return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"halotune", "__future__"}
+
+
+def test_every_part_has_its_place():
+    assert {part_of(f) for f in files()} <= ALLOWED.keys(), "say in ALLOWED what the new part may import"
+
+
+@pytest.mark.parametrize("part", [p for p, allowed in ALLOWED.items() if allowed is not None])
+def test_imports_go_one_way(part):
+    allowed = {part, *ALLOWED[part]}
+    for file in (f for f in files() if part_of(f) == part):
+        ours = {name.split(".")[1] for name in imports(file) if name.startswith("halotune.")}
+        assert ours <= allowed, f"{file.relative_to(ROOT)} imports {ours - allowed}"
+
+
+def test_the_walk_finds_imports():
+    """Else the tests above would hold of anything."""
+    model = ROOT / "engine" / "model.py"
+    assert {"halotune.core.registry.method_of", "halotune.engine.inject.adapted_layers"} <= set(imports(model))
+    hub = ROOT / "core" / "files.py"
+    assert "huggingface_hub" in third_party(imports(hub)) - third_party(imports(hub, lazy=False))
+
+
+def test_core_and_methods_need_torch_alone():
+    for file in (f for f in files() if part_of(f) in ("core", "methods")):
+        assert third_party(imports(file, lazy=False)) <= THIRD_PARTY, file
+        assert third_party(imports(file)) <= THIRD_PARTY | {"huggingface_hub"}, file
+
+
+def test_importing_is_cheap():
+    code = (
+        "import sys, time, torch\n"
+        "start = time.perf_counter()\n"
+        "import halotune\n"
+        "print(time.perf_counter() - start)\n"
+        "print(*{'transformers', 'peft', 'matplotlib', 'diffusers', 'accelerate'} & sys.modules.keys())\n"
+    )
+    seconds = []
+    for _ in range(3):  # the least of three: the machine may be busy
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        measured, heavy = out.split("\n")[:2]
+        assert not heavy
+        seconds.append(float(measured))
+    assert min(seconds) < 0.3
