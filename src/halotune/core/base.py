@@ -115,6 +115,17 @@ class LinearLike(Base):
         return add_product(y, F.linear(x, A), B.t())
 
 
+def _bare(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's `forward` and nothing else."""
+    return "forward" not in module.__dict__ and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
 class Linear(LinearLike):
     """`torch.nn.Linear` and its subclasses that keep the weight as a float matrix."""
 
@@ -128,6 +139,14 @@ class Linear(LinearLike):
 
     def weight(self) -> Tensor:
         return self.tensor("weight")
+
+    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+        W, b = self.module.weight, self.module.bias
+        frozen = type(W) is nn.Parameter and not W.requires_grad and (b is None or not b.requires_grad)
+        usual = type(self.module).forward is nn.Linear.forward and W.dtype is dtype and not W.is_meta
+        if torch.compiler.is_compiling() or not (frozen and usual and _bare(self.module)):
+            return None
+        return W, b
 
     def stored(self, W: Tensor) -> Tensor:
         return W

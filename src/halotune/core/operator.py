@@ -57,6 +57,10 @@ class Operator(ABC):
     def transient(self) -> bool:
         """Whether `weight()` makes a new tensor, to be made again rather than kept."""
 
+    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+        """`W (out, in)` and the bias, where `x Wᵀ + b` is all that a call on this dtype does and neither is trained."""
+        return None
+
     @abstractmethod
     def pad(self, x: Tensor) -> Tensor:
         """`x` with the padding that `contract` does not add itself (a convolution's reflect, circular, 'same')."""

@@ -13,7 +13,7 @@ from torch import Tensor
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype a matrix product of `x` runs in: autocast's where it is on, else `x`'s own."""
     kind = x.device.type
-    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if kind != "meta" and x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
@@ -25,4 +25,4 @@ def exact_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 def exact(t: Tensor) -> torch.autocast:
     """A context in which autocast leaves products on the device of `t` alone."""
-    return torch.autocast(t.device.type, enabled=False)
+    return torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False)

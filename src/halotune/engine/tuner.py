@@ -28,6 +28,7 @@ from .inject import (
     train_biases,
     whole_modules,
 )
+from .lending import Lending
 from .merging import MergeReport, merge, unmerge
 
 
@@ -61,6 +62,7 @@ class AdapterModel(nn.Module):
         self.peft_config: dict[str, AdapterConfig] = {}
         self.active_adapters: list[str] = []
         self.merge_report: MergeReport | None = None
+        self.lending = Lending(model)
         configs = {adapter_name: peft_config} if isinstance(peft_config, AdapterConfig) else dict(peft_config)
         paths = None if state_dict is None else paths_in_state_dict(model, state_dict)
         for name, config in configs.items():
@@ -104,6 +106,7 @@ class AdapterModel(nn.Module):
             autocast_adapter_dtype=autocast_adapter_dtype,
             paths=paths,
         )
+        self.lending.reset()
         if not self.peft_config:
             freeze(self.model)
         self.peft_config[adapter_name] = config = copy.copy(config)
@@ -246,6 +249,7 @@ class AdapterModel(nn.Module):
 
     def _release(self, *, trained: bool) -> nn.Module:
         eject(self.model, trained=trained)
+        self.lending.remove()
         self.peft_config, self.active_adapters = {}, []
         return self.model
 
