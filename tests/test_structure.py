@@ -85,9 +85,19 @@ def test_the_walk_finds_imports():
 
 
 def test_core_and_methods_need_torch_alone():
-    for file in (f for f in files() if part_of(f) in ("core", "methods")):
+    for file in (f for f in files() if part_of(f) in ("core", "ops", "methods") and f.name != "kernels.py"):
         assert third_party(imports(file, lazy=False)) <= THIRD_PARTY, file
         assert third_party(imports(file)) <= THIRD_PARTY | {"huggingface_hub"}, file
+
+
+def test_kernels_alone_need_triton():
+    """And they are imported where a kernel is asked for, never with the package."""
+    for file in files():
+        named = imports(file, lazy=False)
+        if file.name == "kernels.py":
+            assert third_party(named) <= THIRD_PARTY | {"triton"}, file
+        else:
+            assert not any("triton" in name.split(".") or "kernels" in name.split(".") for name in named), file
 
 
 def test_importing_is_cheap():

@@ -400,13 +400,15 @@ def test_a_whole_transformer_all_linear(tmp_path):
     assert torch.equal(loaded(source, target, tgt_mask=mask), y)
 
 
+@pytest.mark.parametrize("targets", [["attn"], ["0.attn"], ["0.attn.in_proj", "1.attn.out_proj"]])
 @torch.no_grad()
-def test_an_attention_of_two_names():
-    """Shared by two layers before, shared by them afterwards."""
+def test_an_attention_of_two_names(targets: list[str]):
+    """Shared by two layers before, shared by them afterwards, whichever name is used."""
     first, second = Block(), Block()
     second.attn = first.attn
     plain = frozen(nn.ModuleList([first, second]))
-    model = adapted(plain, a=config("hra-r4", ["attn"]), b=config("bat-r3", ["0.attn"]))
+    model = adapted(plain, a=config("hra-r4", targets), b=config("bat-r3", ["1.attn"]))
+    assert all(set(layer.adapters) == {"a", "b"} for layer in layers(model).values()) and len(layers(model)) == 2
     blocks, qkv = model.get_base_model(), inputs([(5, 3, 6)])
     assert blocks[0].attn is blocks[1].attn and isinstance(blocks[0].attn, AdaptedAttention)
     model.set_adapter(["a", "b"])

@@ -56,11 +56,17 @@ def assert_lives_where_it_runs(model: PeftModel) -> None:
         assert p.is_meta is (".adapters." not in name), name
 
 
+def near(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding: over weights that are all there, the sums are fused otherwise."""
+    a, b = a.detach(), b.detach()
+    return float((a - b).norm()) <= 1e-5 * float(b.norm())
+
+
 # -- every method
 
 
 @every_method
-def test_outputs_and_gradients_are_the_same_bit_for_bit(plain: MLP, x: Tensor, offload: Offload, method: str):
+def test_outputs_and_gradients_are_the_same(plain: MLP, x: Tensor, offload: Offload, method: str):
     ours, theirs = pair(plain, offload, default=config(method))
     assert_lives_where_it_runs(ours)
     x = x.requires_grad_()
@@ -69,7 +75,7 @@ def test_outputs_and_gradients_are_the_same_bit_for_bit(plain: MLP, x: Tensor, o
         y = model(x)
         trained = [p for p in model.parameters() if p.requires_grad]
         found.append([y, *torch.autograd.grad(y.square().sum(), [x, *trained])])
-    assert len(found[0]) > 6 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(found[0]) > 6 and all(near(a, b) for a, b in zip(*found, strict=True))
     assert_lives_where_it_runs(ours)
     assert differ(found[0][0], plain(x))
 
@@ -143,7 +149,7 @@ def test_several(plain: MLP, x: Tensor, offload: Offload):
         found[-1].append(model(x))
         model.delete_adapter("hra-r4")
         found[-1].append(model(x))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and len(found[0]) == 5
+    assert all(near(a, b) for a, b in zip(*found, strict=True)) and len(found[0]) == 5
     assert_lives_where_it_runs(ours)
 
 
@@ -156,17 +162,17 @@ def test_an_adapter_loaded_onto_an_offloaded_base(plain: MLP, x: Tensor, offload
     trained = adapted(plain, default=config(method))
     trained.save_pretrained(tmp_path / "a")
     ours = PeftModel.from_pretrained(offload(copy.deepcopy(plain)), tmp_path / "a")
-    assert torch.equal(ours(x), trained(x))
+    assert near(ours(x), trained(x))
     assert_lives_where_it_runs(ours)
 
     ours.save_pretrained(tmp_path / "again")  # nothing of the base is needed
-    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "again")(x), trained(x))
+    assert near(PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "again")(x), trained(x))
     ours.load_adapter(tmp_path / "a", "b")
     randomized(trained)
     trained.save_pretrained(tmp_path / "a")
     hotswap_adapter(ours, tmp_path / "a", "b")
     ours.set_adapter("b")
-    assert torch.equal(ours(x), trained(x))
+    assert near(ours(x), trained(x))
     assert_lives_where_it_runs(ours)
 
 
@@ -209,7 +215,7 @@ def test_the_dense_form_keeps_no_copy_of_the_weight_for_backward(offload: Offloa
         gradients.append(torch.autograd.grad(y.square().sum(), [x, *trained]))
     assert x.numel() != W.numel() != y.numel()
     assert W.numel() not in kept[0] and W.numel() in kept[1]  # there it is the parameter itself
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(near(a, b) for a, b in zip(*gradients, strict=True))
 
 
 # -- accelerate's other ways
@@ -227,7 +233,7 @@ def test_a_device_map(language_model, tmp_path):
     base = dispatch_model(copy.deepcopy(plain), places, main_device="cpu", offload_dir=tmp_path / "offloaded")
     assert base.model.layers[0].mlp.down_proj.weight.is_meta and not base.model.layers[1].mlp.down_proj.weight.is_meta
     ours = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+    assert near(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
     assert differ(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))

@@ -159,6 +159,14 @@ def test_a_missing_package_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot be imported" in rows[2].status and "lycoris" in rows[2].status
 
 
+def test_a_missing_model_library_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert main(["bench", "step", "--model", "sd-unet", "--device", "cpu"]) == 2
+    assert "sd-unet" in capsys.readouterr().err
+
+
 def test_out_of_memory_is_a_row_and_is_not_tried_again() -> None:
     asked: list[str] = []
 
@@ -186,6 +194,19 @@ def test_when_time_is_up_the_rows_so_far_are_reported() -> None:
         started=-math.inf,
     )
     assert [row.status for row in rows] == ["time limit"] and kept == [rows]
+
+
+def test_ctrl_c_keeps_the_turns_before(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("halotune.bench.contenders.fill", _interrupt_hra)
+    assert command("layer", "ours:lora-r2,ours:hra-r2") == 130
+    rows = reporting.read_runs(Path("out/bench.json"))[0]["rows"]
+    assert [row["status"] for row in rows[-2:]] == ["ok", "not measured"]
+    assert "not measured" in capsys.readouterr().out
+
+
+def _interrupt_hra(model: nn.Module) -> None:
+    if any("hra_u" in name for name, _ in model.named_parameters()):
+        raise KeyboardInterrupt
 
 
 def test_nothing_measured_is_status_1(capsys: pytest.CaptureFixture[str]) -> None:

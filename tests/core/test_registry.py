@@ -50,7 +50,7 @@ class Row(Additive):
     rank = 1
 
     def __init__(self, shape):
-        super().__init__()
+        super().__init__(shape)
         self.row_a = nn.Parameter(torch.randn(1, shape.in_features))
         self.row_b = nn.Parameter(torch.randn(shape.out_features, 1))
 
@@ -58,8 +58,12 @@ class Row(Additive):
     def create(cls, shape, config):
         return cls(shape)
 
-    def low_rank(self):
-        return self.row_b, self.row_a
+    def derive(self, *θ):
+        a, b = θ
+        return b, a
+
+    def thin(self, *derived):
+        return derived
 
 
 def test_a_new_method_has_everything(mlp, tmp_path, monkeypatch):

@@ -60,6 +60,28 @@ def test_pickled_weights_are_refused(encoder: str, tmp_path: Path) -> None:
         Pretrained.find(str(folder)).rater(0)
 
 
+def test_a_model_of_images_is_refused(encoder: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, ViTConfig, ViTModel
+
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    ViTModel(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path)
+    with pytest.raises(HalotuneError, match="vit is not an encoder of text"):
+        Pretrained.find(str(tmp_path)).rater(0)
+
+
+def test_an_encoder_decoder_lends_its_encoder(encoder: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, T5Config, T5Model
+
+    T5Model(T5Config(vocab_size=57, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path)
+    pretrained = Pretrained.find(str(tmp_path))
+    words = RatedWords.of([("good", 1.0)], pretrained.tokenizer())
+    rater = pretrained.rater(0)
+    assert predict(rater, words).shape == (1,)
+    assert not [name for name, _ in rater.named_modules() if "decoder" in name]
+
+
 def test_peak_memory_sees_what_was_freed() -> None:
     with PeakMemory() as before:
         pass

@@ -305,10 +305,7 @@ def test_compiles_whole(case: Case):
 
 
 @grid(torch.float32, bases=some_bases("linear", "gpt2-conv1d", "conv2d-strided"))
-def test_hooks_of_the_base_fire(case: Case, request: pytest.FixtureRequest):
-    if case.variant.dense:
-        reason = "the dense form reads the base's weight and never calls the base"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_hooks_of_the_base_fire(case: Case):
     layer, fired = case.layer(), []
     layer.base_layer.register_forward_pre_hook(lambda *_: fired.append("before"))
     layer.base_layer.register_forward_hook(lambda *_: fired.append("after"))

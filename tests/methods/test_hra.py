@@ -17,8 +17,8 @@ BOTH = pytest.mark.parametrize("gram_schmidt", [False, True], ids=["chain", "gra
 
 
 def rotate(x, U, gram_schmidt):
-    Û, V = ops.wy_factors(U, gram_schmidt)
-    return x - (x @ Û) @ V
+    Û, N = ops.wy_factors(U, gram_schmidt)
+    return x + (x @ Û) @ N
 
 
 def matrix_of(U, gram_schmidt):

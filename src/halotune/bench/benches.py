@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core.errors import HalotuneError
 from . import models
 from .config import BenchConfig
-from .contenders import LIBRARIES, Contender, quiet, restored
+from .contenders import LIBRARIES, Contender, Unavailable, quiet, restored
 from .race import Entry, Turn, Watch, race
 from .rows import Row, hardware, versions
 from .timing import Clock, saved_bytes
@@ -43,8 +43,13 @@ class Work:
     def of(cls, config: BenchConfig) -> Work:
         torch.manual_seed(SEED)
         family = config.preset.family
-        with quiet():
-            base = models.build(config.preset, config.torch_device, config.torch_dtype)
+        try:
+            with quiet():
+                base = models.build(config.preset, config.torch_device, config.torch_dtype)
+        except Unavailable as e:
+            raise HalotuneError(
+                f"model: {config.model} needs a library that {e}. Install it, or take another."
+            ) from None
         return cls(base, models.target_names(base, family, config.targets), family.blocks if config.compile else ())
 
     @contextmanager

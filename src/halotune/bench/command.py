@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..core.errors import HalotuneError
 from . import report
 from .benches import BENCHES
 from .config import CONTENDERS, DTYPES, BenchConfig, parse_contenders
@@ -122,8 +121,6 @@ def bench(kind: str, config: BenchConfig, output_dir: Path, *, as_json: bool = F
         BENCHES[kind](config, Watch(lambda line: print(line, file=sys.stderr, flush=True), keep))
     except KeyboardInterrupt:
         interrupted = True
-    except ImportError as e:
-        raise HalotuneError(f"{config.model} cannot be built: {e}.") from e
     if rows:
         print(f"{report.heading(kind, rows[0].setting)}\n\n{report.table(rows)}\n", file=out)
         written = [file.name]

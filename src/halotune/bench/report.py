@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 from ..core.errors import HalotuneError
@@ -165,17 +166,17 @@ def plot(file: Path, kind: str, rows: Sequence[Row]) -> bool:
 
 
 def _bars(axes: Any, name: str, rows: Sequence[Row]) -> None:
-    """One bar for each contender, from the least to the most time of all its repetitions, at the median."""
+    """One bar for each contender: the median, and the quartiles, which one pause of the machine does not move."""
     for i, row in enumerate(rows):
-        median = row.median or 0.0
-        spread = [[median - min(row.times)], [max(row.times) - median]]
+        low, median, high = quantiles(row.times, n=4, method="inclusive") if len(row.times) > 1 else row.times * 3
+        spread = [[median - low], [high - median]]
         axes.barh(i, median, xerr=spread, color=LIBRARIES[row.contender.library], ecolor="#999999")
         reference = next(iter(row.ratios.items()), None)
         ratio = f"  {reference[1].median:.2f} {TITLES[reference[0]]}" if reference else ""
-        axes.annotate(f" {short(median)} ms{ratio}", (max(row.times), i), va="center", fontsize=8)
+        axes.annotate(f" {short(median)} ms{ratio}", (high, i), va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [str(row.contender) for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.6 * max(max(row.times) for row in rows))
+    axes.set_xlim(0, 1.7 * max(row.median or 0.0 for row in rows))
     axes.set_xlabel(f"{name}, ms")
 
 

@@ -14,7 +14,7 @@ import torch
 
 from .contenders import FROZEN, Contender
 
-OK = "ok"
+OK, NOT_MEASURED = "ok", "not measured"
 PACKAGES = ("torch", "transformers", "diffusers", "peft", "lycoris-lora", "triton")
 
 # What rows are compared with: the first contender of the same measure and point that is one of these.
@@ -86,7 +86,7 @@ class Row:
 
     @property
     def status(self) -> str:
-        return self.problem or OK
+        return self.problem or (OK if self.rounds else NOT_MEASURED)
 
     def to_dict(self) -> dict[str, Any]:
         return {

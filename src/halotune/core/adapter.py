@@ -13,7 +13,7 @@ does so at its own price; all must agree with `weight`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from .derived import Loan
+from .fused import MATRIX, thin_linear
 from .operator import Operator, WeightShape
 from .precision import compute_dtype, exact
 
@@ -31,8 +33,12 @@ if TYPE_CHECKING:
 class Adapter(nn.Module, ABC):
     """One adapter on one layer. Its parameters bear PEFT's names, so that file keys follow from module paths."""
 
-    shape: WeightShape
     scale_free: ClassVar[tuple[str, ...]] = ()  # parameters whose length means nothing: weight decay is wasted on them
+
+    def __init__(self, shape: WeightShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.loan = Loan()
 
     @classmethod
     @abstractmethod
@@ -81,9 +87,40 @@ class Adapter(nn.Module, ABC):
         """The largest chance of any dropout in it; 0 where the forward pass is deterministic."""
         return 0.0
 
-    @classmethod
-    def prepare(cls, adapters: Sequence[Self]) -> None:
-        """Before a forward pass: compute what depends on parameters alone, for adapters of one shape together."""
+    # -- what forward needs of the parameters
+
+    @abstractmethod
+    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
+        """What depends on the parameters alone, in fp32 or better.
+
+        Args:
+            θ: in the order of `parameters()`, all with the same leading dimensions: layers of one shape go together.
+        """
+
+    def kin(self) -> Hashable:
+        """Adapters of one class, on weights of one shape, with parameters of one shape and equal `kin`, derive alike."""
+        return ()
+
+    def derived(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What `derive` gives for this adapter, in `dtype`: as lent for this forward pass, or computed now."""
+        lent = self.loan.take(dtype)
+        return tuple(t.to(dtype) for t in self.exact()) if lent is None else lent
+
+    def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """The forward pass over a frozen `x Wᵀ + b`, as one call on x in the dtype of W; or None."""
+        return None
+
+    def quick(
+        self, plain: tuple[Tensor, Tensor | None] | None, dtype: torch.dtype
+    ) -> Callable[[Tensor], Tensor] | None:
+        """`on_plain` where the base is plain and nothing is dropped."""
+        if plain is None or (self.training and self.dropout):
+            return None
+        return self.on_plain(*plain, *self.derived(dtype))
+
+    def exact(self) -> tuple[Tensor, ...]:
+        """What `derive` gives for this adapter."""
+        return self.derive(*self.parameters())
 
 
 class InputSide(Adapter):
@@ -98,11 +135,14 @@ class InputSide(Adapter):
             return self.rotate(W, transpose=True)
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
+        x = x.to(compute_dtype(x))
+        quick = self.quick(op.plain(x.dtype), x.dtype) if scale == 1.0 else None
+        if quick is not None:
+            return quick(x)
         if not op.shape.is_linear:  # patches of an image cannot be rotated before they are cut
             factors = self.factors(op.weight())
             assert factors is not None
             return add_low_rank(x, x, op, factors, scale)
-        x = x.to(compute_dtype(x))
         rotated = self.rotate(x)
         return op(rotated if scale == 1.0 else torch.lerp(x, rotated, scale))
 
@@ -113,14 +153,14 @@ class Additive(Adapter):
     input_dropout: float = 0.0
 
     @abstractmethod
-    def low_rank(self) -> tuple[Tensor, Tensor]:
-        """`B (out, k)`, `A (k, in)`, in the dtype of the parameters or better."""
+    def thin(self, *derived: Tensor) -> tuple[Tensor, Tensor]:
+        """`B (out, k)`, `A (k, in)` from what was derived, in its dtype."""
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
-        return self.low_rank()
+        return self.thin(*self.exact())
 
     def weight(self, W: Tensor) -> Tensor:
-        B, A = self.low_rank()
+        B, A = self.thin(*self.exact())
         with exact(W):
             return (W + B @ A).to(W.dtype)
 
@@ -132,7 +172,16 @@ class Additive(Adapter):
         return F.dropout(x, self.input_dropout) if self.training and self.input_dropout else x
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
-        return add_low_rank(x, self.drop(x), op, self.low_rank(), scale)
+        x = x.to(compute_dtype(x))
+        quick = self.quick(op.plain(x.dtype), x.dtype) if scale == 1.0 else None
+        return (
+            add_low_rank(x, self.drop(x), op, self.thin(*self.derived(x.dtype)), scale) if quick is None else quick(x)
+        )
+
+    def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor] | None:
+        B, A = self.thin(*derived)
+        Bt = B.mT
+        return lambda x: thin_linear(x, W, bias, Bt, MATRIX, A)
 
 
 class WeightSide(Adapter):
@@ -147,27 +196,27 @@ class WeightSide(Adapter):
         return f(W, *θ)
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
-        return weight_form(x, op, *self.transform(), scale=scale)
+        x = x.to(compute_dtype(x))
+        quick = self.quick(op.plain(x.dtype), x.dtype) if scale == 1.0 else None
+        return weight_form(x, op, *self.transform(), scale=scale) if quick is None else quick(x)
 
 
 def add_low_rank(
     x: Tensor, dropped: Tensor, op: Operator, factors: tuple[Tensor, Tensor], scale: float = 1.0
 ) -> Tensor:
-    """`op(x) + scale · (B A) dropped`."""
-    dtype = compute_dtype(x)
-    B, A = factors
-    if scale != 1.0:
-        B = B * scale
-    return op.add_low_rank(op(x), dropped.to(dtype), B.to(dtype), A.to(dtype))
+    """`op(x) + scale · (B A) dropped`, for x in its compute dtype."""
+    B, A = (t.to(x.dtype) for t in factors)
+    return op.add_low_rank(op(x), dropped, B if scale == 1.0 else B * scale, A)
 
 
 def weight_form(x: Tensor, op: Operator, f: Callable[..., Tensor], θ: tuple[Tensor, ...], scale: float = 1.0) -> Tensor:
     """`op` applied to `x` with `W + scale (f(W, *θ) − W)`: the dense form, with nothing of size `W` kept for backward."""
     dtype = compute_dtype(x)
     scaled = f if scale == 1.0 else _Scaled(f, scale)
-    x, W = op.pad(x.to(dtype)), op.weight().to(dtype)
-    if torch.compiler.is_compiling():  # the compiler decides itself what to keep
-        return op.add_bias(op.contract(x, scaled(W, *θ)))
+    x, W = x.to(dtype), op.weight().to(dtype)
+    if torch.compiler.is_compiling() or op.hooked:  # the compiler decides itself what to keep; hooks see a plain call
+        return op.with_weight(x, scaled(W, *θ))
+    x = op.pad(x)
     if op.transient and not W.requires_grad:  # not kept for backward, but made again
         return op.add_bias(_WeightForm.apply(x, None, (op, W), scaled, *θ))
     return op.add_bias(_WeightForm.apply(x, W, (op, W), scaled, *θ))

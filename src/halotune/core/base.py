@@ -91,6 +91,15 @@ class Base(Operator):
     def bias(self) -> Tensor | None:
         return self.tensor("bias")
 
+    @property
+    def hooked(self) -> bool:
+        return not _bare(self.module) and offload_hook(self.module) is None
+
+    def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
+        if not self.hooked:
+            return super().with_weight(x, W)
+        return torch.func.functional_call(self.module, {"weight": self.stored(W)}, (x,))
+
     def add_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self._broadcast(self.bias.to(y.dtype))
 
@@ -115,6 +124,17 @@ class LinearLike(Base):
         return add_product(y, F.linear(x, A), B.t())
 
 
+def _bare(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's `forward` and nothing else."""
+    return "forward" not in module.__dict__ and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
 class Linear(LinearLike):
     """`torch.nn.Linear` and its subclasses that keep the weight as a float matrix."""
 
@@ -128,6 +148,14 @@ class Linear(LinearLike):
 
     def weight(self) -> Tensor:
         return self.tensor("weight")
+
+    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+        W, b = self.module.weight, self.module.bias
+        frozen = type(W) is nn.Parameter and not W.requires_grad and (b is None or not b.requires_grad)
+        usual = type(self.module).forward is nn.Linear.forward and W.dtype is dtype and not W.is_meta
+        if torch.compiler.is_compiling() or not (frozen and usual and _bare(self.module)):
+            return None
+        return W, b
 
     def stored(self, W: Tensor) -> Tensor:
         return W

@@ -5,16 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
 from .base import Base, base_for
+from .derived import Loan
 from .errors import HalotuneError
 from .operator import Adapted, Operator
 from .precision import exact_dtype
+
+
+class Quick(NamedTuple):
+    """A layer's whole forward pass as one call, for inputs of one dtype."""
+
+    dtype: torch.dtype
+    call: Callable[[Tensor], Tensor]
+    loan: Loan
+
 
 BASE = "__base__"  # in a mixed batch: this sample goes through the base alone
 
@@ -118,6 +128,7 @@ class AdaptedLayer(nn.Module):
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.enabled = True
+        self.quick: Quick | None = None  # set for the time of one forward pass of the model
         self.rows: Rows | None = None  # set for the time of one call with adapter_names
         self._original: tuple[nn.Parameter, Tensor | None] | None = None
 
@@ -130,16 +141,31 @@ class AdaptedLayer(nn.Module):
     def merged(self) -> bool:
         return bool(self.merged_adapters)
 
+    def _running_names(self) -> list[str]:
+        if not self.enabled or self.rows is not None:
+            return []
+        return [n for n in self.active_adapters if n in self.adapters and n not in self.merged_adapters]
+
+    def running(self) -> list[Adapter]:
+        """The adapters that are active and not merged yet."""
+        return [self.adapters[n] for n in self._running_names()]  # type: ignore[misc]
+
     def operator(self) -> Operator:
-        """The base with the adapters that are active and not merged yet."""
+        """The base with the running adapters."""
         op: Operator = self.base
-        if self.enabled:
-            for name in self.active_adapters:
-                if name in self.adapters and name not in self.merged_adapters:
-                    op = Adapted(op, self.adapters[name], self.scales[name])  # type: ignore[arg-type]
+        for name in self._running_names():
+            op = Adapted(op, self.adapters[name], self.scales[name])  # type: ignore[arg-type]
         return op
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if (
+            not torch.compiler.is_compiling()
+            and (quick := self.quick) is not None
+            and x.dtype is quick.dtype
+            and not (args or kwargs)
+        ):
+            quick.loan.recorded = torch.is_grad_enabled()
+            return quick.call(x)
         if args or kwargs:
             raise HalotuneError(
                 f"{type(self.base_layer).__name__}: an adapted layer takes its input alone; got "

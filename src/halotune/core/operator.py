@@ -57,6 +57,10 @@ class Operator(ABC):
     def transient(self) -> bool:
         """Whether `weight()` makes a new tensor, to be made again rather than kept."""
 
+    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+        """`W (out, in)` and the bias, where `x Wᵀ + b` is all that a call on this dtype does and neither is trained."""
+        return None
+
     @abstractmethod
     def pad(self, x: Tensor) -> Tensor:
         """`x` with the padding that `contract` does not add itself (a convolution's reflect, circular, 'same')."""
@@ -75,6 +79,11 @@ class Operator(ABC):
 
     @abstractmethod
     def add_bias(self, y: Tensor) -> Tensor: ...
+
+    @property
+    @abstractmethod
+    def hooked(self) -> bool:
+        """Whether somebody's hooks want to see the base layer called."""
 
     def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
         """Apply the operator with `W` `(out, in)` in the place of its weight; its own bias is added."""
@@ -114,6 +123,13 @@ class Adapted(Operator):
 
     def add_bias(self, y: Tensor) -> Tensor:
         return self.inner.add_bias(y)
+
+    @property
+    def hooked(self) -> bool:
+        return self.inner.hooked
+
+    def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
+        return self.inner.with_weight(x, W)
 
 
 def add_product(y: Tensor, z: Tensor, Bt: Tensor) -> Tensor:

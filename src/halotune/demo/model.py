@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,10 @@ class Pretrained:
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # it reads the first token only; unused, it would still be given adapters
         width = getattr(config, "hidden_size", None)
-        if not isinstance(width, int):
-            raise HalotuneError(f"--model {self.name}: {config.model_type} is not a text encoder with one hidden size.")
+        if not isinstance(width, int) or "input_ids" not in inspect.signature(encoder.forward).parameters:
+            raise HalotuneError(
+                f"--model {self.name}: {config.model_type} is not an encoder of text with one hidden size."
+            )
         torch.manual_seed(seed)
         return WordRater(encoder, width, self.name)
 

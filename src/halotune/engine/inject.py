@@ -170,12 +170,8 @@ def inject(
     modules = dict(visible_modules(model))
     method = method_of(config.peft_type)
     created: dict[str, tuple[AdaptedLayer, Adapter]] = {}
-    seen: set[nn.Module] = set()
     for path in paths:
         module = modules[path]
-        if module in seen:  # under a second name it is the same
-            continue
-        seen.add(module)
         layer = module if isinstance(module, AdaptedLayer) else AdaptedLayer(module, path)
         if name in layer.adapters:
             raise HalotuneError(f"{path}: already has an adapter named {name!r}. Delete it first, or use another name.")

@@ -29,6 +29,7 @@ from .inject import (
     train_biases,
     whole_modules,
 )
+from .lending import Lending
 from .merging import MergeReport, merge, unmerge
 
 
@@ -63,6 +64,7 @@ class AdapterModel(nn.Module):
         self.active_adapters: list[str] = []
         self.merge_report: MergeReport | None = None
         self._merge_order: list[str] = []
+        self.lending = Lending(model)
         configs = {adapter_name: peft_config} if isinstance(peft_config, AdapterConfig) else dict(peft_config)
         paths = None if state_dict is None else paths_in_state_dict(model, state_dict)
         flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -80,6 +82,7 @@ class AdapterModel(nn.Module):
                 remove(model, name)
             for p, flag in flags:
                 p.requires_grad_(flag)
+            self.lending.remove()
             raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,6 +118,7 @@ class AdapterModel(nn.Module):
             autocast_adapter_dtype=autocast_adapter_dtype,
             paths=paths,
         )
+        self.lending.reset()
         if not self.peft_config:
             freeze(self.model)
         self.peft_config[adapter_name] = config = copy.copy(config)
@@ -142,6 +146,7 @@ class AdapterModel(nn.Module):
         if adapter_name in self.merged_adapters:
             self.unmerge_adapter()
         remove(self.model, adapter_name)
+        self.lending.reset()
         del self.peft_config[adapter_name]
         self.active_adapters = [n for n in self.active_adapters if n != adapter_name]
         if not self.active_adapters and self.peft_config:
@@ -260,6 +265,7 @@ class AdapterModel(nn.Module):
 
     def _release(self, *, trained: bool) -> nn.Module:
         eject(self.model, trained=trained)
+        self.lending.remove()
         self.peft_config, self.active_adapters = {}, []
         return self.model
 

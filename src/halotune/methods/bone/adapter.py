@@ -14,8 +14,9 @@ from typing_extensions import Self
 from ...core.adapter import Adapter, Additive, WeightSide
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
+from ...core.fused import dense_linear, thin_linear
 from ...core.operator import Operator, WeightShape, add_product
-from ...core.precision import compute_dtype
+from ...core.precision import compute_dtype, exact_dtype
 from . import ops
 from .config import BlockConfig, MissConfig
 
@@ -29,8 +30,9 @@ class Bone(Additive):
     block: ClassVar[str] = "bone_block"
 
     def __init__(self, shape: WeightShape, r: int, columns: int | None = None) -> None:
-        super().__init__()
-        self.shape, self.r = shape, r
+        super().__init__(shape)
+        self.r = r
+        self.down = ops.FoldDown(r)
         self.register_parameter(self.block, nn.Parameter(torch.empty(r, columns or shape.out_features)))
 
     @classmethod
@@ -54,10 +56,11 @@ class Bone(Additive):
         block = self.get_parameter(self.block)
         nn.init.zeros_(block) if identity else nn.init.kaiming_uniform_(block, a=math.sqrt(5))
 
-    def D(self) -> Tensor:
-        """`(r, out)`: the block, repeated over the outputs in the mini form."""
-        block = self.get_parameter(self.block)
-        return block.repeat(1, self.shape.out_features // block.shape[1])
+    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
+        """`D (…, r, out)`: the block, repeated over the outputs in the mini form."""
+        D = θ[0].to(exact_dtype(θ[0].dtype))
+        repeats = self.shape.out_features // D.shape[-1]
+        return (D if repeats == 1 else D.unsqueeze(-2).expand(*D.shape[:-1], repeats, D.shape[-1]).flatten(-2),)
 
     @property
     def rank(self) -> int:
@@ -68,17 +71,22 @@ class Bone(Additive):
         """The delta is linear in D, so blocks of one r add."""
         return _sum_of_blocks(adapters, weights) if how == "linear" else None
 
-    def low_rank(self) -> tuple[Tensor, Tensor]:
-        D = self.D()
+    def thin(self, *derived: Tensor) -> tuple[Tensor, Tensor]:
+        (D,) = derived
         return D.mT, ops.unfolding(self.r, self.shape.in_features, D)
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
+        x = x.to(compute_dtype(x))
+        quick = self.quick(op.plain(x.dtype), x.dtype) if scale == 1.0 else None
+        if quick is not None:
+            return quick(x)
         if not op.shape.is_linear:
             return super().forward(x, op, scale)
-        D = self.D() if scale == 1.0 else self.D() * scale
-        dtype = compute_dtype(x)
-        folded = ops.fold(self.drop(x).to(dtype), self.r)
-        return add_product(op(x), folded, D.to(dtype))
+        (D,) = self.derived(x.dtype)
+        return add_product(op(x), ops.fold(self.drop(x), self.r), D if scale == 1.0 else D * scale)
+
+    def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: thin_linear(x, W, bias, derived[0], self.down)
 
 
 class Bat(WeightSide):
@@ -89,8 +97,8 @@ class Bat(WeightSide):
     block: ClassVar[str] = "bone_block"
 
     def __init__(self, shape: WeightShape, r: int) -> None:
-        super().__init__()
-        self.shape, self.r = shape, r
+        super().__init__(shape)
+        self.r = r
         self.register_parameter(self.block, nn.Parameter(torch.empty(shape.out_features // r, r, r)))
 
     @classmethod
@@ -116,6 +124,14 @@ class Bat(WeightSide):
     def combined(cls, adapters: Sequence[Self], weights: Sequence[float], how: str, rank: int) -> Self | None:
         """The delta `W_ij B_i + B_i` is linear in B, so blocks of one r add."""
         return _sum_of_blocks(adapters, weights) if how == "linear" else None
+
+    rule: ClassVar[ops.BatRule] = ops.BatRule()
+
+    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
+        return θ
+
+    def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: dense_linear(x, W, bias, self.rule, *derived)
 
     def transform(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         return ops.bat, (self.get_parameter(self.block),)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core.fused import Down, Rule
 from ...core.precision import exact
 
 
@@ -15,6 +18,23 @@ def fold(x: Tensor, r: int) -> Tensor:
     if n % r:
         x = F.pad(x, (0, -n % r))
     return x.unflatten(-1, (-1, r)).sum(-2)
+
+
+class FoldDown(Down):
+    """`z = fold(x)`; its transpose adds z to every piece of x."""
+
+    def __init__(self, r: int) -> None:
+        self.r = r
+
+    def forward(self, x: Tensor, *θ: Tensor) -> Tensor:
+        return fold(x, self.r)
+
+    def backward(self, dx: Tensor | None, dz: Tensor, x: Tensor, *θ: Tensor) -> tuple[Tensor, ...]:
+        if dx is not None:
+            whole = dx.shape[-1] // self.r * self.r
+            dx[:, :whole].unflatten(-1, (-1, self.r)).add_(dz.unsqueeze(-2))
+            dx[:, whole:].add_(dz[:, : dx.shape[-1] - whole])
+        return ()
 
 
 def unfolding(r: int, n_in: int, like: Tensor) -> Tensor:
@@ -31,5 +51,23 @@ def bat(W: Tensor, blocks: Tensor) -> Tensor:
     n, r, _ = blocks.shape
     B = blocks.to(W.dtype)
     with exact(W):
-        rows = W.reshape(n, r, -1, r).transpose(1, 2)  # (i, j, r, r)
-        return (rows + rows @ B.unsqueeze(1) + B.unsqueeze(1)).transpose(1, 2).reshape(W.shape)
+        stacked = W.reshape(n, -1, r)  # the blocks of one row of blocks, interleaved: (i, row and j, column)
+        product = torch.baddbmm(stacked, stacked, B)
+        return (product.view(n, r, -1, r) + B.unsqueeze(2)).view(W.shape)
+
+
+class BatRule(Rule):
+    """`bat` and its gradient `dB_i = Σ_j (W_ijᵀ G_ij + G_ij)`."""
+
+    def build(self, W: Tensor, *θ: Tensor) -> Tensor:
+        return bat(W, θ[0])
+
+    def rebuild(self, W: Tensor, *θ: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+        n, r, _ = θ[0].shape
+
+        def pull(G: Tensor) -> tuple[Tensor, ...]:
+            stacked = G.view(n, -1, r)
+            dB = torch.bmm(W.reshape(n, -1, r).mT, stacked)
+            return (dB + G.view(n, r, -1, r).sum(2),)
+
+        return bat(W, θ[0]), pull

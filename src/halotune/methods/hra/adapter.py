@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ class HRA(InputSide):
     scale_free = ("hra_u",)
 
     def __init__(self, shape: WeightShape, r: int, gram_schmidt: bool = False) -> None:
-        super().__init__()
-        self.shape, self.gram_schmidt = shape, gram_schmidt
+        super().__init__(shape)
+        self.gram_schmidt = gram_schmidt
         self.orthogonality: tuple[float, bool] | None = None
         self.hra_u = nn.Parameter(torch.empty(shape.in_features, r))
 
@@ -71,20 +71,23 @@ class HRA(InputSide):
                 )
         return None
 
-    def wy(self) -> tuple[Tensor, Tensor]:
-        """`Û (in, r)` and `V = Tᵀ Ûᵀ (r, in)`, in fp32 or better."""
-        return ops.wy_factors(self.hra_u, self.gram_schmidt)
+    def kin(self) -> Hashable:
+        return self.gram_schmidt
+
+    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
+        """`Û (…, in, r)` and `N = −Tᵀ Ûᵀ (…, r, in)`."""
+        return ops.wy_factors(θ[0], self.gram_schmidt)
 
     def rotate(self, x: Tensor, transpose: bool = False) -> Tensor:
-        Û, V = (t.to(x.dtype) for t in self.wy())
-        if transpose:  # x Q = x − (x Vᵀ) Ûᵀ
-            Û, V = V.mT, Û.mT
-        flat = x.reshape(-1, x.shape[-1])
-        return torch.addmm(flat, flat @ Û, V, alpha=-1).view(x.shape)
+        Û, N = self.derived(x.dtype)
+        return ops.rotate(x, N.mT, Û.mT) if transpose else ops.rotate(x, Û, N)
+
+    def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: ops.reflected_linear(x, W, bias, *derived)
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        Û, V = self.wy()
-        return -(W @ V.mT.to(W.dtype)), Û.mT
+        Û, N = self.exact()
+        return W @ N.mT.to(W.dtype), Û.mT
 
     @property
     def rank(self) -> int:

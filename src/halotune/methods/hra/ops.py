@@ -12,9 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ...core.precision import exact, exact_dtype
+from ...ops.dispatch import Op
 
 
 def normalize(U: Tensor) -> Tensor:
@@ -66,12 +69,54 @@ def span_core(Û: Tensor) -> Tensor:
 
 
 def wy_factors(U: Tensor, gram_schmidt: bool) -> tuple[Tensor, Tensor]:
-    """`Û (…, in, r)` and `V = Tᵀ Ûᵀ (…, r, in)`, in fp32 or better: `x Qᵀ = x − (x Û) V`."""
+    """`Û (…, in, r)` and `N = −Tᵀ Ûᵀ (…, r, in)`, in fp32 or better: `x Qᵀ = x + (x Û) N` and `W Q = W + (W Nᵀ) Ûᵀ`."""
     with exact(U):
         Û = normalize(U)
         if gram_schmidt:
-            return Û, span_core(Û).mT @ Û.mT
-        return Û, torch.linalg.solve_triangular(chain_core(Û).mT, Û.mT, upper=False)
+            return Û, -(span_core(Û).mT @ Û.mT)
+        return Û, torch.linalg.solve_triangular(chain_core(Û).mT, -Û.mT, upper=False)
+
+
+def _rotate(x: Tensor, Û: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
+    z = torch.mm(x, Û)
+    return torch.addmm(x, z, N), z
+
+
+# `x + (x Û) N` and `z = x Û` for `x (n, in)`: the plain reference, and kernels where they win.
+rotation = Op("hra.rotation", _rotate)
+
+
+def rotate(x: Tensor, Û: Tensor, N: Tensor) -> Tensor:
+    """`x + (x Û) N` over the last dimension, differentiable in everything."""
+    return _rotate(x.reshape(-1, x.shape[-1]), Û, N)[0].view(x.shape)
+
+
+class _ReflectedLinear(torch.autograd.Function):
+    """Four thin products in backward; the gradient of the rotated input becomes that of the input in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, Û: Tensor, N: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        rotated, z = rotation(flat, Û, N)
+        ctx.save_for_backward(flat, W, z, Û, N)
+        ctx.shape = x.shape
+        return F.linear(rotated, W, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, z, Û, N = ctx.saved_tensors
+        d = torch.mm(grad_outputs[0].reshape(-1, W.shape[0]), W)  # of the rotated input
+        dz = torch.mm(d, N.t())
+        dN = torch.mm(z.t(), d)
+        dÛ = torch.mm(x.t(), dz)
+        dx = d.addmm_(dz, Û.t()).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return dx, None, None, dÛ, dN
+
+
+def reflected_linear(x: Tensor, W: Tensor, bias: Tensor | None, Û: Tensor, N: Tensor) -> Tensor:
+    """`(x + (x Û) N) Wᵀ + b` for a frozen W: `Û (in, r)`, `N (r, in)`."""
+    return _ReflectedLinear.apply(x, W, bias, Û, N)
 
 
 def orthogonality(U: Tensor, squared: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 
 import torch
@@ -12,8 +12,9 @@ from typing_extensions import Self
 
 from ...core.adapter import WeightSide, add_low_rank, weight_form
 from ...core.config import AdapterConfig
+from ...core.fused import MATRIX, dense_linear, thin_linear
 from ...core.operator import Operator, WeightShape
-from ...core.precision import exact_dtype
+from ...core.precision import compute_dtype, exact_dtype
 from . import ops
 from .config import LoHaConfig
 
@@ -35,9 +36,10 @@ class LoHa(WeightSide):
     hada_w2_b: nn.Parameter
 
     def __init__(self, shape: WeightShape, r: int, scaling: float, tucker: bool = False) -> None:
-        super().__init__()
-        self.shape, self.r, self.scaling, self.tucker = shape, r, scaling, tucker
+        super().__init__(shape)
+        self.r, self.scaling, self.tucker = r, scaling, tucker
         self.rank_dropout = self.module_dropout = 0.0
+        self.rule = ops.HadamardRule(scaling)
         n_out, n_in = shape.out_features, shape.in_channels if tucker else shape.in_features
         core = (
             shape.kernel if len(shape.kernel) > 1 else (*shape.kernel, 1)
@@ -64,28 +66,44 @@ class LoHa(WeightSide):
         if identity:
             nn.init.zeros_(self.hada_w2_b)
 
-    def _half(self, i: str) -> tuple[Tensor, Tensor]:
-        dtype = exact_dtype(self.hada_w1_a.dtype)
-        a, b = (self.get_parameter(f"hada_w{i}_{side}").to(dtype) for side in "ab")
-        return (a.mT, ops.tucker_rows(self.get_parameter(f"hada_t{i}").to(dtype), b)) if self.tucker else (a, b)
+    def kin(self) -> Hashable:
+        return self.tucker, self.scaling
 
-    def _dropped(self, A1: Tensor) -> Tensor:
-        """Dropout on ΔW, as a factor on the rows of A1: no branch on a tensor, and none at all at p = 0."""
+    @property
+    def is_small(self) -> bool:
+        """Whether thin factors of rank r² win for any number of tokens, so that they are what is derived."""
+        return ops.thin_is_cheaper(1 << 40, self.shape.out_features, self.shape.in_features, self.r)
+
+    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
+        """The thin factors `B (…, out, r²)` and `A (…, r², in)` where they are small, else the halves."""
+        halves = self.halves(*θ)
+        return ops.khatri_rao(*halves, s=self.scaling) if self.is_small else halves
+
+    def halves(self, *θ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`A1 (…, out, r)`, `B1 (…, r, in)`, `A2`, `B2`, in fp32 or better."""
+        dtype = exact_dtype(θ[0].dtype)
+        n = len(θ) // 2
+        return (*self._half(*(t.to(dtype) for t in θ[:n])), *self._half(*(t.to(dtype) for t in θ[n:])))
+
+    def _half(self, a: Tensor, b: Tensor, core: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (a, b) if core is None else (a.mT, ops.tucker_rows(core, b, len(self.shape.kernel)))
+
+    def _drop_rows(self, B: Tensor) -> Tensor:
+        """Dropout on ΔW, as a factor on the rows of a left factor: no branch on a tensor, and none at all at p = 0."""
         if not self.training:
-            return A1
+            return B
         if self.rank_dropout:
-            kept = (torch.rand(A1.shape[0], 1, device=A1.device) >= self.rank_dropout).to(A1.dtype)
-            A1 = A1 * (kept / kept.mean().clamp_min(1 / A1.shape[0]))
+            kept = (torch.rand(B.shape[0], 1, device=B.device) >= self.rank_dropout).to(B.dtype)
+            B = B * (kept / kept.mean().clamp_min(1 / B.shape[0]))
         if self.module_dropout:
-            A1 = A1 * (torch.rand((), device=A1.device) >= self.module_dropout).to(A1.dtype)
-        return A1
+            B = B * (torch.rand((), device=B.device) >= self.module_dropout).to(B.dtype)
+        return B
 
     def transform(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-        A1, B1 = self._half("1")
-        return partial(ops.add_hadamard, s=self.scaling), (A1, B1, *self._half("2"))
+        return partial(ops.add_hadamard, s=self.scaling), self.halves(*self.parameters())
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.khatri_rao(*self._half("1"), *self._half("2"), s=self.scaling)
+        return ops.khatri_rao(*self.halves(*self.parameters()), s=self.scaling)
 
     @property
     def dropout(self) -> float:
@@ -96,9 +114,30 @@ class LoHa(WeightSide):
         return self.r
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
-        f, (A1, *others) = self.transform()
-        θ = (self._dropped(A1), *others)
+        x = x.to(compute_dtype(x))
+        quick = self.quick(op.plain(x.dtype), x.dtype) if scale == 1.0 else None
+        if quick is not None:
+            return quick(x)
+        first, *others = self.derived(x.dtype)
+        θ = (self._drop_rows(first), *others)
+        if self.is_small or self._thin_for(x):
+            return add_low_rank(x, x, op, θ if self.is_small else ops.khatri_rao(*θ, s=self.scaling), scale)  # type: ignore[arg-type]
+        return weight_form(x, op, partial(ops.add_hadamard, s=self.scaling), θ, scale)
+
+    def _thin_for(self, x: Tensor) -> bool:
         tokens = x.numel() // (self.shape.in_channels * self.shape.groups)
-        if ops.thin_is_cheaper(tokens, self.shape.out_features, self.shape.in_features, self.r):
-            return add_low_rank(x, x, op, ops.khatri_rao(*θ, s=self.scaling), scale)
-        return weight_form(x, op, f, θ, scale)
+        return ops.thin_is_cheaper(tokens, self.shape.out_features, self.shape.in_features, self.r)
+
+    def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor]:
+        if self.is_small:
+            B, A = derived
+            Bt = B.mT
+            return lambda x: thin_linear(x, W, bias, Bt, MATRIX, A)
+
+        def call(x: Tensor) -> Tensor:
+            if self._thin_for(x):
+                B, A = ops.khatri_rao(*derived, s=self.scaling)  # type: ignore[call-arg]
+                return thin_linear(x, W, bias, B.mT, MATRIX, A)
+            return dense_linear(x, W, bias, self.rule, *derived)
+
+        return call

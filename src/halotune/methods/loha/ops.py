@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from ...core.fused import Rule
 from ...core.precision import exact
 
 
@@ -13,6 +16,27 @@ def add_hadamard(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: f
     with exact(W):
         A1, B1, A2, B2 = (t.to(W.dtype) for t in (A1, B1, A2, B2))
         return torch.addcmul(W, A1 @ B1, A2 @ B2, value=s)
+
+
+class HadamardRule(Rule):
+    """`add_hadamard` and its gradients: with `M_i = A_i B_i`, `dM1 = s G ∘ M2` and so on."""
+
+    def __init__(self, s: float) -> None:
+        self.s = s
+
+    def build(self, W: Tensor, *θ: Tensor) -> Tensor:
+        return add_hadamard(W, *θ, s=self.s)  # type: ignore[call-arg]
+
+    def rebuild(self, W: Tensor, *θ: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+        A1, B1, A2, B2 = θ
+        M1, M2 = torch.mm(A1, B1), torch.mm(A2, B2)
+
+        def pull(G: Tensor) -> tuple[Tensor, ...]:
+            dM1, dM2 = M2.mul_(G), M1.mul_(G)
+            thin = (dM1 @ B1.t(), A1.t() @ dM1, dM2 @ B2.t(), A2.t() @ dM2)
+            return tuple(t.mul_(self.s) for t in thin)
+
+        return torch.addcmul(W, M1, M2, value=self.s), pull
 
 
 def khatri_rao(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> tuple[Tensor, Tensor]:
@@ -25,10 +49,11 @@ def khatri_rao(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> tupl
     return B, A
 
 
-def tucker_rows(t: Tensor, b: Tensor) -> Tensor:
+def tucker_rows(t: Tensor, b: Tensor, kernel_dims: int) -> Tensor:
     """`Σ_j t[i, j] b[j]`: core `(r, r, k…)`, `b (r, channels)` -> `(r, channels·k)`: a Tucker half as a flat one's B."""
     with exact(t):
-        return (b.mT @ t.flatten(2)).flatten(1)
+        t = t.flatten(-max(kernel_dims, 2))  # (…, i, j, k); a Conv1d's core is stored (r, r, k, 1)
+        return torch.einsum("...ijk,...jc->...ick", t, b).flatten(-2)
 
 
 def thin_is_cheaper(tokens: int, n_out: int, n_in: int, r: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,8 @@ class Lora(Additive):
     """
 
     def __init__(self, shape: WeightShape, r: int, scaling: float) -> None:
-        super().__init__()
-        self.shape, self.scaling = shape, scaling
+        super().__init__(shape)
+        self.scaling = scaling
         ones = [1] * len(shape.kernel)
         self.lora_A = Factor(r, shape.in_channels, *shape.kernel)
         self.lora_B = Factor(shape.out_features, r, *ones)
@@ -66,7 +67,14 @@ class Lora(Additive):
         self.lora_A.weight.flatten(1)[:k] = A
         self.lora_B.weight.flatten(1)[:, :k] = B / self.scaling
 
-    def low_rank(self) -> tuple[Tensor, Tensor]:
-        A, B = self.lora_A.weight.flatten(1), self.lora_B.weight.flatten(1)
-        dtype = exact_dtype(A.dtype)
-        return self.scaling * B.to(dtype), A.to(dtype)
+    def kin(self) -> Hashable:
+        return self.scaling
+
+    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
+        """`s B (…, out, r)` and `A (…, r, in)`."""
+        A, B = (t.to(exact_dtype(t.dtype)).flatten(-1 - len(self.shape.kernel)) for t in θ)
+        return self.scaling * B, A
+
+    def thin(self, *derived: Tensor) -> tuple[Tensor, Tensor]:
+        B, A = derived
+        return B, A

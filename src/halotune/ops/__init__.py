@@ -1,0 +1,1 @@
+"""Operations with a readable reference and, where one wins, a kernel."""
