@@ -18,9 +18,7 @@ TEXTS = {
 }
 
 
-def main(
-    model: str = "facebook/opt-125m", steps: int = 30, lr: float = 1e-2
-) -> tuple[PeftModel, dict[str, dict[str, float]]]:
+def main(model: str = "facebook/opt-125m", steps: int = 30, lr: float = 1e-2) -> tuple[PeftModel, dict[str, dict[str, float]]]:
     """The adapted model, and the loss of every adapter on every text."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -43,9 +41,7 @@ def main(
     for name in TEXTS:
         adapted.set_adapter(name)
         with torch.no_grad():
-            losses[name] = {
-                text: adapted(**batch, labels=batch["input_ids"]).loss.item() for text, batch in batches.items()
-            }
+            losses[name] = {text: adapted(**batch, labels=batch["input_ids"]).loss.item() for text, batch in batches.items()}
         print(f"{name}:", ", ".join(f"loss {loss:.3f} on the text of {text}" for text, loss in losses[name].items()))
     return adapted, losses
 

@@ -1,6 +1,6 @@
 """halotune: HRA, LoHa and Bone/BAT adapters, as cheap as LoRA, under PEFT's API and file formats."""
 
-from . import methods as _methods
+from . import methods as _methods  # noqa: F401  (fills the registry)
 from .core.config import AdapterConfig, PeftType, TaskType
 from .core.config import AdapterConfig as PeftConfig
 from .core.errors import AdapterFileError, HalotuneError

@@ -124,9 +124,7 @@ def test_gradients(method: str, kind: str):
         path.replace(".base_layer.", "."): layer.adapters["default"].weight(parameter(plain, path).detach())
         for path, layer in layers(model).items()
     }
-    named = {
-        p.replace("_proj", "_proj_weight").replace("out_proj_weight", "out_proj.weight"): W for p, W in made.items()
-    }
+    named = {p.replace("_proj", "_proj_weight").replace("out_proj_weight", "out_proj.weight"): W for p, W in made.items()}
     expected, y = torch.func.functional_call(plain, named, qkv)[0], model(*qkv)[0]
     leaves = [*dict.fromkeys(qkv), *trained]
     probe = torch.randn_like(y)
@@ -161,9 +159,7 @@ def test_masks(mask: str):
 @torch.no_grad()
 def test_several_and_scaled():
     plain, qkv = frozen(Block()), inputs([(5, 3, 6)])
-    model = adapted(
-        plain, a=config("hra-r4", ["attn"]), b=config("bat-r3", ["in_proj"]), c=config("hra-r3", ["out_proj"])
-    )
+    model = adapted(plain, a=config("hra-r4", ["attn"]), b=config("bat-r3", ["in_proj"]), c=config("hra-r3", ["out_proj"]))
     for names in (["a", "b", "c"], ["c", "b", "a"], ["b"], ["c"]):
         model.set_adapter(names)
         close(model(*qkv)[0], composed(plain, model, names)(*qkv)[0])

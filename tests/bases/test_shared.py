@@ -52,9 +52,7 @@ def composed(plain: Shared, model: PeftModel, names: list[str]) -> Shared:
     return out
 
 
-@pytest.mark.parametrize(
-    "targets", [NAMES, ["first"], ["second"], ["third", "own"], ["first", "second", "third", "own"]]
-)
+@pytest.mark.parametrize("targets", [NAMES, ["first"], ["second"], ["third", "own"], ["first", "second", "third", "own"]])
 @every_method
 @torch.no_grad()
 def test_shared_before_shared_afterwards(plain: Shared, x: Tensor, method: str, targets: list[str]):

@@ -159,9 +159,7 @@ def test_a_missing_package_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot be imported" in rows[2].status and "lycoris" in rows[2].status
 
 
-def test_a_missing_model_library_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_model_library_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert main(["bench", "step", "--model", "sd-unet", "--device", "cpu"]) == 2
     assert "sd-unet" in capsys.readouterr().err
@@ -280,9 +278,7 @@ def test_both_tables_show_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("point", ["", "tokens"])
 def test_the_chart(point: str) -> None:
     rows = [
-        row(n, [t], **({point: 2**i} if point else {}))
-        for n in ("frozen", "ours:hra-r8")
-        for i, t in enumerate((1.0, 2.0))
+        row(n, [t], **({point: 2**i} if point else {})) for n in ("frozen", "ours:hra-r8") for i, t in enumerate((1.0, 2.0))
     ]
     compare(rows)
     for r in rows:
@@ -318,9 +314,7 @@ def test_runs_are_added_to_the_file_and_nothing_else_is_overwritten(capsys: pyte
         pytest.param(["decode", "--model", "bert-tiny", "--device", "cpu"], ["bert-tiny", "llama"], id="decode-bert"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(
-    arguments: list[str], said: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line_and_status_2(arguments: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and ": error: " in err.splitlines()[-1]

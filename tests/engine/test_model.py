@@ -80,9 +80,7 @@ def test_task_type_chooses_the_class_and_trains_the_head(task: str, tmp_path) ->
     assert heads == ({f"{prefix}.modules_to_save.default.{p}" for p in ("weight", "bias")} if head else set())
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
-    assert {k for k in stored if not k.endswith(".hra_u")} == (
-        {f"{prefix}.{p}" for p in ("weight", "bias")} if head else set()
-    )
+    assert {k for k in stored if not k.endswith(".hra_u")} == ({f"{prefix}.{p}" for p in ("weight", "bias")} if head else set())
     again = PeftModel.from_pretrained(base(kind), tmp_path)
     assert type(again).__name__ == name
     assert error(output(again), output(model)) < 1e-6
@@ -208,9 +206,7 @@ def test_parameter_groups_decay_what_has_a_scale() -> None:
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     assert {names[id(p)] for p in decayed["params"]} == {"base_model.model.lm_head.modules_to_save.default.weight"}
     assert {names[id(p)].rsplit(".", 1)[-1] for p in kept["params"]} == {"hra_u", "bias"}
-    assert {id(p) for g in (decayed, kept) for p in g["params"]} == {
-        id(p) for p in model.parameters() if p.requires_grad
-    }
+    assert {id(p) for g in (decayed, kept) for p in g["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
     torch.optim.AdamW([decayed, kept], lr=1e-3)
     (only,) = halotune.parameter_groups(wrap(config=LOHA), 0.1)
     assert only["weight_decay"] == 0.1 and len(only["params"]) == 4
@@ -220,9 +216,7 @@ def test_parameter_groups_decay_what_has_a_scale() -> None:
 def test_gradients_reach_adapters_in_checkpointed_blocks(when: str) -> None:
     def turn_on(model: nn.Module, use_reentrant: bool) -> None:
         name = "activation_checkpointing_enable"  # transformers 5's
-        getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")(
-            {"use_reentrant": use_reentrant}
-        )
+        getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": use_reentrant})
 
     expected = wrap("llama", Q).train()
     output(expected).sum().backward()

@@ -21,9 +21,7 @@ LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 def wrap(model: nn.Module | str, target_modules=..., **kwargs) -> halotune.PeftModel:
     targets = {} if target_modules is ... else {"target_modules": target_modules}
-    return halotune.get_peft_model(
-        base(model) if isinstance(model, str) else model, HRAConfig(r=2, **targets, **kwargs)
-    )
+    return halotune.get_peft_model(base(model) if isinstance(model, str) else model, HRAConfig(r=2, **targets, **kwargs))
 
 
 def adapted(*args, **kwargs) -> list[str]:
@@ -38,8 +36,7 @@ class Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.ModuleDict({"proj": nn.Linear(4, 4), "score": nn.Linear(4, 4), "experts": self._experts()})
-            for _ in range(3)
+            nn.ModuleDict({"proj": nn.Linear(4, 4), "score": nn.Linear(4, 4), "experts": self._experts()}) for _ in range(3)
         )
         self.reproj = nn.Linear(4, 4)
         self.score = nn.Linear(4, 2)
@@ -64,9 +61,7 @@ def test_names_match_as_endings_in_whole_components(kind) -> None:
 
 def test_string_is_a_regular_expression_for_the_whole_path() -> None:
     assert adapted("llama", r".*\.1\..*\.[qv]_proj") == ["1.self_attn.q_proj", "1.self_attn.v_proj"]
-    with pytest.raises(
-        HalotuneError, match=r"target_modules='q_proj': no module.*list names.*closest names are q_proj"
-    ):
+    with pytest.raises(HalotuneError, match=r"target_modules='q_proj': no module.*list names.*closest names are q_proj"):
         wrap("llama", "q_proj")
 
 
@@ -184,9 +179,7 @@ def test_exclude_that_matches_nothing_is_silent() -> None:
 
 
 def test_exclude_that_leaves_nothing_is_an_error() -> None:
-    with pytest.raises(
-        HalotuneError, match=r"exclude_modules=\['self_attn.q_proj'\] leaves none of the 2.*Exclude fewer"
-    ):
+    with pytest.raises(HalotuneError, match=r"exclude_modules=\['self_attn.q_proj'\] leaves none of the 2.*Exclude fewer"):
         wrap("llama", ["q_proj"], exclude_modules=["self_attn.q_proj"])
 
 
@@ -239,9 +232,7 @@ def test_modules_trained_whole_are_not_adapted_too() -> None:
 
 
 def test_modules_to_save_that_match_nothing_are_an_error() -> None:
-    with pytest.raises(
-        HalotuneError, match=r"modules_to_save: no module matches 'haed'.*top modules are model, lm_head"
-    ):
+    with pytest.raises(HalotuneError, match=r"modules_to_save: no module matches 'haed'.*top modules are model, lm_head"):
         wrap("llama", ["q_proj"], modules_to_save=["haed"])
 
 

@@ -157,7 +157,5 @@ def test_as_a_user_runs_them(
     with starts_away():
         run_as_script(monkeypatch, "hra_language_model", "--model", opt, "--save", tmp_path, "--steps", "2")
     assert "trainable params: 3,072" in capsys.readouterr().out
-    run_as_script(
-        monkeypatch, "hra_load_and_generate", "--model", opt, "--adapter", tmp_path, "--prompt", "Two mirrors"
-    )
+    run_as_script(monkeypatch, "hra_load_and_generate", "--model", opt, "--adapter", tmp_path, "--prompt", "Two mirrors")
     assert capsys.readouterr().out.startswith("Two mirrors")

@@ -30,9 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def adapted(model: nn.Module) -> dict[str, nn.Module]:
     """The base layers that have adapters, by their names in the plain model."""
-    return {
-        name.removeprefix("model."): m.base_layer for name, m in model.named_modules() if isinstance(m, AdaptedLayer)
-    }
+    return {name.removeprefix("model."): m.base_layer for name, m in model.named_modules() if isinstance(m, AdaptedLayer)}
 
 
 def load(folder: Path):
@@ -114,9 +112,7 @@ def test_as_a_user_runs_it(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     from diffusers import StableDiffusionPipeline
 
     arguments = ["--images", folder / "images", "--prompt", "a dog", "--method", "loha", "--steps", "3"]
-    run_as_script(
-        monkeypatch, "stable_diffusion", *arguments, "--model", folder / "pipeline", "--output", tmp_path / "out"
-    )
+    run_as_script(monkeypatch, "stable_diffusion", *arguments, "--model", folder / "pipeline", "--output", tmp_path / "out")
     assert (tmp_path / "out" / "sample.png").is_file()
     written = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert type(written.unet).__name__ == "UNet2DConditionModel"

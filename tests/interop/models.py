@@ -63,9 +63,7 @@ def _original(kind: str) -> nn.Module:
         return transformers.AutoModelForCausalLM.from_pretrained(FIXTURES / "base_llama")
     sizes = {"vocab_size": 32, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
     if kind in ("tied", "llama_classifier"):  # the first one's head has the embedding's weight
-        config = transformers.LlamaConfig(
-            **sizes, intermediate_size=24, tie_word_embeddings=kind == "tied", pad_token_id=0
-        )
+        config = transformers.LlamaConfig(**sizes, intermediate_size=24, tie_word_embeddings=kind == "tied", pad_token_id=0)
     elif kind == "gpt2":
         sizes = {"vocab_size": 32, "n_embd": 16, "n_head": 2, "n_layer": 2, "initializer_range": 0.2}
         config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)

@@ -68,9 +68,7 @@ def test_gradients_are_those_of_peft(name: str) -> None:
     model, io, x = load(name, is_trainable=True)
     output(model, x).square().mean().backward()
     mine = {
-        re.sub(r"\.adapters\.default\.(\w+)", r".\1.default", n): p.grad
-        for n, p in model.named_parameters()
-        if p.requires_grad
+        re.sub(r"\.adapters\.default\.(\w+)", r".\1.default", n): p.grad for n, p in model.named_parameters() if p.requires_grad
     }
     theirs = {key.removeprefix("grad::"): t for key, t in io.items() if key.startswith("grad::")}
     assert mine.keys() == theirs.keys()

@@ -78,14 +78,10 @@ CASES = {
         {"r": 4, "target_modules": QV, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers.1.+v_proj": 3}},
     ),
     "loha-conv": Case("LoHaConfig", {"r": 2, "target_modules": CONV}, "convnet"),
-    "loha-tucker": Case(
-        "LoHaConfig", {"r": 2, "target_modules": CONV, "use_effective_conv2d": True}, "convnet", trains=False
-    ),
+    "loha-tucker": Case("LoHaConfig", {"r": 2, "target_modules": CONV, "use_effective_conv2d": True}, "convnet", trains=False),
     "lora": Case("LoraConfig", {"r": 4, "lora_alpha": 6, "target_modules": QV}),
     "lora-rslora": Case("LoraConfig", {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": QV}),
-    "lora-patterns": Case(
-        "LoraConfig", {"target_modules": QV, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
-    ),
+    "lora-patterns": Case("LoraConfig", {"target_modules": QV, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}),
     "lora-bias-all": Case("LoraConfig", {"r": 4, "target_modules": QV, "bias": "all"}),
     "lora-conv": Case("LoraConfig", {"r": 4, "target_modules": ["conv1", "conv2", "c1d", "fc"]}, "convnet"),
     "lora-conv1d": Case("LoraConfig", {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True}, "gpt2"),
@@ -124,8 +120,7 @@ def test_files_have_the_same_keys_and_entries(case: Case, tmp_path) -> None:
     save_ours(case, case.ours(), tmp_path / "ours")
     case.theirs().save_pretrained(tmp_path / "theirs", **case.save)
     shapes = [
-        {k: t.shape for k, t in load_file(tmp_path / who / "adapter_model.safetensors").items()}
-        for who in ("ours", "theirs")
+        {k: t.shape for k, t in load_file(tmp_path / who / "adapter_model.safetensors").items()} for who in ("ours", "theirs")
     ]
     assert shapes[0] == shapes[1]
     ours, theirs = (

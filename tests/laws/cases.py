@@ -150,9 +150,7 @@ def fits(variant: Variant, base: Base) -> bool:
     return not variant.needs_kernel or math.prod(getattr(base.build(), "kernel_size", ())) > 1
 
 
-def grid(
-    *dtypes: torch.dtype, variants: Iterable[Variant] = VARIANTS, bases: Iterable[Base] = BASES
-) -> pytest.MarkDecorator:
+def grid(*dtypes: torch.dtype, variants: Iterable[Variant] = VARIANTS, bases: Iterable[Base] = BASES) -> pytest.MarkDecorator:
     """Parametrise a test with the cases of the grid."""
     cases = [Case(v, b, d) for v, b, d in itertools.product(variants, bases, dtypes) if fits(v, b)]
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)

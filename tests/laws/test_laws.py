@@ -62,6 +62,32 @@ def test_output_and_gradients_are_those_of_the_definition(case: Case):
     assert_same(layer, expected, x, [x, *trained_parameters(layer)])
 
 
+class Pair(torch.nn.Module):
+    """Two layers of one shape: what depends on parameters alone may be computed for both together."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.a, self.b = Model(case.module()), Model(case.module())
+
+    def forward(self, x):
+        return self.a(x) - 2 * self.b(x)
+
+
+@grid(torch.float64, bases=some_bases("linear", "conv2d-grouped"))
+def test_layers_of_a_model_are_those_of_the_definition(case: Case):
+    """In training and in eval, and again after the parameters changed."""
+    model, x = wrap(Pair(case), case.variant.config), case.input(requires_grad=True)
+    layers = [model.get_base_model().a.layer, model.get_base_model().b.layer]
+    for training in (True, False):
+        model.train(training)
+        for _ in range(2):
+            train(torch.nn.ModuleList(only(layer) for layer in layers))
+            a, b = (run_with(m.base_layer, only(m).weight(matrix(m.base_layer)), x) for m in layers)
+            assert_same(model, a - 2 * b, x, [x, *trained_parameters(model)])
+            with torch.no_grad():
+                torch.testing.assert_close(model(x), a - 2 * b, rtol=1e-10, atol=1e-10)
+
+
 # -- 2. Training starts at the base's function, or the configuration says why not.
 
 

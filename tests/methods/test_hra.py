@@ -123,9 +123,7 @@ def test_gram_schmidt_depends_on_the_span_only():
 def test_dependent_columns_are_no_reflection(dtype):
     U = torch.randn(13, 2, dtype=dtype)
     more = torch.cat([U, U @ torch.tensor([[1.0, 2.0], [-0.5, 3.0]], dtype=dtype)], 1).requires_grad_()
-    torch.testing.assert_close(
-        matrix_of(more, True), matrix_of(U, True), rtol=0, atol=1e-4 if dtype.itemsize == 4 else 1e-9
-    )
+    torch.testing.assert_close(matrix_of(more, True), matrix_of(U, True), rtol=0, atol=1e-4 if dtype.itemsize == 4 else 1e-9)
     (gradient,) = torch.autograd.grad(matrix_of(more, True).mul(torch.randn(13, 13, dtype=dtype)).sum(), more)
     assert gradient.isfinite().all() and gradient.norm() < 100
 

@@ -68,9 +68,7 @@ def test_both_forms_agree(module, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ("n_out", "n_in", "r"), [(3072, 3072, 22), (1024, 3072, 16), (8192, 3072, 27), (3072, 8192, 27)]
-)
+@pytest.mark.parametrize(("n_out", "n_in", "r"), [(3072, 3072, 22), (1024, 3072, 16), (8192, 3072, 27), (3072, 8192, 27)])
 def test_break_even_ranks_of_a_model_3072_wide(n_out, n_in, r):
     many = 1 << 16
     assert ops.thin_is_cheaper(many, n_out, n_in, r)

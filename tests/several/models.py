@@ -70,9 +70,7 @@ def weights(plain: nn.Module, model: PeftModel, names: Sequence[str], scales: Ma
 
 
 @torch.no_grad()
-def composed(
-    plain: nn.Module, model: PeftModel, names: Sequence[str], scales: Mapping[str, float] | None = None
-) -> nn.Module:
+def composed(plain: nn.Module, model: PeftModel, names: Sequence[str], scales: Mapping[str, float] | None = None) -> nn.Module:
     """A copy of the plain model that holds those weights: what `model` must equal with these adapters active."""
     out = copy.deepcopy(plain)
     for path, W in weights(plain, model, names, scales or {}).items():

@@ -57,9 +57,7 @@ def lora(r: int, targets: Sequence[str] = ALL, **more: Any) -> LoraConfig:
     return LoraConfig(r=r, lora_alpha=5, target_modules=list(targets), **more)
 
 
-def oracle(
-    plain: nn.Module, model: PeftModel, names: Sequence[str], weights: Sequence[float], chain: bool
-) -> nn.Module:
+def oracle(plain: nn.Module, model: PeftModel, names: Sequence[str], weights: Sequence[float], chain: bool) -> nn.Module:
     """By definition: `F_n(… F_1(W))` for a chain, else `W + Σ w_i (F_i(W) − W)`."""
     if chain:
         return composed(plain, model, names)
@@ -69,9 +67,7 @@ def oracle(
             module = out.get_submodule(path)
             W = matrix(module)
             new = W + sum(
-                w * (layer.adapters[n].weight(W) - W)
-                for n, w in zip(names, weights, strict=True)
-                if n in layer.adapters
+                w * (layer.adapters[n].weight(W) - W) for n, w in zip(names, weights, strict=True) if n in layer.adapters
             )
             module.weight.copy_(new.reshape(module.weight.shape))
     return out

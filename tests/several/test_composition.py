@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -62,9 +63,7 @@ def test_all_at_once(crowd: PeftModel, plain: MLP, x: Tensor):
 
 @torch.no_grad()
 def test_adapters_on_different_layers(plain: MLP, x: Tensor):
-    model = adapted(
-        plain, a=config("hra-r4", ["up"]), b=config("bat-r3", ["up", "down"]), c=config("loha-r2", ["stem"])
-    )
+    model = adapted(plain, a=config("hra-r4", ["up"]), b=config("bat-r3", ["up", "down"]), c=config("loha-r2", ["stem"]))
     for names in itertools.permutations("abc"):
         model.set_adapter(list(names))
         close(model(x), composed(plain, model, names)(x))
@@ -168,6 +167,21 @@ def test_an_adapter_added_while_another_is_merged(plain: MLP, x: Tensor):
     assert model.base_model.merged_adapters == []
     close(model(x), composed(plain, model, ["a", "b"])(x))
     close(merged, composed(plain, model, ["a"])(x))
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
+@torch.no_grad()
+def test_nothing_is_left_of_a_model_taken_apart(plain: MLP, x: Tensor, copied, how: str):
+    """Nor of a copy that has run: no wrapper, and no hook."""
+    model = copied(adapted(plain, a=config("hra-r4"), b=config("bat-r3", ["up"])))
+    model.set_adapter(["a", "b"])
+    expected = composed(plain, model, ["a", "b"] if how == "merge_and_unload" else [])(x)
+    model(x)
+    out = getattr(model, how)()
+    close(out(x), expected)
+    assert [type(m) for m in out.modules()] == [type(m) for m in plain.modules()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in out.modules())
 
 
 # -- two kinds of one method: in peft two kinds of MiSS on one model crash

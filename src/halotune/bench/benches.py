@@ -47,9 +47,7 @@ class Work:
             with quiet():
                 base = models.build(config.preset, config.torch_device, config.torch_dtype)
         except Unavailable as e:
-            raise HalotuneError(
-                f"model: {config.model} needs a library that {e}. Install it, or take another."
-            ) from None
+            raise HalotuneError(f"model: {config.model} needs a library that {e}. Install it, or take another.") from None
         return cls(base, models.target_names(base, family, config.targets), family.blocks if config.compile else ())
 
     @contextmanager
@@ -124,9 +122,7 @@ def run_step(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
         flowing.remove()
 
 
-def repeated(
-    config: BenchConfig, clock: Clock, once: Callable[[int], list[float]]
-) -> tuple[list[list[float]], int | None]:
+def repeated(config: BenchConfig, clock: Clock, once: Callable[[int], list[float]]) -> tuple[list[list[float]], int | None]:
     """Warm up, then repeat; the laps of each repetition, and the peak memory of the timed ones."""
     for i in range(config.warmup):
         once(i)
@@ -161,9 +157,7 @@ def run_layer(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
     def turn(entry: Entry) -> Turn:
         return layer_turn(config, work, entry.contender, config.batch, config.sequence)
 
-    return race(
-        config, setting(config, work, config.batch, config.sequence), everyone(config), PASSES, turn, watch, started
-    )
+    return race(config, setting(config, work, config.batch, config.sequence), everyone(config), PASSES, turn, watch, started)
 
 
 def run_scaling(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
@@ -176,9 +170,7 @@ def run_scaling(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
     def turn(entry: Entry) -> Turn:
         return layer_turn(config, work, entry.contender, 1, entry.point.get("tokens", tokens))
 
-    return race(
-        config, setting(config, work, config.batch, config.sequence), entries, PASSES[-1:], turn, watch, started
-    )
+    return race(config, setting(config, work, config.batch, config.sequence), entries, PASSES[-1:], turn, watch, started)
 
 
 def layer_work(config: BenchConfig) -> Work:
@@ -238,9 +230,7 @@ def run_decode(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
             times, peak = repeated(config, clock, lambda i: clock.laps(token))
             return Turn({"token": [t for (t,) in times]}, count(parameters), peak)
 
-    return race(
-        config, setting(config, work, config.batch, config.prompt), everyone(config), ["token"], turn, watch, started
-    )
+    return race(config, setting(config, work, config.batch, config.prompt), everyone(config), ["token"], turn, watch, started)
 
 
 def run_merge(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:

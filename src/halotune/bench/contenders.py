@@ -41,9 +41,7 @@ class Contender:
         found = re.fullmatch(r"(\w+):(\w+)-r([1-9]\d*)", text)
         known = found and found[1] in LIBRARIES and found[2] in LIBRARIES[found[1]].methods
         if not found or not known:
-            every = ", ".join(
-                f"{name}:{{{','.join(lib.methods)}}}-rN" for name, lib in LIBRARIES.items() if lib.methods
-            )
+            every = ", ".join(f"{name}:{{{','.join(lib.methods)}}}-rN" for name, lib in LIBRARIES.items() if lib.methods)
             raise HalotuneError(f"contenders: expected {FROZEN}, {every}; got {text!r}. N is the rank, such as r8.")
         return cls(found[1], found[2], int(found[3]))
 
@@ -168,9 +166,7 @@ class Lycoris(Library):
         names = [f"{re.escape(name)}$" for name in targets]
         network.apply_preset({"target_module": [], "target_name": names, "exclude_name": [], "enable_conv": True})
         r = contender.r
-        return self.Model(
-            base, network(base, 1.0, r, r, r, r, network_module=contender.method, warn_on_unmatched=False)
-        )
+        return self.Model(base, network(base, 1.0, r, r, r, r, network_module=contender.method, warn_on_unmatched=False))
 
     def unload(self, model: Any) -> None:
         model.network.restore()

@@ -111,9 +111,7 @@ def read_runs(file: Path) -> list[dict[str, Any]]:
             return list(document["runs"])
     except (ValueError, KeyError, TypeError):
         pass
-    raise HalotuneError(
-        f"{file}: is not a file of this benchmark, so no run can be added. Choose another --output-dir."
-    )
+    raise HalotuneError(f"{file}: is not a file of this benchmark, so no run can be added. Choose another --output-dir.")
 
 
 def run_record(kind: str, date: str, rows: Sequence[Row]) -> dict[str, Any]:

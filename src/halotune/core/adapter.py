@@ -65,7 +65,7 @@ class Adapter(nn.Module, ABC):
         """The configuration's r."""
 
     @classmethod
-    def combined(cls, adapters: Sequence[Self], weights: Sequence[float], how: str, rank: int) -> Self | None:
+    def combined(cls, adapters: Sequence[Any], weights: Sequence[float], how: str, rank: int) -> Self | None:
         """One adapter of this class that equals several exactly, or None where there is none.
 
         Args:
@@ -110,9 +110,7 @@ class Adapter(nn.Module, ABC):
         """The forward pass over a frozen `x Wᵀ + b`, as one call on x in the dtype of W; or None."""
         return None
 
-    def quick(
-        self, plain: tuple[Tensor, Tensor | None] | None, dtype: torch.dtype
-    ) -> Callable[[Tensor], Tensor] | None:
+    def quick(self, plain: tuple[Tensor, Tensor | None] | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         """`on_plain` where the base is plain and nothing is dropped."""
         if plain is None or (self.training and self.dropout):
             return None
@@ -174,9 +172,7 @@ class Additive(Adapter):
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
         x = x.to(compute_dtype(x))
         quick = self.quick(op.plain(x.dtype), x.dtype) if scale == 1.0 else None
-        return (
-            add_low_rank(x, self.drop(x), op, self.thin(*self.derived(x.dtype)), scale) if quick is None else quick(x)
-        )
+        return add_low_rank(x, self.drop(x), op, self.thin(*self.derived(x.dtype)), scale) if quick is None else quick(x)
 
     def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor] | None:
         B, A = self.thin(*derived)
@@ -201,9 +197,7 @@ class WeightSide(Adapter):
         return weight_form(x, op, *self.transform(), scale=scale) if quick is None else quick(x)
 
 
-def add_low_rank(
-    x: Tensor, dropped: Tensor, op: Operator, factors: tuple[Tensor, Tensor], scale: float = 1.0
-) -> Tensor:
+def add_low_rank(x: Tensor, dropped: Tensor, op: Operator, factors: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:
     """`op(x) + scale · (B A) dropped`, for x in its compute dtype."""
     B, A = (t.to(x.dtype) for t in factors)
     return op.add_low_rank(op(x), dropped, B if scale == 1.0 else B * scale, A)

@@ -27,12 +27,16 @@ class Projection(nn.Module):
         self.weight_name = weight_name
 
     @property
+    def attention(self) -> nn.MultiheadAttention:
+        return self.__dict__["owner"].base_layer
+
+    @property
     def weight(self) -> nn.Parameter:
-        return getattr(self.owner.base_layer, self.weight_name)
+        return getattr(self.attention, self.weight_name)
 
     @weight.setter
     def weight(self, value: nn.Parameter) -> None:
-        setattr(self.owner.base_layer, self.weight_name, value)
+        setattr(self.attention, self.weight_name, value)
 
     @property
     def bias(self) -> Tensor | None:
@@ -81,7 +85,9 @@ class AdaptedAttention(nn.Module):
             setattr(self, name, Projection(self, weight_name))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        layers = {m.base_layer.weight_name: m for m in self.children() if isinstance(m, AdaptedLayer)}
+        layers: dict[str, AdaptedLayer] = {
+            str(m.base_layer.weight_name): m for m in self.children() if isinstance(m, AdaptedLayer)
+        }
         if isinstance(self.base_layer.out_proj, AdaptedLayer):
             layers["out_proj.base_layer.weight"] = self.base_layer.out_proj
         if any(layer.rows is not None for layer in layers.values()):
@@ -89,11 +95,9 @@ class AdaptedAttention(nn.Module):
                 "adapter_names: the projections of torch.nn.MultiheadAttention are adapted as weights, which all samples "
                 "share. Run the adapters one at a time."
             )
-        weights = {str(name): layer.operator().weight() for name, layer in layers.items()}
+        weights = {name: layer.operator().weight() for name, layer in layers.items()}
         return (
-            torch.func.functional_call(self.base_layer, weights, args, kwargs)
-            if weights
-            else self.base_layer(*args, **kwargs)
+            torch.func.functional_call(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
         )
 
     def __getattr__(self, name: str) -> Any:

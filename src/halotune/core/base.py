@@ -167,9 +167,7 @@ class TransposedLinear(LinearLike):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         # By name, so that transformers need not be imported.
-        return any(
-            c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__
-        )
+        return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
     @property
     def shape(self) -> WeightShape:  # type: ignore[override]
@@ -233,9 +231,7 @@ class Convolution(Base):
         if x.dim() == self.module.weight.dim() - 1:  # one sample, no batch
             dx, dW = self.contract_backward(x[None], W, dy[None], need_x)
             return (None if dx is None else dx[0]), dW
-        dx, dW, _ = torch.ops.aten.convolution_backward(
-            dy, x, self.stored(W), None, *self._geometry(), [need_x, True, False]
-        )
+        dx, dW, _ = torch.ops.aten.convolution_backward(dy, x, self.stored(W), None, *self._geometry(), [need_x, True, False])
         return dx, dW.flatten(1)
 
     def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:

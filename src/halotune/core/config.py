@@ -153,9 +153,7 @@ class AdapterConfig(BaseConfig):
             listed = [c.value for c in choices]
             near = closest(str(value), listed, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise self.error(
-                name, f"expected one of {listed}; got {value!r}", f"It is checked in full.{hint}"
-            ) from None
+            raise self.error(name, f"expected one of {listed}; got {value!r}", f"It is checked in full.{hint}") from None
 
     def _check_types(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -163,9 +161,7 @@ class AdapterConfig(BaseConfig):
             value = getattr(self, f.name)
             if not _fits(value, hints[f.name]):
                 expected = str(f.type).replace("typing.", "")
-                raise self.error(
-                    f.name, f"expected {expected}; got {value!r} ({type(value).__name__})", "Fix its type."
-                )
+                raise self.error(f.name, f"expected {expected}; got {value!r} ({type(value).__name__})", "Fix its type.")
 
     def _check_patterns(self) -> None:
         named = {f: getattr(self, f) for f in ("target_modules", "exclude_modules", "layers_pattern")}
@@ -235,9 +231,7 @@ class AdapterConfig(BaseConfig):
         return cls(**kept)
 
     @classmethod
-    def from_pretrained(
-        cls, model_id: str | PathLike[str], subfolder: str | None = None, **kwargs: Any
-    ) -> AdapterConfig:
+    def from_pretrained(cls, model_id: str | PathLike[str], subfolder: str | None = None, **kwargs: Any) -> AdapterConfig:
         """The configuration in a folder, or in a repository of the hub; of whichever method it is of."""
         from .registry import method_of
 

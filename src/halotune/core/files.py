@@ -78,9 +78,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise AdapterFileError(
-            file, f"cannot be read as JSON: {e}.", remedy="The file is damaged: get it again."
-        ) from e
+        raise AdapterFileError(file, f"cannot be read as JSON: {e}.", remedy="The file is damaged: get it again.") from e
     if not isinstance(entries, dict):
         raise AdapterFileError(
             file,

@@ -54,7 +54,7 @@ class _ThinLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, W, z, Bt, *θ = ctx.saved_tensors
         dy = grad_outputs[0].reshape(-1, W.shape[0])
         dz = torch.mm(dy, Bt.t())
@@ -90,7 +90,7 @@ class _DenseLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, W, *θ = ctx.saved_tensors
         dy = grad_outputs[0].reshape(-1, W.shape[0])
         adapted, pull = ctx.rule.rebuild(W, *θ)

@@ -110,9 +110,7 @@ def run_method(
     return record
 
 
-def demo(
-    methods: list[str], *, model: str | None, epochs: float, seed: int, output_dir: Path, as_json: bool = False
-) -> int:
+def demo(methods: list[str], *, model: str | None, epochs: float, seed: int, output_dir: Path, as_json: bool = False) -> int:
     """Run the methods in turn and report; what was finished is kept, whatever stops the run.
 
     Returns:
@@ -202,6 +200,4 @@ def conclude(console: Console, output_dir: Path, results: dict[str, Record], sec
     for name in filter(results.__contains__, comparable):
         console.print(report.proof_line(results[name]))
     report.plot(output_dir / report.PLOT, comparable)
-    console.print(
-        f"\n{seconds:.0f} s. Adapters, {report.METRICS} and {report.PLOT} are in [bold]{escape(str(output_dir))}[/]"
-    )
+    console.print(f"\n{seconds:.0f} s. Adapters, {report.METRICS} and {report.PLOT} are in [bold]{escape(str(output_dir))}[/]")

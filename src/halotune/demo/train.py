@@ -88,9 +88,7 @@ def train(
         schedule.step()
         run.seconds += time.perf_counter() - started
         if not math.isfinite(loss.item()):
-            raise HalotuneError(
-                f"the loss is {loss.item()} at step {step}: lr {learning_rate} is too high for this model."
-            )
+            raise HalotuneError(f"the loss is {loss.item()} at step {step}: lr {learning_rate} is too high for this model.")
         seen += len(rows)
         run.words.append(seen)
         run.losses.append(loss.item())

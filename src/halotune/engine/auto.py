@@ -21,9 +21,7 @@ class AutoPeftModel:
     auto_class: ClassVar[str | None] = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise HalotuneError(
-            f"{type(self).__name__} is not made itself: use {type(self).__name__}.from_pretrained(folder)."
-        )
+        raise HalotuneError(f"{type(self).__name__} is not made itself: use {type(self).__name__}.from_pretrained(folder).")
 
     @classmethod
     def from_pretrained(
@@ -59,9 +57,7 @@ class AutoPeftModel:
         model = cls._base_class(config).from_pretrained(base, revision=config.revision, **kwargs)
         tensors = read_tensors(locate(pretrained_model_name_or_path, WEIGHTS_NAME, **here))
         _fit_vocabulary(model, {key: t.shape[0] for key, t in tensors.items() if t.dim() == 2})
-        return PeftModel.from_pretrained(
-            model, pretrained_model_name_or_path, adapter_name, is_trainable, config, **here
-        )
+        return PeftModel.from_pretrained(model, pretrained_model_name_or_path, adapter_name, is_trainable, config, **here)
 
     @classmethod
     def _base_class(cls, config: AdapterConfig) -> Any:
@@ -74,9 +70,7 @@ class AutoPeftModel:
         if cls.auto_class is not None:
             return getattr(transformers, cls.auto_class)
         mapping = config.auto_mapping or {}
-        task = {c.task: c.auto_class for c in _AUTO_CLASSES}.get(
-            str(getattr(config.task_type, "value", config.task_type))
-        )
+        task = {c.task: c.auto_class for c in _AUTO_CLASSES}.get(str(getattr(config.task_type, "value", config.task_type)))
         if task is not None:
             return getattr(transformers, task)
         name, library = mapping.get("base_model_class"), str(mapping.get("parent_library", ""))

@@ -43,7 +43,7 @@ def combine(
     combined = _as_lora(layers, names, weights) if how == "lora" else _within(layers, names, weights, how)
     r = max(a.rank for a in combined.values())
     if how == "lora":
-        config = method_of("LORA").config(r=r, **{"lora_alpha": r})
+        config = _lora_config(r)
     else:
         config = configs[names[0]].combined(r)
     first = configs[names[0]]
@@ -56,15 +56,18 @@ def combine(
     return config, {visible[p]: a for p, a in combined.items()}
 
 
+def _lora_config(r: int) -> AdapterConfig:
+    """A LoRA whose scale is one."""
+    return method_of("LORA").config.from_dict({"r": r, "lora_alpha": r})
+
+
 def _check(
     model: nn.Module, configs: Mapping[str, AdapterConfig], names: Sequence[str], weights: Sequence[float], how: str
 ) -> None:
     if how not in ("linear", "cat", "lora"):
         raise HalotuneError(f"combination_type: expected 'linear', 'cat' or 'lora'; got {how!r}. {_EXACT}")
     if not names or len(names) != len(weights) or len(set(names)) < len(names):
-        raise HalotuneError(
-            f"adapters and weights: expected different names, a weight each; got {names} and {weights}."
-        )
+        raise HalotuneError(f"adapters and weights: expected different names, a weight each; got {names} and {weights}.")
     for n in names:
         if configs[n].modules_to_save or getattr(configs[n], "bias", "none") != "none":
             raise HalotuneError(
@@ -72,9 +75,7 @@ def _check(
                 "without them, or merge one after the other."
             )
     if any(layer.merged for layer in adapted_layers(model).values()):
-        raise HalotuneError(
-            "adapters are merged, and combining needs the base's weights. Call unmerge_adapter() first."
-        )
+        raise HalotuneError("adapters are merged, and combining needs the base's weights. Call unmerge_adapter() first.")
 
 
 def _parts(layer: AdaptedLayer, names: Sequence[str], weights: Sequence[float]) -> tuple[list[Adapter], list[float]]:
@@ -90,7 +91,7 @@ def _check_described(config: AdapterConfig, path: str, layer: AdaptedLayer, adap
     except HalotuneError:  # not even possible here
         made = None
     sizes = {n: p.shape for n, p in adapter.named_parameters()}
-    if type(made) is not type(adapter) or {n: p.shape for n, p in made.named_parameters()} != sizes:
+    if made is None or type(made) is not type(adapter) or {n: p.shape for n, p in made.named_parameters()} != sizes:
         raise HalotuneError(
             f"{path}: the adapters are of different kinds on different layers, which no single configuration describes. "
             'Use combination_type="lora", or for BAT merge one after the other.'
@@ -98,9 +99,7 @@ def _check_described(config: AdapterConfig, path: str, layer: AdaptedLayer, adap
 
 
 @torch.no_grad()
-def _within(
-    layers: Mapping[str, AdaptedLayer], names: Sequence[str], weights: Sequence[float], how: str
-) -> dict[str, Adapter]:
+def _within(layers: Mapping[str, AdaptedLayer], names: Sequence[str], weights: Sequence[float], how: str) -> dict[str, Adapter]:
     out: dict[str, Adapter] = {}
     parts = {path: _parts(layer, names, weights) for path, layer in layers.items()}
     total = max(sum(a.rank for a in adapters) for adapters, _ in parts.values())
@@ -108,9 +107,7 @@ def _within(
         kinds = {type(a) for a in adapters}
         combined = adapters[0].combined(adapters, own, how, total) if len(kinds) == 1 else None
         if combined is None:
-            shown = ", ".join(
-                f"{type(a).__name__} (r={a.rank}, weight {w:g})" for a, w in zip(adapters, own, strict=True)
-            )
+            shown = ", ".join(f"{type(a).__name__} (r={a.rank}, weight {w:g})" for a, w in zip(adapters, own, strict=True))
             exact = '"lora"' if all(a.factors_exist for a in adapters) else "none: merge one after the other"
             raise HalotuneError(
                 f"{path}: combination_type={how!r} is not exact for {shown}; exact is {exact}. In general {_EXACT}"
@@ -139,7 +136,7 @@ def _as_lora(layers: Mapping[str, AdaptedLayer], names: Sequence[str], weights: 
     rank = max(A.shape[0] for _, A in factors.values())
     out: dict[str, Adapter] = {}
     for path, (B, A) in factors.items():
-        adapter = lora.create(layers[path].base.shape, lora.config(r=rank, **{"lora_alpha": rank}))
+        adapter = lora.create(layers[path].base.shape, _lora_config(rank))
         adapter.to(A.device, A.dtype).set_factors(B, A)  # type: ignore[operator]
         out[path] = adapter
     return out

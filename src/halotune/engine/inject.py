@@ -215,7 +215,7 @@ def _wrapped_attention(modules: Mapping[str, nn.Module], paths: Iterable[str]) -
         attention = modules.get(parent)
         if isinstance(attention, nn.MultiheadAttention):
             projections = (m for n, m in modules.items() if n.startswith(f"{parent}.") and isinstance(m, Projection))
-            out[attention] = next(projections).owner
+            out[attention] = next(projections).__dict__["owner"]
     return out
 
 
@@ -370,22 +370,16 @@ def per_sample(model: nn.Module, names: Sequence[str], batch: int | None = None)
         batch: the number of samples, where it is known.
     """
     if batch is not None and len(names) != batch:
-        raise HalotuneError(
-            f"adapter_names: got {len(names)} names for a batch of {batch} samples. Give one name per sample."
-        )
+        raise HalotuneError(f"adapter_names: got {len(names)} names for a batch of {batch} samples. Give one name per sample.")
     modules = [*adapted_layers(model).values(), *whole_modules(model).values()]
     known = {n for m in modules for n in (m.adapters if isinstance(m, AdaptedLayer) else m.modules_to_save)}
     unknown = sorted(set(names) - known - {BASE})
     if unknown or not names:
-        raise HalotuneError(
-            f"adapter_names: {unknown or 'empty'}; the model has {sorted(known)}, and {BASE!r} for none."
-        )
+        raise HalotuneError(f"adapter_names: {unknown or 'empty'}; the model has {sorted(known)}, and {BASE!r} for none.")
     if any(isinstance(m, AdaptedLayer) and m.merged for m in modules):
         raise HalotuneError("adapter_names: adapters are merged into the weights. Call unmerge_adapter() first.")
     if not all(m.enabled for m in modules):
-        raise HalotuneError(
-            f"adapter_names: adapters are disabled. Leave disable_adapter(), or name {BASE!r} for samples."
-        )
+        raise HalotuneError(f"adapter_names: adapters are disabled. Leave disable_adapter(), or name {BASE!r} for samples.")
     if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         raise HalotuneError(
             "adapter_names: checkpointed blocks run again in backward, when the names are gone. Turn gradient checkpointing "

@@ -28,9 +28,7 @@ class _Group:
     def lend(self) -> None:
         slots = zip(*(a.parameters() for a in self.adapters), strict=True)
         stacked = [torch.stack(parameters) for parameters in slots]
-        keeping = not (torch.is_grad_enabled() and any(t.requires_grad for t in stacked)) and _may_synchronize(
-            stacked[0]
-        )
+        keeping = not (torch.is_grad_enabled() and any(t.requires_grad for t in stacked)) and _may_synchronize(stacked[0])
         if keeping and self.kept is not None and all(map(torch.equal, self.kept[0], stacked)):
             shares = self.kept[1]
         else:
@@ -59,9 +57,7 @@ class Lending:
         ]
 
     def before(self, model: nn.Module, args: Any) -> None:
-        if (
-            torch.compiler.is_compiling()
-        ):  # a whole model in one graph: layers derive alone, and the compiler arranges it
+        if torch.compiler.is_compiling():  # a whole model in one graph: layers derive alone, and the compiler arranges it
             return
         if self.layers is None:
             self.layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
@@ -93,15 +89,10 @@ class Lending:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "layers": None, "key": None, "groups": [], "alone": []}
-
-    def __deepcopy__(self, memo: Any) -> Lending:
-        copy = object.__new__(Lending)
-        memo[id(self)] = copy
-        copy.__dict__.update(self.__getstate__(), handles=[])
-        return copy
 
 
 def _autocast_dtype(running: list[tuple[AdaptedLayer, Adapter]]) -> torch.dtype | None:

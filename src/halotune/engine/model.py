@@ -72,9 +72,7 @@ class PeftModel(nn.Module):
         config = copy.copy(config)
         if config.base_model_name_or_path is None:
             own = getattr(model, "config", None)
-            config.base_model_name_or_path = (
-                getattr(model, "name_or_path", None) or getattr(own, "_name_or_path", None) or None
-            )
+            config.base_model_name_or_path = getattr(model, "name_or_path", None) or getattr(own, "_name_or_path", None) or None
         if self.heads:
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *self.heads]))
         return config
@@ -262,9 +260,7 @@ class PeftModel(nn.Module):
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         unknown = [n for n in names if n not in self.peft_config]
         if unknown:
-            raise HalotuneError(
-                f"selected_adapters: no adapter is named {unknown[0]!r}; there are {sorted(self.peft_config)}."
-            )
+            raise HalotuneError(f"selected_adapters: no adapter is named {unknown[0]!r}; there are {sorted(self.peft_config)}.")
         folder = Path(save_directory)
         if folder.is_file():
             raise HalotuneError(f"save_pretrained: {folder} is a file. Give a folder.")
@@ -418,9 +414,7 @@ def _renamed(tensors: dict[str, Tensor], mapping: Mapping[str, str] | None, file
             if n:
                 break
         if new in out:
-            raise AdapterFileError(
-                file, f"key_mapping gives {new} twice.", key=key, remedy="Make the mapping one to one."
-            )
+            raise AdapterFileError(file, f"key_mapping gives {new} twice.", key=key, remedy="Make the mapping one to one.")
         out[new] = tensor
     return out
 

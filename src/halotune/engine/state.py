@@ -247,9 +247,7 @@ def _fits(key: str, tensor: Tensor, target: Tensor, ignore_shape: bool, file: st
     return True
 
 
-def _warn_of_changed_embeddings(
-    tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], file: str | PathLike[str]
-) -> None:
+def _warn_of_changed_embeddings(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], file: str | PathLike[str]) -> None:
     changed = [k for k, t in tensors.items() if not torch.equal(t.to(state[k]), state[k].detach())]
     if changed:
         warnings.warn(

@@ -63,9 +63,7 @@ def select(
         if not isinstance(wanted, str):
             _report_unmatched(wanted, [*found, *whole] if found else [], adaptable)
     if not found:
-        raise HalotuneError(
-            f"target_modules={_shown(target)}: no module of the model matches. {_hint(wanted, adaptable)}"
-        )
+        raise HalotuneError(f"target_modules={_shown(target)}: no module of the model matches. {_hint(wanted, adaptable)}")
     kept = [n for n in found if not matches(n, config.exclude_modules)]
     if not kept:
         raise HalotuneError(
@@ -94,9 +92,7 @@ def _of_layers(config: AdapterConfig, found: list[str]) -> list[str]:
 def _report_unmatched(wanted: Collection[str], found: list[str], adaptable: Collection[str]) -> None:
     missed = sorted(t for t in wanted if not any(matches_suffix(n, t) for n in found))
     if missed and found:
-        warnings.warn(
-            f"target_modules: no module matches {', '.join(missed)}. {_hint(missed, adaptable)}", stacklevel=2
-        )
+        warnings.warn(f"target_modules: no module matches {', '.join(missed)}. {_hint(missed, adaptable)}", stacklevel=2)
 
 
 def _hint(wanted: str | Collection[str], adaptable: Collection[str]) -> str:

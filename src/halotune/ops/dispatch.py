@@ -49,9 +49,7 @@ class Op:
             if reason is None:
                 return kernel.run
             if forced:
-                warnings.warn(
-                    f"{self.name}: the {forced} kernel cannot run here: {reason}. Using plain torch.", stacklevel=3
-                )
+                warnings.warn(f"{self.name}: the {forced} kernel cannot run here: {reason}. Using plain torch.", stacklevel=3)
         return self.reference
 
 

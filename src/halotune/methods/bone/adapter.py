@@ -67,7 +67,7 @@ class Bone(Additive):
         return self.r
 
     @classmethod
-    def combined(cls, adapters: Sequence[Self], weights: Sequence[float], how: str, rank: int) -> Self | None:
+    def combined(cls, adapters: Sequence[Any], weights: Sequence[float], how: str, rank: int) -> Self | None:
         """The delta is linear in D, so blocks of one r add."""
         return _sum_of_blocks(adapters, weights) if how == "linear" else None
 
@@ -121,7 +121,7 @@ class Bat(WeightSide):
         return self.r
 
     @classmethod
-    def combined(cls, adapters: Sequence[Self], weights: Sequence[float], how: str, rank: int) -> Self | None:
+    def combined(cls, adapters: Sequence[Any], weights: Sequence[float], how: str, rank: int) -> Self | None:
         """The delta `W_ij B_i + B_i` is linear in B, so blocks of one r add."""
         return _sum_of_blocks(adapters, weights) if how == "linear" else None
 
@@ -146,7 +146,7 @@ def _sum_of_blocks(adapters: Sequence[_Block], weights: Sequence[float]) -> _Blo
         return None
     out = copy.deepcopy(adapters[0])
     with torch.no_grad():
-        out.get_parameter(out.block).copy_(sum(w * b for w, b in zip(weights, blocks, strict=True)))
+        out.get_parameter(out.block).copy_(torch.stack([w * b for w, b in zip(weights, blocks, strict=True)]).sum(0))
     return out
 
 

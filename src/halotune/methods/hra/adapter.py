@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class HRA(InputSide):
         return self.hra_u.shape[1]
 
     @classmethod
-    def combined(cls, adapters: Sequence[Self], weights: Sequence[float], how: str, rank: int) -> Self | None:
+    def combined(cls, adapters: Sequence[Any], weights: Sequence[float], how: str, rank: int) -> Self | None:
         """Chains of weight 1, one after the other, are one chain; zero columns reflect nothing."""
         if how != "cat" or any(w != 1 for w in weights):
             return None

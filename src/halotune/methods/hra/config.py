@@ -39,9 +39,7 @@ class HRAConfig(AdapterConfig):
         self.require_choice("bias", ("none", "all", "hra_only"))
         self.require_choice("orthogonality_norm", ("squared", "unsquared"))
         if self.orthogonality_weight < 0:
-            raise self.error(
-                "orthogonality_weight", f"must not be negative; got {self.orthogonality_weight}", "It is λ."
-            )
+            raise self.error("orthogonality_weight", f"must not be negative; got {self.orthogonality_weight}", "It is λ.")
 
     def notices(self) -> list[str]:
         if not self.init_weights:

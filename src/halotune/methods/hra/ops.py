@@ -104,7 +104,7 @@ class _ReflectedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, W, z, Û, N = ctx.saved_tensors
         d = torch.mm(grad_outputs[0].reshape(-1, W.shape[0]), W)  # of the rotated input
         dz = torch.mm(d, N.t())

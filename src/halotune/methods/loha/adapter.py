@@ -41,9 +41,7 @@ class LoHa(WeightSide):
         self.rank_dropout = self.module_dropout = 0.0
         self.rule = ops.HadamardRule(scaling)
         n_out, n_in = shape.out_features, shape.in_channels if tucker else shape.in_features
-        core = (
-            shape.kernel if len(shape.kernel) > 1 else (*shape.kernel, 1)
-        )  # PEFT's files hold (r, r, k, 1) for Conv1d
+        core = shape.kernel if len(shape.kernel) > 1 else (*shape.kernel, 1)  # PEFT's files hold (r, r, k, 1) for Conv1d
         for i in "12":
             self.register_parameter(f"hada_w{i}_a", nn.Parameter(torch.empty((r, n_out) if tucker else (n_out, r))))
             self.register_parameter(f"hada_w{i}_b", nn.Parameter(torch.empty(r, n_in)))
