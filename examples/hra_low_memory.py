@@ -26,8 +26,6 @@ def main(adapter: str, model: str = "facebook/opt-125m") -> HRAModel:
     print(f"{len(waiting)} parameters have a shape but no memory yet")
 
     tensors = load_file(Path(adapter) / "adapter_model.safetensors")
-    # Files hold the names that a PeftModel uses, in which an HRAModel is the part called base_model.
-    tensors = {name.removeprefix("base_model."): t for name, t in tensors.items()}
     set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
     print(f"{sum(t.numel() for t in tensors.values()):,d} numbers loaded")
     return adapted

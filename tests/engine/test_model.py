@@ -13,7 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import halotune
-from halotune import BoneConfig, HalotuneError, HRAConfig, LoHaConfig, LoraConfig, MissConfig, PeftModel
+from halotune import (
+    BoneConfig,
+    HalotuneError,
+    HRAConfig,
+    HRAModel,
+    LoHaConfig,
+    LoraConfig,
+    MissConfig,
+    PeftModel,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from halotune.core.layer import AdaptedLayer
 
 from ..interop.models import IDS, MLP, base, error, inputs, output, randomize, snapshot
@@ -546,3 +557,23 @@ def test_module_that_is_used_twice_is_adapted_once() -> None:
     assert wrapped.get_base_model().again is wrapped.get_base_model().layers[1]
     assert wrapped.get_nb_trainable_parameters()[0] == 16
     assert error(output(wrapped), output(copy.deepcopy(wrapped).merge_and_unload())) < 1e-5
+
+
+def test_an_adapter_model_saves_the_adapter_alone(tmp_path):
+    """And its files are those that a PeftModel writes; tensors load under either's prefix."""
+    base = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 7))
+    tuner = HRAModel(copy.deepcopy(base), HRAConfig(r=2, target_modules=["0"], init_weights=False))
+    tuner.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert list(tensors) == ["base_model.model.0.hra_u"]
+    x = torch.randn(3, 5)
+    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), tuner(x))
+    again = HRAModel(copy.deepcopy(base), HRAConfig(r=2, target_modules=["0"]))
+    set_peft_model_state_dict(again, tensors)
+    assert torch.equal(again(x), tuner(x))
+
+
+def test_warnings_point_at_the_users_line():
+    with pytest.warns(UserWarning, match="even r") as caught:
+        get_peft_model(nn.Sequential(nn.Linear(5, 6)), HRAConfig(r=3, target_modules=["0"]))
+    assert [w.filename for w in caught] == [__file__]

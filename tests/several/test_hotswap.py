@@ -42,11 +42,11 @@ def test_parameters_stay_in_place(plain: MLP, x: Tensor, tmp_path, method: str):
     other = saved(plain, tmp_path, config(method))
     model = adapted(plain, a=config(method), b=config("hra-r4"))
     parameters = {n: (id(p), p.data_ptr(), p.requires_grad) for n, p in model.named_parameters()}
-    before = state(model)
+    before, y = state(model), model(x)  # what is computed from the old weights must not be kept
 
     result = hotswap_adapter(model, tmp_path, "a")
     assert result.missing_keys == result.unexpected_keys == []
-    assert torch.equal(model(x), other(x))
+    assert torch.equal(model(x), other(x)) and differ(model(x), y)
     assert {n: (id(p), p.data_ptr(), p.requires_grad) for n, p in model.named_parameters()} == parameters
     changed = {n for n, p in model.state_dict().items() if not torch.equal(p, before[n])}
     assert changed == {n for n in before if ".adapters.a." in n}

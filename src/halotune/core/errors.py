@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from os import PathLike
 
 
@@ -30,6 +32,14 @@ def _rebuild(message: str, file: str, key: str | None) -> AdapterFileError:
     error = AdapterFileError.__new__(AdapterFileError)
     error.args, error.file, error.key = (message,), file, key
     return error
+
+
+def warn(message: str) -> None:
+    """A warning that points at the user's own line, however deep in the library it arises."""
+    level, frame = 1, sys._getframe(0)
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("halotune", "torch", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def closest(name: str, known: list[str], n: int = 3) -> list[str]:

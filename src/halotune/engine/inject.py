@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -15,7 +14,7 @@ from ..core.adapter import Adapter
 from ..core.attention import AdaptedAttention, Projection
 from ..core.base import LinearLike, base_for, base_kind
 from ..core.config import AdapterConfig
-from ..core.errors import HalotuneError
+from ..core.errors import HalotuneError, warn
 from ..core.layer import BASE, AdaptedLayer, Rows
 from ..core.registry import method_of
 from .architectures import default_targets, known_architectures
@@ -191,7 +190,7 @@ def inject(
     check_offloaded(modules, config, paths, whole)
     if not low_cpu_mem_usage:
         for notice in config.notices():
-            warnings.warn(notice, stacklevel=3)
+            warn(notice)
     _warn_if_tied(model, [*paths, *whole])
     swap(model, _wrapped_attention(modules, created))
     wrappers: dict[nn.Module, nn.Module] = {}
@@ -282,10 +281,9 @@ def _warn_if_tied(model: nn.Module, paths: list[str]) -> None:
         for key in (f"{path}.weight", f"{path}.base_layer.weight"):
             others = [n for n in shared.get(key, []) if n != key]
             if others:
-                warnings.warn(
+                warn(
                     f"{path} shares its weight with {', '.join(others)}, which stays as it is: training acts on {path} "
-                    "alone, and a merge unties the two.",
-                    stacklevel=4,
+                    "alone, and a merge unties the two."
                 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from ..core.adapter import Additive
-from ..core.errors import HalotuneError
+from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer, MergeRecord
 from .inject import adapted_layers, tied_parameters
 
@@ -76,10 +75,9 @@ def merge(
         _tie_again(model)
         raise
     if report.total().lost > 0.5:
-        warnings.warn(
+        warn(
             f"merging into {next(iter(layers.values())).base.dtype} lost {report.total().lost:.0%} of the adapter's delta to "
-            "rounding. Load the base in fp32 to merge without that loss.",
-            stacklevel=3,
+            "rounding. Load the base in fp32 to merge without that loss."
         )
     return report
 
@@ -119,10 +117,7 @@ def _check_finite(path: str, layer: AdaptedLayer, names: list[str]) -> None:
 
 
 def _untie(model: nn.Module, path: str, keep: bool) -> None:
-    warnings.warn(
-        f"{path} shares its weight with another module; the merge gives it a weight of its own, and the other stays as it is.",
-        stacklevel=4,
-    )
+    warn(f"{path} shares its weight with another module; the merge gives it a weight of its own, and the other stays as it is.")
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # type: ignore[union-attr]  # else the next tie_weights() undoes the merge

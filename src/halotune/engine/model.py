@@ -20,11 +20,11 @@ from ..core.config import AdapterConfig, TaskType
 from ..core.errors import AdapterFileError, HalotuneError
 from ..core.files import WEIGHTS_NAME, locate
 from ..core.registry import method_of
-from .card import write_card
 from .hotswap import require_same
 from .inject import adapted_layers, per_sample
 from .merging import MergeReport
-from .state import get_peft_model_state_dict, read_tensors, set_peft_model_state_dict, write_tensors
+from .saving import parameter_count, save_adapters
+from .state import read_tensors, set_peft_model_state_dict
 from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .tuner import AdapterModel, tuner_class
 
@@ -210,7 +210,7 @@ class PeftModel(nn.Module):
         """The numbers of trainable and of all parameters; packed 4-bit weights count as what they hold."""
         trainable = total = 0
         for p in self.parameters():
-            n = _size(p)
+            n = parameter_count(p)
             total += n
             trainable += n if p.requires_grad else 0
         return trainable, total
@@ -252,38 +252,16 @@ class PeftModel(nn.Module):
             state_dict: the model's state dict, where it was gathered already.
             bone_as_miss: write Bone adapters as MiSS, which peft 0.19 and later can read.
         """
-        if not safe_serialization:
-            raise HalotuneError(
-                "save_pretrained: safe_serialization=False would write a pickle, which can run code when it is read. Leave "
-                "it True."
-            )
-        names = list(self.peft_config) if selected_adapters is None else selected_adapters
-        unknown = [n for n in names if n not in self.peft_config]
-        if unknown:
-            raise HalotuneError(f"selected_adapters: no adapter is named {unknown[0]!r}; there are {sorted(self.peft_config)}.")
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise HalotuneError(f"save_pretrained: {folder} is a file. Give a folder.")
-        if not is_main_process:
-            return
-        for name in names:
-            tensors = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=save_embedding_layers)
-            config = self._to_be_written(name)
-            as_miss = method_of(config.peft_type).as_miss
-            if bone_as_miss and as_miss:
-                config, tensors = as_miss(config, tensors)
-            here = folder if name == "default" else folder / name
-            write_tensors(tensors, here / WEIGHTS_NAME)
-            config.save_pretrained(here)
-            write_card(here / "README.md", config, sum(_size(t) for t in tensors.values()))
-
-    def _to_be_written(self, name: str) -> AdapterConfig:
-        config = copy.copy(self.peft_config[name])
-        config.inference_mode = True
-        if config.task_type is None and config.auto_mapping is None:
-            base = type(self.get_base_model())
-            config.auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-        return config
+        save_adapters(
+            self.base_model,
+            save_directory,
+            safe_serialization=safe_serialization,
+            selected_adapters=selected_adapters,
+            save_embedding_layers=save_embedding_layers,
+            is_main_process=is_main_process,
+            state_dict=None if state_dict is None else {k.removeprefix("base_model."): t for k, t in state_dict.items()},
+            bone_as_miss=bone_as_miss,
+        )
 
     @classmethod
     def from_pretrained(
@@ -417,14 +395,6 @@ def _renamed(tensors: dict[str, Tensor], mapping: Mapping[str, str] | None, file
             raise AdapterFileError(file, f"key_mapping gives {new} twice.", key=key, remedy="Make the mapping one to one.")
         out[new] = tensor
     return out
-
-
-def _size(t: Tensor) -> int:
-    if t.numel() == 0 and hasattr(t, "ds_numel"):
-        return int(t.ds_numel)  # type: ignore[attr-defined]  # ZeRO-3 keeps the parameter elsewhere
-    if type(t).__name__ == "Params4bit":
-        return t.numel() * 2 * t.element_size()
-    return t.numel()
 
 
 def _let_checkpointing_reach(model: nn.Module) -> None:

@@ -10,7 +10,6 @@ and biases and embeddings keep their own names.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
-from ..core.errors import AdapterFileError, HalotuneError
+from ..core.errors import AdapterFileError, HalotuneError, warn
 from .inject import adapted_layers, visible_modules
 
 
@@ -170,6 +169,7 @@ def set_peft_model_state_dict(
     expected = _own_keys(keys, adapter_name)
     biases = {k: k for k in _bias_keys(model, keys, adapter_name, getattr(config, "bias", "none"))}
     optional = {k: k for k in embedding_keys(model, keys)}
+    tensors = _under_prefix_of(tensors, {*expected, *biases, *optional})
     _check_keys(tensors, expected, biases, optional, file)
     targets = {**optional, **biases, **expected}
     for key in list(tensors):
@@ -180,6 +180,21 @@ def set_peft_model_state_dict(
         _assign(model, targets[key], tensor, replace=low_cpu_mem_usage or keep_dtype, keep_dtype=keep_dtype)
     _warn_of_complaints(model, adapter_name)
     return LoadResult([], [])
+
+
+_PREFIXES = ("base_model.model.", "model.", "")  # of a PeftModel, an AdapterModel, a bare module
+
+
+def _under_prefix_of(tensors: dict[str, Tensor], known: set[str]) -> dict[str, Tensor]:
+    """The tensors under the prefix of the model at hand, whichever of the three they were written under."""
+    if not tensors or known & tensors.keys():
+        return tensors
+    for old in _PREFIXES:
+        for new in _PREFIXES:
+            renamed = {new + key.removeprefix(old): t for key, t in tensors.items() if key.startswith(old)}
+            if len(renamed) == len(tensors) and known & renamed.keys():
+                return renamed
+    return tensors
 
 
 def _dropping_ignored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -213,10 +228,9 @@ def _check_keys(
         )
     absent = [k for k in biases if k not in tensors]
     if absent:
-        warnings.warn(
+        warn(
             f"{file}: the configuration trains biases, but the file lacks {len(absent)} of them (peft before 0.16 never "
-            f"stored those of Bone): {', '.join(absent)}. The base model's own are used, so outputs may differ.",
-            stacklevel=3,
+            f"stored those of Bone): {', '.join(absent)}. The base model's own are used, so outputs may differ."
         )
 
 
@@ -231,7 +245,7 @@ def _fits(key: str, tensor: Tensor, target: Tensor, ignore_shape: bool, file: st
     if tensor.shape != target.shape:
         sizes = f"expected {tuple(target.shape)}, found {tuple(tensor.shape)}"
         if ignore_shape:
-            warnings.warn(f"{file}: {key}: {sizes}; left out, as ignore_mismatched_sizes asks.", stacklevel=4)
+            warn(f"{file}: {key}: {sizes}; left out, as ignore_mismatched_sizes asks.")
             return False
         raise AdapterFileError(
             file,
@@ -250,10 +264,9 @@ def _fits(key: str, tensor: Tensor, target: Tensor, ignore_shape: bool, file: st
 def _warn_of_changed_embeddings(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], file: str | PathLike[str]) -> None:
     changed = [k for k, t in tensors.items() if not torch.equal(t.to(state[k]), state[k].detach())]
     if changed:
-        warnings.warn(
+        warn(
             f"{file}: holds embeddings that differ from the base model's, which they replace: {', '.join(changed)}; a "
-            "module that shares such a weight changes with it.",
-            stacklevel=4,
+            "module that shares such a weight changes with it."
         )
 
 
@@ -289,7 +302,7 @@ def _warn_of_complaints(model: nn.Module, name: str) -> None:
             if complaint:
                 complaints.setdefault(complaint, []).append(path.removeprefix("base_model.model."))
     for complaint, paths in complaints.items():
-        warnings.warn(f"adapter {name!r}, {', '.join(paths)}: {complaint}.", stacklevel=4)
+        warn(f"adapter {name!r}, {', '.join(paths)}: {complaint}.")
 
 
 # -- files

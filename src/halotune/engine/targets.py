@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Collection, Iterable
 
 from ..core.config import AdapterConfig
-from ..core.errors import HalotuneError, closest
+from ..core.errors import HalotuneError, closest, warn
 
 ALL_LINEAR = "all-linear"
 
@@ -92,7 +91,7 @@ def _of_layers(config: AdapterConfig, found: list[str]) -> list[str]:
 def _report_unmatched(wanted: Collection[str], found: list[str], adaptable: Collection[str]) -> None:
     missed = sorted(t for t in wanted if not any(matches_suffix(n, t) for n in found))
     if missed and found:
-        warnings.warn(f"target_modules: no module matches {', '.join(missed)}. {_hint(missed, adaptable)}", stacklevel=2)
+        warn(f"target_modules: no module matches {', '.join(missed)}. {_hint(missed, adaptable)}")
 
 
 def _hint(wanted: str | Collection[str], adaptable: Collection[str]) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from functools import lru_cache
+from os import PathLike
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
-from ..core.errors import HalotuneError
+from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer
 from ..core.registry import method_of
 from .architectures import DEFAULT_TARGETS
@@ -31,6 +31,7 @@ from .inject import (
 )
 from .lending import Lending
 from .merging import MergeReport, merge, unmerge
+from .saving import save_adapters
 
 
 class AdapterModel(nn.Module):
@@ -135,7 +136,7 @@ class AdapterModel(nn.Module):
         if len(set(names)) < len(names):
             raise HalotuneError(f"set_adapter: {names} names an adapter twice; each can be applied once.")
         if self.merged_adapters:
-            warnings.warn("adapters were merged; the base weights are restored before others are set.", stacklevel=2)
+            warn("adapters were merged; the base weights are restored before others are set.")
             self.unmerge_adapter()
         activate(self.model, names, trainable=not inference_mode)
         self.active_adapters = names
@@ -151,7 +152,7 @@ class AdapterModel(nn.Module):
         self.active_adapters = [n for n in self.active_adapters if n != adapter_name]
         if not self.active_adapters and self.peft_config:
             first = next(iter(self.peft_config))
-            warnings.warn(f"the active adapter {adapter_name!r} was deleted; {first!r} is active now.", stacklevel=2)
+            warn(f"the active adapter {adapter_name!r} was deleted; {first!r} is active now.")
             self.set_adapter(first)
 
     def _check_known(self, names: list[str]) -> None:
@@ -171,10 +172,9 @@ class AdapterModel(nn.Module):
         """Run as the base model; merged adapters are taken out of the weights."""
         biased = [n for n in self.active_adapters if getattr(self.peft_config[n], "bias", "none") != "none"]
         if biased:
-            warnings.warn(
+            warn(
                 f"{biased[0]!r} trained biases of the base model, which stay: without adapters the output is not the "
-                "original model's.",
-                stacklevel=2,
+                "original model's."
             )
         self.unmerge_adapter()
         enable(self.model, False)
@@ -218,6 +218,10 @@ class AdapterModel(nn.Module):
                 term = layer.adapters[name].penalty()  # type: ignore[operator]
                 total = total if term is None else total + term
         return total
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """Write the adapters in PEFT's format; the arguments of `PeftModel.save_pretrained`."""
+        save_adapters(self, save_directory, **kwargs)
 
     # -- merging
 
