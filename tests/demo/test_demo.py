@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import halotune
 from halotune.cli import main
 from halotune.demo import run
 from halotune.demo.methods import METHODS
@@ -168,7 +168,7 @@ def test_a_failed_proof_is_said_and_fails(demo, monkeypatch: pytest.MonkeyPatch,
 def test_a_divergence_is_an_error_that_keeps_the_rest(
     encoder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(METHODS, "lora", replace(METHODS["lora"], learning_rate=1e38))
+    monkeypatch.setitem(halotune.DEFAULT_LEARNING_RATES, "LORA", 1e38)
     arguments = ["--model", encoder, "--epochs", "0.05", "--method", "hra,lora"]
     assert main(["demo", *arguments]) == 2
     assert "halotune demo: error: LoRA: the loss is " in capsys.readouterr().err

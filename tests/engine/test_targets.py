@@ -264,3 +264,14 @@ def test_alpha_pattern() -> None:
     scales = {p: m.adapters["default"].scaling for p, m in adapted_layers(model.get_base_model()).items()}
     assert {s for p, s in scales.items() if "v_proj" in p} == {3.0}
     assert {s for p, s in scales.items() if "q_proj" in p} == {1.0}
+
+
+def test_fused_experts_are_left_out_with_a_warning():
+    """peft's "all-linear" on Mixtral adapts the attention and no expert, in silence."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=32, num_local_experts=3, **sizes))
+    if not any(p.dim() == 3 for p in model.parameters()):
+        pytest.skip("this transformers keeps experts as linear layers")
+    with pytest.warns(UserWarning, match=r"1 modules hold several matrices .* model\.layers\.0\.mlp\.experts"):
+        halotune.get_peft_model(model, HRAConfig(r=2, target_modules="all-linear"))

@@ -1,4 +1,4 @@
-"""The methods the demo compares: one rank and one measured learning rate each; all else is the same for all."""
+"""The methods the demo compares: one rank each and the library's learning rate; all else is the same for all."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ class Method:
     Args:
         title: its name in tables.
         config: the name of its configuration class in `halotune`.
-        learning_rate: the peak of the schedule.
         options: arguments of the configuration, beside its targets.
     """
 
     title: str
     config: str
-    learning_rate: float
     options: dict[str, Any] = field(default_factory=dict)
 
     def configure(self, targets: str | Collection[str], whole: list[str]) -> AdapterConfig:
@@ -32,11 +30,18 @@ class Method:
 
         return getattr(halotune, self.config)(target_modules=targets, modules_to_save=whole, **self.options)
 
+    @property
+    def learning_rate(self) -> float:
+        """The library's default, which was measured here: the peak of the schedule."""
+        from .. import DEFAULT_LEARNING_RATES
+
+        return DEFAULT_LEARNING_RATES[self.title.upper()]
+
 
 METHODS: dict[str, Method] = {
-    "hra": Method("HRA", "HRAConfig", 1e-2, {"r": 8}),
-    "loha": Method("LoHa", "LoHaConfig", 1e-2, {"r": 8, "alpha": 8}),
-    "bone": Method("Bone", "BoneConfig", 1e-3, {"r": 32}),
-    "bat": Method("BAT", "BoneConfig", 1e-3, {"r": 32, "init_weights": "bat"}),
-    "lora": Method("LoRA", "LoraConfig", 2e-3, {"r": 8, "lora_alpha": 8}),
+    "hra": Method("HRA", "HRAConfig", {"r": 8}),
+    "loha": Method("LoHa", "LoHaConfig", {"r": 8, "alpha": 8}),
+    "bone": Method("Bone", "BoneConfig", {"r": 32}),
+    "bat": Method("BAT", "BoneConfig", {"r": 32, "init_weights": "bat"}),
+    "lora": Method("LoRA", "LoraConfig", {"r": 8, "lora_alpha": 8}),
 }

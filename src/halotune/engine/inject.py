@@ -86,12 +86,28 @@ def resolve_targets(model: nn.Module, config: AdapterConfig) -> tuple[AdapterCon
     inside = [n for n in modules if n not in free]
     paths = _expanded(select(config, free, linear, adaptable, inside), free)
     if config.target_modules == ALL_LINEAR:
+        _warn_of_experts(free)
         config = copy.copy(config)
         config.target_modules = shortest_suffixes([n for n in free if n in linear], list(free))
     for path in paths:
         if not isinstance(free[path], AdaptedLayer):
             base_for(free[path], path)
     return config, paths
+
+
+def _warn_of_experts(modules: Mapping[str, nn.Module]) -> None:
+    """Experts fused into one three-dimensional weight are no linear layers: say that "all-linear" leaves them out."""
+    fused = [
+        name
+        for name, module in modules.items()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        and any(p.dim() == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
+    ]
+    if fused:
+        warn(
+            f"target_modules='all-linear': {len(fused)} modules hold several matrices in one weight (experts) and "
+            f"get no adapter, for example {fused[0]}. They can be trained whole with modules_to_save."
+        )
 
 
 def _expanded(paths: list[str], modules: Mapping[str, nn.Module]) -> list[str]:

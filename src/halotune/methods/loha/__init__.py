@@ -5,6 +5,6 @@ from ...core.registry import Method, register
 from .adapter import LoHa
 from .config import LoHaConfig
 
-METHOD = register(Method(PeftType.LOHA.value, "hada_", LoHaConfig, (LoHa,), LoHa.create, {"LOHA": 5e-3}))
+METHOD = register(Method(PeftType.LOHA.value, "hada_", LoHaConfig, (LoHa,), LoHa.create, {"LOHA": 1e-2}))
 
 __all__ = ["METHOD", "LoHa", "LoHaConfig"]
