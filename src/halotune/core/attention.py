@@ -16,6 +16,7 @@ from .base import LinearLike, register_base
 from .errors import HalotuneError
 from .layer import AdaptedLayer
 from .operator import WeightShape
+from .standin import StandIn
 
 
 class Projection(nn.Module):
@@ -74,8 +75,10 @@ def projection_names(attention: nn.MultiheadAttention) -> dict[str, str]:
     return {f"{i}_proj": f"{i}_proj_weight" for i in "qkv"}
 
 
-class AdaptedAttention(nn.Module):
+class AdaptedAttention(StandIn):
     """Attention with adapters on its projections: `in_proj` (or `q_proj`, `k_proj`, `v_proj`) here, `out_proj` in the base."""
+
+    _stands_for = "base_layer"
 
     def __init__(self, base_layer: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -99,11 +102,3 @@ class AdaptedAttention(nn.Module):
         return (
             torch.func.functional_call(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
         )
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer" or name.startswith("__"):
-                raise
-            return getattr(super().__getattr__("base_layer"), name)

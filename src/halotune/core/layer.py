@@ -16,6 +16,7 @@ from .derived import Loan
 from .errors import HalotuneError
 from .operator import Adapted, Operator
 from .precision import exact_dtype
+from .standin import StandIn
 
 
 class Quick(NamedTuple):
@@ -113,11 +114,13 @@ class MergeRecord:
         return cls(W, D, L, sum(r.weights for r in records), sum(r.changed_weights for r in records))
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(StandIn):
     """`base_layer` with named adapters. The active ones compose as functions, in order: `W -> F2(F1(W))`.
 
     Where `merged_adapters` is not empty the stored weight holds those already, and a snapshot of the original is kept.
     """
+
+    _stands_for = "base_layer"
 
     def __init__(self, base_layer: nn.Module, name: str = "") -> None:
         super().__init__()
@@ -246,16 +249,6 @@ class AdaptedLayer(nn.Module):
                 self.base.restore(snapshot)
             self._original = None
         self.merged_adapters = []
-
-    # -- the layer stands in its base's place
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer" or name.startswith("__"):
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
 
     def extra_repr(self) -> str:
         return f"active={self.active_adapters}, merged={self.merged_adapters}" if self.adapters else ""

@@ -20,6 +20,7 @@ from ..core.config import AdapterConfig, TaskType
 from ..core.errors import AdapterFileError, HalotuneError
 from ..core.files import WEIGHTS_NAME, locate
 from ..core.registry import method_of
+from ..core.standin import StandIn
 from .hotswap import require_same
 from .inject import adapted_layers, per_sample
 from .merging import MergeReport
@@ -29,7 +30,7 @@ from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .tuner import AdapterModel, tuner_class
 
 
-class PeftModel(nn.Module):
+class PeftModel(StandIn):
     """A base model with adapters. The base's own attributes and methods are reached through it.
 
     Args:
@@ -39,6 +40,8 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: parameters in fp32 over a half-precision base.
         low_cpu_mem_usage: create the parameters on the meta device, to be loaded afterwards.
     """
+
+    _stands_for = "base_model"
 
     heads: ClassVar[tuple[str, ...]] = ()  # modules that the task trains whole
 
@@ -89,14 +92,6 @@ class PeftModel(nn.Module):
         main = getattr(self.get_base_model(), "main_input_name", "input_ids")
         inputs = (*args, *(kwargs.get(name) for name in (main, "inputs", "inputs_embeds")))
         return next((t.shape[0] for t in inputs if isinstance(t, Tensor) and t.dim()), None)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model" or name.startswith("__"):
-                raise
-            return getattr(super().__getattr__("base_model"), name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class with the base's signature is made at run time
         return _blank, (_public(type(self)), type(self.get_base_model())), self.__dict__

@@ -14,6 +14,7 @@ from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer
 from ..core.registry import method_of
+from ..core.standin import StandIn
 from .architectures import DEFAULT_TARGETS
 from .combining import combine
 from .inject import (
@@ -34,7 +35,7 @@ from .merging import MergeReport, merge, unmerge
 from .saving import save_adapters
 
 
-class AdapterModel(nn.Module):
+class AdapterModel(StandIn):
     """Adapters on any module, which is changed in place; `model` is that module.
 
     Args:
@@ -45,6 +46,8 @@ class AdapterModel(nn.Module):
         state_dict: adapt the modules that its keys name, instead of `target_modules`; it is not loaded.
         autocast_adapter_dtype: parameters in fp32 over a half-precision base.
     """
+
+    _stands_for = "model"
 
     prefix: ClassVar[str] = ""
     tuner_layer_cls: ClassVar[type[nn.Module]] = AdaptedLayer
@@ -88,14 +91,6 @@ class AdapterModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model" or name.startswith("__"):
-                raise
-            return getattr(super().__getattr__("model"), name)
 
     # -- adapters
 

@@ -1,0 +1,21 @@
+"""Modules that stand in the place of others."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class StandIn(nn.Module):
+    """A module in the place of a submodule, `_stands_for`: attributes that it lacks are the submodule's."""
+
+    _stands_for: ClassVar[str]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == self._stands_for or name.startswith("__"):
+                raise
+            return getattr(super().__getattr__(self._stands_for), name)
