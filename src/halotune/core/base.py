@@ -150,12 +150,12 @@ class Linear(LinearLike):
         return self.tensor("weight")
 
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-        W, b = self.module.weight, self.module.bias
+        module = self.module
+        W, b = module._parameters.get("weight"), module._parameters.get("bias")
         frozen = type(W) is nn.Parameter and not W.requires_grad and (b is None or not b.requires_grad)
-        usual = type(self.module).forward is nn.Linear.forward and W.dtype is dtype and not W.is_meta
-        if torch.compiler.is_compiling() or not (frozen and usual and _bare(self.module)):
+        if not frozen or W.dtype is not dtype or W.is_meta or torch.compiler.is_compiling():
             return None
-        return W, b
+        return (W, b) if type(module).forward is nn.Linear.forward and _bare(module) else None
 
     def stored(self, W: Tensor) -> Tensor:
         return W

@@ -138,20 +138,26 @@ class AdaptedLayer(StandIn):
     @property
     def base(self) -> Base:
         """The base layer as a linear operator."""
-        return self._kind(self.base_layer)
+        return self._kind(self._modules["base_layer"])  # type: ignore[arg-type]
 
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)
 
+    def set_quick(self, quick: Quick | None) -> None:
+        """For the time of one forward pass."""
+        self.__dict__["quick"] = quick  # a module's own __setattr__ first looks whether this is a parameter
+
     def _running_names(self) -> list[str]:
         if not self.enabled or self.rows is not None:
             return []
-        return [n for n in self.active_adapters if n in self.adapters and n not in self.merged_adapters]
+        adapters: Any = self._modules["adapters"]
+        return [n for n in self.active_adapters if n in adapters._modules and n not in self.merged_adapters]
 
     def running(self) -> list[Adapter]:
         """The adapters that are active and not merged yet."""
-        return [self.adapters[n] for n in self._running_names()]  # type: ignore[misc]
+        adapters: Any = self._modules["adapters"]
+        return [adapters._modules[n] for n in self._running_names()]
 
     def operator(self) -> Operator:
         """The base with the running adapters."""

@@ -23,11 +23,12 @@ class _Group:
 
     def __init__(self, adapters: list[Adapter], dtype: torch.dtype) -> None:
         self.adapters, self.dtype = adapters, dtype
+        homes = [[(m._parameters, name) for m in a.modules() for name, p in m._parameters.items() if p is not None] for a in adapters]
+        self.slots = list(zip(*homes, strict=True))  # where the parameters are: they may be replaced
         self.kept: tuple[list[Tensor], list[tuple[Tensor, ...]]] | None = None
 
     def lend(self) -> None:
-        slots = zip(*(a.parameters() for a in self.adapters), strict=True)
-        stacked = [torch.stack(parameters) for parameters in slots]
+        stacked = [torch.stack([home[name] for home, name in slot]) for slot in self.slots]  # type: ignore[misc]
         keeping = not (torch.is_grad_enabled() and any(t.requires_grad for t in stacked)) and _may_synchronize(stacked[0])
         if keeping and self.kept is not None and all(map(torch.equal, self.kept[0], stacked)):
             shares = self.kept[1]
@@ -71,7 +72,7 @@ class Lending:
         for group in self.groups:
             group.lend()
         for layer, adapter, dtype in self.alone:
-            layer.quick = _quick(layer, adapter, dtype)
+            layer.set_quick(_quick(layer, adapter, dtype))
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -80,7 +81,7 @@ class Lending:
             for adapter in group.adapters:
                 adapter.loan.end()
         for layer, _, _ in self.alone:
-            layer.quick = None
+            layer.set_quick(None)
 
     def reset(self) -> None:
         """Layers were put in or taken out."""

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from ...core.adapter import WeightSide, add_low_rank, weight_form
 from ...core.config import AdapterConfig
-from ...core.fused import MATRIX, dense_linear, thin_linear
+from ...core.fused import MATRIX, by_columns, dense_linear, thin_linear
 from ...core.operator import Operator, WeightShape
 from ...core.precision import compute_dtype, exact_dtype
 from . import ops
@@ -75,7 +75,10 @@ class LoHa(WeightSide):
     def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
         """The thin factors `B (…, out, r²)` and `A (…, r², in)` where they are small, else the halves."""
         halves = self.halves(*θ)
-        return ops.khatri_rao(*halves, s=self.scaling) if self.is_small else halves
+        if not self.is_small:
+            return halves
+        B, A = ops.khatri_rao(*halves, s=self.scaling)
+        return by_columns(B), A
 
     def halves(self, *θ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`A1 (…, out, r)`, `B1 (…, r, in)`, `A2`, `B2`, in fp32 or better."""
