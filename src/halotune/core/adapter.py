@@ -98,8 +98,8 @@ class Adapter(nn.Module, ABC):
         """
 
     def kin(self) -> Hashable:
-        """Adapters of one class, on weights of one shape, with parameters of one shape and equal `kin`, derive alike."""
-        return ()
+        """Adapters of one class, with parameters of the same shapes and equal `kin`, derive alike."""
+        return self.shape
 
     def derived(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What `derive` gives for this adapter, in `dtype`: as lent for this forward pass, or computed now."""
@@ -108,6 +108,10 @@ class Adapter(nn.Module, ABC):
 
     def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor] | None:
         """The forward pass over a frozen `x Wᵀ + b`, as one call on x in the dtype of W; or None."""
+        return None
+
+    def built(self, W: Tensor, *derived: Tensor) -> Tensor | None:
+        """`weight(W)` in the dtype of W from what was derived, for adapters that build it at every call; None for others."""
         return None
 
     def quick(self, plain: tuple[Tensor, Tensor | None] | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:

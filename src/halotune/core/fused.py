@@ -62,8 +62,7 @@ class _ThinLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, Bt: Tensor, down: Down, *θ: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        z = down.forward(flat, *θ)
-        y = add_product(F.linear(flat, W, bias), z, Bt, True)
+        y, z = _thin_linear(flat, W, bias, Bt, down, *θ)
         ctx.save_for_backward(flat if down.needs_x else None, W, z, Bt, *θ)
         ctx.down, ctx.shape = down, x.shape
         return y.view(*x.shape[:-1], -1)
@@ -79,8 +78,15 @@ class _ThinLinear(torch.autograd.Function):
         return (None if dx is None else dx.view(ctx.shape)), None, None, torch.mm(z.t(), dy), None, *dθ
 
 
+def _thin_linear(x: Tensor, W: Tensor, bias: Tensor | None, Bt: Tensor, down: Down, *θ: Tensor) -> tuple[Tensor, Tensor]:
+    z = down.forward(x, *θ)
+    return add_product(F.linear(x, W, bias), z, Bt, True), z
+
+
 def thin_linear(x: Tensor, W: Tensor, bias: Tensor | None, Bt: Tensor, down: Down, *θ: Tensor) -> Tensor:
     """`x Wᵀ + b + down(x) Bt` for a frozen `W (out, in)`, `Bt (k, out)`."""
+    if not torch.is_grad_enabled():
+        return _thin_linear(x.reshape(-1, x.shape[-1]), W, bias, Bt, down, *θ)[0].view(*x.shape[:-1], -1)
     return _ThinLinear.apply(x, W, bias, Bt, down, *θ)
 
 
@@ -115,4 +121,6 @@ class _DenseLinear(torch.autograd.Function):
 
 def dense_linear(x: Tensor, W: Tensor, bias: Tensor | None, rule: Rule, *θ: Tensor) -> Tensor:
     """`x W'ᵀ + b` for a frozen `W (out, in)`; W' is built, used and dropped, in forward and again in backward."""
+    if not torch.is_grad_enabled():
+        return F.linear(x, rule.build(W, *θ), bias)
     return _DenseLinear.apply(x, W, bias, rule, *θ)

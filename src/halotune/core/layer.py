@@ -159,6 +159,11 @@ class AdaptedLayer(StandIn):
         adapters: Any = self._modules["adapters"]
         return [adapters._modules[n] for n in self._running_names()]
 
+    @property
+    def unscaled(self) -> bool:
+        """Whether every adapter has its full strength."""
+        return all(scale == 1.0 for scale in self.scales.values())
+
     def operator(self) -> Operator:
         """The base with the running adapters."""
         op: Operator = self.base

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.layer import AdaptedLayer, Quick
+from .caching import WeightCache
 
 
 class _Group:
@@ -23,14 +26,18 @@ class _Group:
 
     def __init__(self, adapters: list[Adapter], dtype: torch.dtype) -> None:
         self.adapters, self.dtype = adapters, dtype
-        homes = [[(m._parameters, name) for m in a.modules() for name, p in m._parameters.items() if p is not None] for a in adapters]
+        homes = [
+            [(m._parameters, name) for m in a.modules() for name, p in m._parameters.items() if p is not None] for a in adapters
+        ]
         self.slots = list(zip(*homes, strict=True))  # where the parameters are: they may be replaced
         self.kept: tuple[list[Tensor], list[tuple[Tensor, ...]]] | None = None
 
-    def lend(self) -> None:
+    def lend(self) -> bool:
+        """Lend to every adapter; whether what they get is what they had in the last pass."""
         stacked = [torch.stack([home[name] for home, name in slot]) for slot in self.slots]  # type: ignore[misc]
         keeping = not (torch.is_grad_enabled() and any(t.requires_grad for t in stacked)) and _may_synchronize(stacked[0])
-        if keeping and self.kept is not None and all(map(torch.equal, self.kept[0], stacked)):
+        again = keeping and self.kept is not None and all(map(torch.equal, self.kept[0], stacked))
+        if again and self.kept is not None:
             shares = self.kept[1]
         else:
             derived = [t.to(self.dtype).unbind() for t in self.adapters[0].derive(*stacked)]
@@ -38,6 +45,7 @@ class _Group:
             self.kept = (stacked, shares) if keeping else None
         for adapter, share in zip(self.adapters, shares, strict=True):
             adapter.loan.lend(share, self.dtype)
+        return again
 
 
 def _may_synchronize(t: Tensor) -> bool:
@@ -48,6 +56,7 @@ class Lending:
     """The hooks of one base model."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.cache = WeightCache()
         self.layers: list[AdaptedLayer] | None = None
         self.key: Hashable = None
         self.groups: list[_Group] = []
@@ -70,9 +79,22 @@ class Lending:
             self.key, self.groups = key, _grouped(running, autocast)
             self.alone = _alone(running) if autocast is None else []
         for group in self.groups:
-            group.lend()
+            if not group.lend():
+                self.cache.forget(group.adapters)
         for layer, adapter, dtype in self.alone:
-            layer.set_quick(_quick(layer, adapter, dtype))
+            layer.set_quick(self._quick(layer, adapter, dtype))
+
+    def _quick(self, layer: AdaptedLayer, adapter: Adapter, dtype: torch.dtype) -> Quick | None:
+        """The layer's forward pass as one call, where it has no hooks to fire and no scale to apply."""
+        plain = layer.base.plain(dtype) if layer.unscaled else None
+        if plain is None:
+            return None
+        if self.cache.budget:
+            adapted = self.cache.weight(adapter, plain[0])
+            if adapted is not None:
+                return Quick(dtype, partial(F.linear, weight=adapted, bias=plain[1]), adapter.loan)
+        call = adapter.quick(plain, dtype)
+        return None if call is None else Quick(dtype, call, adapter.loan)
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -85,6 +107,7 @@ class Lending:
 
     def reset(self) -> None:
         """Layers were put in or taken out."""
+        self.cache.clear()
         self.layers, self.key, self.groups, self.alone = None, None, [], []
 
     def remove(self) -> None:
@@ -93,6 +116,7 @@ class Lending:
         self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
+        self.cache.clear()
         return {**self.__dict__, "layers": None, "key": None, "groups": [], "alone": []}
 
 
@@ -107,7 +131,7 @@ def _grouped(running: list[tuple[AdaptedLayer, Adapter]], autocast: torch.dtype 
         dtype = layer.base.dtype if autocast is None else autocast
         if dtype.is_floating_point and dtype.itemsize > 1:
             p = tuple(adapter.parameters())
-            key = (type(adapter), adapter.shape, adapter.kin(), tuple((t.shape, t.dtype, t.device) for t in p), dtype)
+            key = (type(adapter), adapter.kin(), tuple((t.shape, t.dtype, t.device) for t in p), dtype)
             groups.setdefault(key, []).append(adapter)
     return [_Group(adapters, key[-1]) for key, adapters in groups.items()]  # type: ignore[index]
 
@@ -115,11 +139,3 @@ def _grouped(running: list[tuple[AdaptedLayer, Adapter]], autocast: torch.dtype 
 def _alone(running: list[tuple[AdaptedLayer, Adapter]]) -> list[tuple[AdaptedLayer, Adapter, torch.dtype]]:
     count = Counter(layer for layer, _ in running)
     return [(layer, adapter, layer.base.dtype) for layer, adapter in running if count[layer] == 1]
-
-
-def _quick(layer: AdaptedLayer, adapter: Adapter, dtype: torch.dtype) -> Quick | None:
-    """The layer's forward pass as one call, where it has no hooks to fire and no scale to apply."""
-    if any(s != 1.0 for s in layer.scales.values()):
-        return None
-    call = adapter.quick(layer.base.plain(dtype), dtype)
-    return None if call is None else Quick(dtype, call, adapter.loan)

@@ -92,6 +92,22 @@ class AdapterModel(StandIn):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
+    def cache_weights(self, gib: float) -> None:
+        """Without gradients, in eval mode, keep `W'` of adapters that build it at every call, up to this much memory.
+
+        BAT, and LoHa of a large rank, then decode at the price of the bare model, unmerged. Kept weights are dropped when
+        a parameter changes, in training, and with `gib=0`, which is the default. HRA, Bone and LoRA build none.
+        """
+        if not gib >= 0:
+            raise HalotuneError(f"gib: expected the memory to use, 0 for none; got {gib}.")
+        self.lending.cache.clear()
+        self.lending.cache.budget = int(gib * 2**30)
+
+    @property
+    def cached_weights(self) -> tuple[int, int]:
+        """How many layers' `W'` are kept now, and their bytes."""
+        return len(self.lending.cache), self.lending.cache.used
+
     # -- adapters
 
     def add_adapter(

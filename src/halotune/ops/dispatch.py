@@ -80,9 +80,7 @@ def backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def triton_kernel(
-    module: str, function: str, refuses: Callable[..., str | None], wins: Callable[..., bool]
-) -> Kernel:
+def triton_kernel(module: str, function: str, refuses: Callable[..., str | None], wins: Callable[..., bool]) -> Kernel:
     """The kernel `function` of `module`, imported at its first call. Triton must be installed, and the device suit it."""
 
     def run(*args: Any) -> Any:

@@ -13,9 +13,17 @@ ROWS, COLS = 64, 128
 
 
 @triton.jit
+def dot(a, b, INTERPRETED: tl.constexpr):
+    """`a b` in fp32. Triton's interpreter would multiply the bits of bf16 as integers, so it gets fp32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
 def _add_product(
     x_ptr, z_ptr, b_ptr, y_ptr, n, d, x_row, y_row, z_row, z_col, b_row, b_col,
-    R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One tile of `y = x + z B`: x read once, y written once."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -27,7 +35,7 @@ def _add_product(
     b = tl.load(b_ptr + at_b, (ranks[:, None] < R) & (cols[None] < d), other=0.0)
     inside = (rows[:, None] < n) & (cols[None] < d)
     x = tl.load(x_ptr + rows[:, None].to(tl.int64) * x_row + cols[None], inside, other=0.0)
-    y = x.to(tl.float32) + tl.dot(z, b, input_precision="ieee")
+    y = x.to(tl.float32) + dot(z, b, INTERPRETED)
     tl.store(y_ptr + rows[:, None].to(tl.int64) * y_row + cols[None], y.to(x.dtype), inside)
 
 

@@ -15,7 +15,7 @@ MOST = 4096  # sequence lengths vary: not every one is kept for ever
 
 
 class Launcher:
-    """One Triton kernel. Its parameters are tensors first, then numbers, then constants."""
+    """One Triton kernel. Its parameters are tensors, numbers, constants, and last the constant `INTERPRETED`."""
 
     def __init__(self, kernel: Any, **options: Any) -> None:
         self.kernel, self.options = kernel, options
@@ -30,6 +30,7 @@ class Launcher:
             self._launch(grid, tensors, rest)
 
     def _launch(self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], rest: tuple[Any, ...]) -> None:
+        rest = (*rest, tensors[0].device.type == "cpu")
         address = 0
         for t in tensors:
             address |= t.data_ptr()

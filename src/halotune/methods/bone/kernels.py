@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...ops.kernels import dot
 from ...ops.launch import Launcher
 
 ROWS = 128
 
 
 @triton.jit
-def _bat(w_ptr, b_ptr, out_ptr, n_in, R: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr):
+def _bat(w_ptr, b_ptr, out_ptr, n_in, R: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr):
     """A row of blocks lies in memory as a matrix of `n_in` rows of r numbers: `ROWS` of those meet `B_i`."""
     i = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -24,7 +25,7 @@ def _bat(w_ptr, b_ptr, out_ptr, n_in, R: tl.constexpr, SIDE: tl.constexpr, ROWS:
     w = tl.load(w_ptr + at, inside, other=0.0)
     b = tl.load(block + cols[:, None] * R + cols[None], (cols[:, None] < R) & (cols[None] < R), other=0.0)
     own = tl.load(block + (rows // (n_in // R))[:, None] * R + cols[None], inside, other=0.0)
-    new = w.to(tl.float32) + tl.dot(w, b, input_precision="ieee") + own.to(tl.float32)
+    new = w.to(tl.float32) + dot(w, b, INTERPRETED) + own.to(tl.float32)
     tl.store(out_ptr + at, new.to(w.dtype), inside)
 
 
@@ -42,7 +43,7 @@ def bat(W: Tensor, blocks: Tensor) -> Tensor:
 
 
 @triton.jit
-def _add_tiled(x_ptr, z_ptr, d, x_row, z_row, z_col, R, COLS: tl.constexpr):
+def _add_tiled(x_ptr, z_ptr, d, x_row, z_row, z_col, R, COLS: tl.constexpr, INTERPRETED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     at = x_ptr + row * x_row + cols

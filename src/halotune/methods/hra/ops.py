@@ -110,6 +110,9 @@ class _ReflectedLinear(torch.autograd.Function):
 
 def reflected_linear(x: Tensor, W: Tensor, bias: Tensor | None, Û: Tensor, N: Tensor) -> Tensor:
     """`(x + (x Û) N) Wᵀ + b` for a frozen W: `Û (in, r)`, `N (r, in)`."""
+    if not torch.is_grad_enabled():
+        flat = x.reshape(-1, x.shape[-1])
+        return F.linear(add_product(flat, torch.mm(flat, Û), N, False), W, bias).view(*x.shape[:-1], -1)
     return _ReflectedLinear.apply(x, W, bias, Û, N)
 
 

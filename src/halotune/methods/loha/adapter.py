@@ -65,7 +65,7 @@ class LoHa(WeightSide):
             nn.init.zeros_(self.hada_w2_b)
 
     def kin(self) -> Hashable:
-        return self.tucker, self.scaling
+        return self.shape, self.tucker, self.scaling
 
     @property
     def is_small(self) -> bool:
@@ -128,6 +128,9 @@ class LoHa(WeightSide):
     def _thin_for(self, x: Tensor) -> bool:
         tokens = x.numel() // (self.shape.in_channels * self.shape.groups)
         return ops.thin_is_cheaper(tokens, self.shape.out_features, self.shape.in_features, self.r)
+
+    def built(self, W: Tensor, *derived: Tensor) -> Tensor | None:
+        return None if self.is_small else self.rule.build(W, *derived)
 
     def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor]:
         if self.is_small:

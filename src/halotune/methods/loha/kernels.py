@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...ops.kernels import dot
 from ...ops.launch import Launcher
 
 ROWS, COLS = 64, 128
@@ -16,8 +17,8 @@ PROGRAMS = 264  # two for each multiprocessor of an H100
 
 @triton.jit
 def _hadamard(
-    w_ptr, a1_ptr, b1_ptr, a2_ptr, b2_ptr, out_ptr, m, n, a_row, a_col, b_row, b_col, s,
-    R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    w_ptr, a1_ptr, b1_ptr, a2_ptr, b2_ptr, out_ptr, m, n, w_row, w_col, a_row, a_col, b_row, b_col, s,
+    R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One tile of `W + s (A1 B1) ∘ (A2 B2)`: the products never leave the chip."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -29,11 +30,10 @@ def _hadamard(
     in_b = (ranks[:, None] < R) & (cols[None] < n)
     a1, b1 = tl.load(a1_ptr + at_a, in_a, other=0.0), tl.load(b1_ptr + at_b, in_b, other=0.0)
     a2, b2 = tl.load(a2_ptr + at_a, in_a, other=0.0), tl.load(b2_ptr + at_b, in_b, other=0.0)
-    delta = tl.dot(a1, b1, input_precision="ieee") * tl.dot(a2, b2, input_precision="ieee")
+    delta = dot(a1, b1, INTERPRETED) * dot(a2, b2, INTERPRETED)
     inside = (rows[:, None] < m) & (cols[None] < n)
-    at = rows[:, None].to(tl.int64) * n + cols[None]
-    w = tl.load(w_ptr + at, inside, other=0.0)
-    tl.store(out_ptr + at, (w.to(tl.float32) + s * delta).to(w.dtype), inside)
+    w = tl.load(w_ptr + rows[:, None].to(tl.int64) * w_row + cols[None].to(tl.int64) * w_col, inside, other=0.0)
+    tl.store(out_ptr + rows[:, None].to(tl.int64) * n + cols[None], (w.to(tl.float32) + s * delta).to(w.dtype), inside)
 
 
 _launch_hadamard = Launcher(_hadamard, num_warps=4)
@@ -43,9 +43,9 @@ def hadamard(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float
     """`W + s (A1 B1) ∘ (A2 B2)`: W read once, W' written once, rounded once."""
     m, n = W.shape
     r = A1.shape[1]
-    out = torch.empty_like(W)
+    out = torch.empty(m, n, dtype=W.dtype, device=W.device)
     grid = (triton.cdiv(m, ROWS), triton.cdiv(n, COLS), 1)
-    sizes = m, n, *A1.stride(), *B1.stride(), float(s)
+    sizes = m, n, *W.stride(), *A1.stride(), *B1.stride(), float(s)
     _launch_hadamard(grid, (W, A1, B1, A2, B2, out), *sizes, r, max(16, triton.next_power_of_2(r)), ROWS, COLS)
     return out
 
@@ -53,7 +53,7 @@ def hadamard(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float
 @triton.jit
 def _pull(
     g_ptr, p1_ptr, q1_ptr, p2_ptr, q2_ptr, out_ptr, m, n, g_row, g_col, p_row, p_col, q_row, q_col, share, s,
-    R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """`ROWS` rows of `dP1 = s (G ∘ (P2 Q2ᵀ)) Q1` and of dP2, summed over a share of the columns of G."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -62,8 +62,8 @@ def _pull(
     at_p = rows[:, None] * p_row + ranks[None] * p_col
     in_p = (rows[:, None] < m) & (ranks[None] < R)
     p1, p2 = tl.load(p1_ptr + at_p, in_p, other=0.0), tl.load(p2_ptr + at_p, in_p, other=0.0)
-    d1 = tl.zeros((ROWS, RANK), tl.float32)
-    d2 = tl.zeros((ROWS, RANK), tl.float32)
+    d1 = tl.full((ROWS, RANK), 0.0, tl.float32)
+    d2 = tl.full((ROWS, RANK), 0.0, tl.float32)
     for start in range(part * share, tl.minimum((part + 1) * share, n), COLS):
         cols = start + tl.arange(0, COLS)
         at_q = cols[:, None] * q_row + ranks[None] * q_col
@@ -71,10 +71,10 @@ def _pull(
         q1, q2 = tl.load(q1_ptr + at_q, in_q, other=0.0), tl.load(q2_ptr + at_q, in_q, other=0.0)
         at_g = rows[:, None].to(tl.int64) * g_row + cols[None].to(tl.int64) * g_col
         g = s * tl.load(g_ptr + at_g, (rows[:, None] < m) & (cols[None] < n), other=0.0).to(tl.float32)
-        m1 = tl.dot(p1, tl.trans(q1), input_precision="ieee")
-        m2 = tl.dot(p2, tl.trans(q2), input_precision="ieee")
-        d1 += tl.dot((g * m2).to(q1.dtype), q1, input_precision="ieee")
-        d2 += tl.dot((g * m1).to(q2.dtype), q2, input_precision="ieee")
+        m1 = dot(p1, tl.trans(q1), INTERPRETED)
+        m2 = dot(p2, tl.trans(q2), INTERPRETED)
+        d1 += dot((g * m2).to(q1.dtype), q1, INTERPRETED)
+        d2 += dot((g * m1).to(q2.dtype), q2, INTERPRETED)
     at = part.to(tl.int64) * 2 * m * R + rows[:, None] * R + ranks[None]
     tl.store(out_ptr + at, d1, in_p)
     tl.store(out_ptr + at + m * R, d2, in_p)

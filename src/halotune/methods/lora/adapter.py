@@ -69,7 +69,7 @@ class Lora(Additive):
         self.lora_B.weight.flatten(1)[:, :k] = B / self.scaling
 
     def kin(self) -> Hashable:
-        return self.scaling
+        return self.scaling, self.shape
 
     def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
         """`s B (…, out, r)` and `A (…, r, in)`."""
