@@ -110,10 +110,6 @@ class Adapter(nn.Module, ABC):
         """The forward pass over a frozen `x Wᵀ + b`, as one call on x in the dtype of W; or None."""
         return None
 
-    def built(self, W: Tensor, *derived: Tensor) -> Tensor | None:
-        """`weight(W)` in the dtype of W from what was derived, for adapters that build it at every call; None for others."""
-        return None
-
     def quick(self, plain: tuple[Tensor, Tensor | None] | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         """`on_plain` where the base is plain and nothing is dropped."""
         if plain is None or (self.training and self.dropout):

@@ -1,4 +1,4 @@
-"""Keeping `W'` between forward passes, for adapters that build it anew in each."""
+"""Keeping `W'` between forward passes: inference at the price of the bare model, the base untouched."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class _Kept(NamedTuple):
 
 
 class WeightCache:
-    """`W'` of the adapters that build it (BAT, LoHa of a large rank), kept without gradients up to a budget of bytes.
+    """`W'` of each layer, kept without gradients up to a budget of bytes.
 
-    Layers are served in their order; those for which there is no room left build theirs as before.
+    Layers are served in their order; those for which there is no room left run as before.
     """
 
     def __init__(self) -> None:
@@ -53,10 +53,9 @@ class WeightCache:
         self.forget([adapter])
         if self.used + _bytes(W) > self.budget:
             return None
-        adapted = adapter.built(W, *adapter.derived(W.dtype))
-        if adapted is not None:
-            self._kept[adapter] = _Kept(W, W._version, adapted)
-            self.used += _bytes(adapted)
+        adapted = adapter.weight(W)
+        self._kept[adapter] = _Kept(W, W._version, adapted)
+        self.used += _bytes(adapted)
         return adapted
 
 

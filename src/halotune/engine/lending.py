@@ -32,24 +32,41 @@ class _Group:
         self.slots = list(zip(*homes, strict=True))  # where the parameters are: they may be replaced
         self.kept: tuple[list[Tensor], list[tuple[Tensor, ...]]] | None = None
 
-    def lend(self) -> bool:
-        """Lend to every adapter; whether what they get is what they had in the last pass."""
-        stacked = [torch.stack([home[name] for home, name in slot]) for slot in self.slots]  # type: ignore[misc]
-        keeping = not (torch.is_grad_enabled() and any(t.requires_grad for t in stacked)) and _may_synchronize(stacked[0])
-        again = keeping and self.kept is not None and all(map(torch.equal, self.kept[0], stacked))
+    def read(self) -> list[Tensor]:
+        """The parameters now, those of all layers together."""
+        return [torch.stack([home[name] for home, name in slot]) for slot in self.slots]  # type: ignore[misc]
+
+    def lend(self, stacked: list[Tensor], again: bool) -> None:
+        """Lend to every adapter; `again`: what was kept."""
         if again and self.kept is not None:
             shares = self.kept[1]
         else:
             derived = [t.to(self.dtype).unbind() for t in self.adapters[0].derive(*stacked)]
             shares = list(zip(*derived, strict=True))
-            self.kept = (stacked, shares) if keeping else None
+            self.kept = (stacked, shares) if _keeps(stacked) else None
         for adapter, share in zip(self.adapters, shares, strict=True):
             adapter.loan.lend(share, self.dtype)
-        return again
 
 
-def _may_synchronize(t: Tensor) -> bool:
-    return not t.is_meta and not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+def _keeps(stacked: list[Tensor]) -> bool:
+    """Whether what is derived of these may be used in the next pass too."""
+    t = stacked[0]
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in stacked)
+    capturing = t.is_cuda and torch.cuda.is_current_stream_capturing()  # to compare is to synchronize
+    return not (recorded or t.is_meta or capturing)
+
+
+def _unchanged(groups: list[_Group], read: list[list[Tensor]]) -> list[bool]:
+    """Which groups' parameters are, number by number, those that were kept. The device is waited for once."""
+    known = [g.kept is not None and _keeps(stacked) for g, stacked in zip(groups, read, strict=True)]
+    flags = [
+        torch.stack([torch.ne(a, b).any() for a, b in zip(g.kept[0], stacked, strict=True)]).any()  # type: ignore[index]
+        for g, stacked, k in zip(groups, read, known, strict=True)
+        if k
+    ]
+    one_device = len({f.device for f in flags}) == 1
+    differ = iter(torch.stack(flags).tolist() if one_device else [bool(f) for f in flags])
+    return [k and not next(differ) for k in known]
 
 
 class Lending:
@@ -78,8 +95,11 @@ class Lending:
         if key != self.key:
             self.key, self.groups = key, _grouped(running, autocast)
             self.alone = _alone(running) if autocast is None else []
-        for group in self.groups:
-            if not group.lend():
+        read = [group.read() for group in self.groups]
+        unchanged = _unchanged(self.groups, read)
+        for group, stacked, again in zip(self.groups, read, unchanged, strict=True):
+            group.lend(stacked, again)
+            if not again:
                 self.cache.forget(group.adapters)
         for layer, adapter, dtype in self.alone:
             layer.set_quick(self._quick(layer, adapter, dtype))

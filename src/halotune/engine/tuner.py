@@ -93,10 +93,10 @@ class AdapterModel(StandIn):
         return self.model(*args, **kwargs)
 
     def cache_weights(self, gib: float) -> None:
-        """Without gradients, in eval mode, keep `W'` of adapters that build it at every call, up to this much memory.
+        """In eval mode and without gradients, keep each layer's `W'` beside its W, up to this much memory.
 
-        BAT, and LoHa of a large rank, then decode at the price of the bare model, unmerged. Kept weights are dropped when
-        a parameter changes, in training, and with `gib=0`, which is the default. HRA, Bone and LoRA build none.
+        Decoding then costs what the bare model costs, with the base untouched and adapters still to be switched. What is
+        kept is dropped when a parameter changes, in training, and with `gib=0`, which is the default.
         """
         if not gib >= 0:
             raise HalotuneError(f"gib: expected the memory to use, 0 for none; got {gib}.")

@@ -133,9 +133,6 @@ class Bat(WeightSide):
     def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: dense_linear(x, W, bias, self.rule, *derived)
 
-    def built(self, W: Tensor, *derived: Tensor) -> Tensor:
-        return self.rule.build(W, *derived)
-
     def transform(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         return ops.bat, (self.get_parameter(self.block),)
 

@@ -129,9 +129,6 @@ class LoHa(WeightSide):
         tokens = x.numel() // (self.shape.in_channels * self.shape.groups)
         return ops.thin_is_cheaper(tokens, self.shape.out_features, self.shape.in_features, self.r)
 
-    def built(self, W: Tensor, *derived: Tensor) -> Tensor | None:
-        return None if self.is_small else self.rule.build(W, *derived)
-
     def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor]:
         if self.is_small:
             B, A = derived
