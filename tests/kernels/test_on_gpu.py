@@ -24,7 +24,7 @@ pytestmark = [
 LARGE = [
     Case("large-product", add_product, lambda t: (t(1031, 3056), t(1031, 24), columns(t, 24, 3056), False)),
     Case("large-product-strided", add_product, lambda t: (sliced(t, 700, 3000), t(700, 100), t(100, 3000), True)),
-    Case("large-tiled", bone.add_tiled, lambda t: (t(1000, 5003), t(1000, 64))),
+    Case("large-tiled", bone.add_tiled, lambda t: (t(1000, 5003), t(1000, 64), True)),
     Case("large-bat", bone.build_bat, lambda t: (t(960, 1472), t(15, 64, 64))),
     Case("large-loha", loha.build, lambda t: (t(1111, 2050), *halves(t, 1111, 2050, 33), 0.3)),
     Case("large-pull", loha.pull, lambda t: (t(1111, 2050), *halves(t, 1111, 2050, 33), 0.3)),
@@ -55,7 +55,7 @@ def test_as_exact_as_plain_torch(case, dtype):
 
 CONFIGS = {
     "hra": HRAConfig(r=8, target_modules="all-linear"),
-    "hra-gs": HRAConfig(r=6, apply_GS=True, target_modules="all-linear"),
+    "hra-gs": HRAConfig(r=6, apply_GS=True, init_weights=False, target_modules="all-linear"),
     "loha-thin": LoHaConfig(r=4, alpha=4, target_modules="all-linear"),
     "loha-dense": LoHaConfig(r=48, alpha=24, target_modules="all-linear"),
     "bone": BoneConfig(r=48, target_modules="all-linear"),

@@ -153,7 +153,7 @@ class Linear(LinearLike):
         module = self.module
         W, b = module._parameters.get("weight"), module._parameters.get("bias")
         frozen = type(W) is nn.Parameter and not W.requires_grad and (b is None or not b.requires_grad)
-        if not frozen or W.dtype is not dtype or W.is_meta or torch.compiler.is_compiling():
+        if not frozen or W.dtype is not dtype or W.is_meta:
             return None
         return (W, b) if type(module).forward is nn.Linear.forward and _bare(module) else None
 

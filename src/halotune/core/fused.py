@@ -21,7 +21,12 @@ from ..ops.product import add_product
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """`once_differentiable`, at no price where nobody asks for a second derivative."""
     guarded = once_differentiable(backward)
-    return lambda ctx, *grads: (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        wanted = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return (guarded if wanted else backward)(ctx, *grads)
+
+    return run
 
 
 def by_columns(B: Tensor) -> Tensor:
@@ -38,8 +43,8 @@ class Down(ABC):
     def forward(self, x: Tensor, *θ: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def backward(self, dx: Tensor | None, dz: Tensor, x: Tensor | None, *θ: Tensor) -> tuple[Tensor, ...]:
-        """Add to `dx` in place what flows back through z, and return the gradients of θ."""
+    def backward(self, dx: Tensor | None, dz: Tensor, x: Tensor | None, *θ: Tensor) -> tuple[Tensor | None, ...]:
+        """`dx`, which may be overwritten, with what flows back through z; and the gradients of θ."""
 
 
 class MatrixDown(Down):
@@ -48,11 +53,9 @@ class MatrixDown(Down):
     def forward(self, x: Tensor, *θ: Tensor) -> Tensor:
         return torch.mm(x, θ[0].t())
 
-    def backward(self, dx: Tensor | None, dz: Tensor, x: Tensor | None, *θ: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, dx: Tensor | None, dz: Tensor, x: Tensor | None, *θ: Tensor) -> tuple[Tensor | None, ...]:
         assert x is not None
-        if dx is not None:
-            add_product(dx, dz, θ[0], True)
-        return (torch.mm(dz.t(), x),)
+        return (None if dx is None else add_product(dx, dz, θ[0], True)), torch.mm(dz.t(), x)
 
 
 MATRIX = MatrixDown()
@@ -74,7 +77,7 @@ class _ThinLinear(torch.autograd.Function):
         dy = grad_outputs[0].reshape(-1, W.shape[0])
         dz = torch.mm(dy, Bt.t())
         dx = torch.mm(dy, W) if ctx.needs_input_grad[0] else None
-        dθ = ctx.down.backward(dx, dz, x, *θ)
+        dx, *dθ = ctx.down.backward(dx, dz, x, *θ)
         return (None if dx is None else dx.view(ctx.shape)), None, None, torch.mm(z.t(), dy), None, *dθ
 
 

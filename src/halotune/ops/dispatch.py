@@ -11,6 +11,8 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 _forced: list[str] = []
 
 
@@ -35,17 +37,33 @@ class Kernel:
 class Op:
     """A callable: the first kernel that can run on the arguments and wins there, else the reference.
 
+    Under `torch.compile` it is one node of the graph, which the compiler does not look into.
+
     Attributes:
-        name: for messages.
-        reference: plain torch; the definition.
+        name: for messages, and in `torch.ops.halotune`.
+        reference: plain torch; the definition. An argument `inplace` comes last, and is False in compiled graphs.
+        like: from the arguments, empty tensors like the result.
         kernels: tried in order.
     """
 
     name: str
     reference: Callable[..., Any]
+    like: Callable[..., Any]
     kernels: list[Kernel] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        def run(*args: Any) -> Any:
+            result = self.chosen(*args)(*args)
+            return tuple(t.clone() for t in result) if isinstance(result, tuple) else result  # results may not share memory
+
+        schema = torch.library.infer_schema(self.reference, mutates_args=())
+        torch.library.custom_op(f"halotune::{self.name}", run, mutates_args=(), schema=schema).register_fake(self.like)
+        self.node = getattr(torch.ops.halotune, self.name)
+        self.may_be_inplace = "inplace" in schema
+
     def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.node(*args[:-1], False) if self.may_be_inplace else self.node(*args)
         return self.chosen(*args)(*args)
 
     def chosen(self, *args: Any) -> Callable[..., Any]:

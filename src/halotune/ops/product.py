@@ -29,4 +29,9 @@ def _wins(x: Tensor, z: Tensor, B: Tensor, inplace: bool) -> bool:
 
 
 # `x + z B`: x `(n, d)`, z `(n, r)`, B `(r, d)`; the result in the place of x, or new.
-add_product = Op("add_product", _add_product, [triton_kernel("halotune.ops.kernels", "add_product", _refuses, _wins)])
+add_product = Op(
+    "add_product",
+    _add_product,
+    like=lambda x, z, B, inplace: x.new_empty(x.shape),
+    kernels=[triton_kernel("halotune.ops.kernels", "add_product", _refuses, _wins)],
+)

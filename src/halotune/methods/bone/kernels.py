@@ -43,21 +43,21 @@ def bat(W: Tensor, blocks: Tensor) -> Tensor:
 
 
 @triton.jit
-def _add_tiled(x_ptr, z_ptr, d, x_row, z_row, z_col, R, COLS: tl.constexpr, INTERPRETED: tl.constexpr):
+def _add_tiled(x_ptr, z_ptr, y_ptr, d, x_row, y_row, z_row, z_col, R, COLS: tl.constexpr, INTERPRETED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    at = x_ptr + row * x_row + cols
-    x = tl.load(at, cols < d, other=0.0)
+    x = tl.load(x_ptr + row * x_row + cols, cols < d, other=0.0)
     z = tl.load(z_ptr + row * z_row + cols % R * z_col, cols < d, other=0.0)
-    tl.store(at, (x.to(tl.float32) + z.to(tl.float32)).to(x.dtype), cols < d)
+    tl.store(y_ptr + row * y_row + cols, (x.to(tl.float32) + z.to(tl.float32)).to(x.dtype), cols < d)
 
 
 _launch_add_tiled = Launcher(_add_tiled, num_warps=8)
 
 
-def add_tiled(x: Tensor, z: Tensor) -> Tensor:
-    """`x[:, k] += z[:, k mod r]`, in place: x read once and written once."""
+def add_tiled(x: Tensor, z: Tensor, inplace: bool) -> Tensor:
+    """`x[:, k] + z[:, k mod r]`: x read once, the result written once."""
     n, d = x.shape
+    y = x if inplace else torch.empty(n, d, dtype=x.dtype, device=x.device)
     cols = min(4096, triton.next_power_of_2(d))
-    _launch_add_tiled((n, triton.cdiv(d, cols), 1), (x, z), d, x.stride(0), *z.stride(), z.shape[1], cols)
-    return x
+    _launch_add_tiled((n, triton.cdiv(d, cols), 1), (x, z, y), d, x.stride(0), y.stride(0), *z.stride(), z.shape[1], cols)
+    return y

@@ -17,10 +17,9 @@ def add_hadamard(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: f
         return torch.addcmul(W, A1 @ B1, A2 @ B2, value=s)
 
 
-def _pull(G: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> tuple[Tensor, ...]:
+def _pull(G: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dM1, dM2 = torch.mm(A2, B2).mul_(G), torch.mm(A1, B1).mul_(G)
-    thin = dM1 @ B1.t(), A1.t() @ dM1, dM2 @ B2.t(), A2.t() @ dM2
-    return tuple(t.mul_(s) for t in thin)
+    return (dM1 @ B1.t()).mul_(s), (A1.t() @ dM1).mul_(s), (dM2 @ B2.t()).mul_(s), (A2.t() @ dM2).mul_(s)
 
 
 def _kernel_refuses(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> str | None:
@@ -40,10 +39,20 @@ def _kernel_wins(W: Tensor, *_: object) -> bool:
 _KERNELS = "halotune.methods.loha.kernels"
 
 # `add_hadamard` without gradients: one pass over W, on an H100 25 µs against 50 for 3072 x 3072 in bf16.
-build = Op("loha.build", add_hadamard, [triton_kernel(_KERNELS, "hadamard", _kernel_refuses, _kernel_wins)])
+build = Op(
+    "build_loha",
+    add_hadamard,
+    like=lambda W, *_: W.new_empty(W.shape),
+    kernels=[triton_kernel(_KERNELS, "hadamard", _kernel_refuses, _kernel_wins)],
+)
 
 # From `G = dL/dW'` the gradients of A1, B1, A2, B2: with `M_i = A_i B_i`, `dM1 = s G ∘ M2` and so on. No M is written.
-pull = Op("loha.pull", _pull, [triton_kernel(_KERNELS, "pull", _kernel_refuses, _kernel_wins)])
+pull = Op(
+    "pull_loha",
+    _pull,
+    like=lambda G, *factors: tuple(t.new_empty(t.shape) for t in factors[:4]),
+    kernels=[triton_kernel(_KERNELS, "pull", _kernel_refuses, _kernel_wins)],
+)
 
 
 class HadamardRule(Rule):
