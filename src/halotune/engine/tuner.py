@@ -15,8 +15,10 @@ from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer
 from ..core.registry import method_of
 from ..core.standin import StandIn
+from ..export.lora import ExportReport
 from .architectures import DEFAULT_TARGETS
 from .combining import combine
+from .exporting import export_adapters
 from .inject import (
     activate,
     adapted_layers,
@@ -217,6 +219,10 @@ class AdapterModel(StandIn):
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Write the adapters in PEFT's format; the arguments of `PeftModel.save_pretrained`."""
         save_adapters(self, save_directory, **kwargs)
+
+    def export(self, to: str, folder: str | PathLike[str], **kwargs: Any) -> ExportReport:
+        """Write the adapters in another program's format; the arguments of `PeftModel.export`."""
+        return export_adapters(self, to, folder, **kwargs)
 
     # -- merging
 

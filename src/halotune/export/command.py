@@ -1,0 +1,131 @@
+"""`halotune export`: an adapter as a LoRA, and the check of who can read one."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .consumers import CONSUMERS
+from .rules import RULES
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..cli import Commands
+    from ..core.config import AdapterConfig
+
+OK, BROKEN = 0, 1
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+_STORED = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+
+
+def add(commands: Commands) -> None:
+    text = (
+        "Write an HRA, LoHa, Bone or BAT adapter as a LoRA that gives the same outputs, for programs that read nothing else; "
+        "or, with --check alone, say which rules of such a program an adapter breaks."
+    )
+    parser = commands.add_parser("export", help="write an adapter as a LoRA; check who can read one", description=text)
+    flag = parser.add_argument
+    flag("adapter", metavar="ADAPTER", help="its folder, or its repository on the hub; for --check alone, also one file")
+    flag("--to", choices=["lora"], default="lora", help="the format (default: lora)")
+    flag("--base", metavar="MODEL", help="folder or hub id of the base model (default: the one that the adapter names)")
+    flag("--output", type=Path, metavar="DIR", help="the folder to write; without it, nothing is converted")
+    flag("--for", dest="consumer", choices=list(CONSUMERS), default="peft", help="who reads it (default: peft)")
+    flag("--rank", type=_count, metavar="R", help="cut every layer to this rank; the error is printed layer by layer")
+    flag("--component", metavar="NAME", help="the model's part in its pipeline: unet, transformer … (default: by its class)")
+    flag("--dtype", choices=list(DTYPES), help="of the tensors (default: the adapter's)")
+    flag(
+        "--check",
+        action="append",
+        type=_consumers,
+        metavar="NAME[,NAME]",
+        help=f"check the rules of {', '.join(RULES)}, for what was written, or else for ADAPTER; 1 is the exit status where "
+        "one is broken",
+    )
+    flag("--json", action="store_true", help="print the report as JSON alone to stdout")
+    parser.set_defaults(run=run, prog=parser.prog)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..core.errors import HalotuneError
+    from .rules import check
+
+    checked = list(dict.fromkeys(name for names in args.check or [] for name in names))
+    if args.output is None and not checked:
+        raise HalotuneError("give --output DIR to convert the adapter, or --check NAME to check it.")
+    report: dict[str, Any] = {}
+    out = sys.stderr if args.json else sys.stdout
+    if args.output is not None:
+        exported = _export(args)
+        report["export"] = exported.to_dict()
+        print(f"{exported}\nWrote {args.output}", file=out)
+    problems = check(args.output or args.adapter, checked)
+    for name in checked:
+        found = [p for p in problems if p.consumer == name]
+        print("\n".join(map(str, found)) or f"{name}: reads it", file=out)
+    if checked:
+        report["check"] = {n: [{"rule": p.rule.name, "found": p.found} for p in problems if p.consumer == n] for n in checked}
+    if args.json:
+        print(json.dumps(report, indent=2))
+    return BROKEN if problems else OK
+
+
+def _export(args: argparse.Namespace) -> Any:
+    import torch
+
+    from ..core.config import AdapterConfig
+    from ..core.files import WEIGHTS_NAME, locate
+    from ..engine.model import PeftModel
+    from .header import Header
+
+    config = copy.copy(AdapterConfig.from_pretrained(args.adapter))
+    config.base_model_name_or_path = args.base or config.base_model_name_or_path
+    stored = _STORED.get(Header.read(locate(args.adapter, WEIGHTS_NAME)).dtype, "fp32")
+    model = _with_adapter(args, config, PeftModel)
+    dtype = getattr(torch, DTYPES[args.dtype or stored])
+    return model.export(args.to, args.output, consumer=args.consumer, rank=args.rank, component=args.component, dtype=dtype)
+
+
+def _with_adapter(args: argparse.Namespace, config: AdapterConfig, wrapper: Any) -> Any:
+    """The base model with the adapter on it: transformers' by the adapter's task, diffusers' by the class it names."""
+    from ..engine.auto import AutoPeftModel
+
+    library = str((config.auto_mapping or {}).get("parent_library", ""))
+    if library.split(".")[0] != "diffusers":
+        return AutoPeftModel.from_pretrained(args.adapter, config=config, dtype="auto")
+    return wrapper.from_pretrained(_of_diffusers(config, args), args.adapter)
+
+
+def _of_diffusers(config: AdapterConfig, args: argparse.Namespace) -> nn.Module:
+    from ..cli import require
+    from ..core.errors import HalotuneError
+    from .consumers import component_of
+
+    require("diffusers", ["diffusers"])
+    import diffusers
+
+    if not config.base_model_name_or_path:
+        raise HalotuneError("the adapter names no base model. Give --base.")
+    name = str((config.auto_mapping or {})["base_model_class"])
+    folder = Path(config.base_model_name_or_path)
+    pipeline = not folder.exists() or (folder / "model_index.json").is_file()
+    component = args.component or component_of(name)
+    return getattr(diffusers, name).from_pretrained(str(folder), **({"subfolder": component} if pipeline else {}))
+
+
+def _consumers(text: str) -> list[str]:
+    names = [name.strip().lower() for name in text.split(",")]
+    for name in names:
+        if name not in RULES:
+            raise argparse.ArgumentTypeError(f"unknown program {name!r}; choose from {', '.join(RULES)}")
+    return names
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1; got {text!r}")
+    return int(text)
