@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,19 +71,17 @@ def _names(tuner: AdapterModel, wanted: str | Sequence[str] | None) -> list[str]
 
 
 def _exportable(tuner: AdapterModel, names: Sequence[str], consumer: Consumer) -> dict[str, AdaptedLayer]:
-    """Visible path -> layer.
+    """The layers with these adapters, by their paths.
 
     Raises:
         HalotuneError: naming each layer that the consumer cannot represent.
     """
-    layers, refused = {}, {}
-    for path, layer in adapted_layers(tuner.model).items():
-        if any(n in layer.adapters for n in names):
-            visible = path.replace(".base_layer.", ".")  # attention's output projection lies in its base
-            layers[visible] = layer
-            reason = consumer.refusal(layer, in_attention=visible != path)
-            if reason:
-                refused.setdefault(reason, []).append(visible)
+    layers = {path: layer for path, layer in adapted_layers(tuner.model).items() if any(n in layer.adapters for n in names)}
+    refused: dict[str, list[str]] = {}
+    for path, layer in layers.items():
+        reason = consumer.refusal(path, layer)
+        if reason:
+            refused.setdefault(reason, []).append(_visible(path))
     if refused:
         shown = "; ".join(f"it {reason}: {', '.join(paths)}" for reason, paths in refused.items())
         raise HalotuneError(
@@ -91,6 +89,11 @@ def _exportable(tuner: AdapterModel, names: Sequence[str], consumer: Consumer) -
             'leave these modules out when training; consumer="halotune" reads all.'
         )
     return layers
+
+
+def _visible(path: str) -> str:
+    """The path before anything was wrapped: attention's output projection lies in its base."""
+    return path.replace(".base_layer.", ".")
 
 
 def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], consumer: Consumer) -> dict[str, Tensor]:
@@ -118,14 +121,15 @@ def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], consumer: Co
     return {f"base_model.{key}": t.detach().cpu() for key, t in found.items()}
 
 
-def _lora_config(tuner: AdapterModel, names: Sequence[str], layers: dict[str, AdaptedLayer], rank: int) -> AdapterConfig:
+def _lora_config(tuner: AdapterModel, names: Sequence[str], layers: Mapping[str, AdaptedLayer], rank: int) -> AdapterConfig:
     like = written_config(tuner, names[0])
+    targets = shortest_suffixes([_visible(path) for path in layers], [n for n, _ in visible_modules(tuner.model)])
     whole = sorted({m for n in names for m in tuner.peft_config[n].modules_to_save or []})
     return method_of("LORA").config.from_dict(
         {
             "r": rank,
             "lora_alpha": rank,
-            "target_modules": sorted(shortest_suffixes(list(layers), [n for n, _ in visible_modules(tuner.model)])),
+            "target_modules": sorted(targets),
             "modules_to_save": whole or None,
             "fan_in_fan_out": any(isinstance(layer.base, TransposedLinear) for layer in layers.values()),
             "task_type": like.task_type,

@@ -20,7 +20,7 @@ class Consumer:
 
     Attributes:
         convolutions: "no"; "plain": as two convolutions, without dilation and padded with zeros; "any": as a weight.
-        attention: the projections of `torch.nn.MultiheadAttention`, one by one.
+        attention: the projections of `torch.nn.MultiheadAttention`. peft 0.21 adds the output projection's LoRA twice.
         transposed: transformers' `Conv1D`.
         whole_modules: modules trained whole, and resized embeddings, beside the LoRA.
         folder: a folder with `adapter_config.json`, in PEFT's names; else one file, in those of diffusers.
@@ -39,11 +39,11 @@ class Consumer:
     def file(self) -> str:
         return WEIGHTS_NAME if self.folder else DIFFUSERS_NAME
 
-    def refusal(self, layer: AdaptedLayer, in_attention: bool) -> str | None:
-        """Why this layer's adapter is nothing that the consumer can represent, or None."""
+    def refusal(self, path: str, layer: AdaptedLayer) -> str | None:
+        """Why the adapter of this layer, at `path` in the model, is nothing that the consumer represents; or None."""
         base = layer.base
-        if (in_attention or isinstance(base, ProjectionBase)) and not self.attention:
-            return "reads no LoRA of single projections of torch.nn.MultiheadAttention"
+        if not self.attention and (isinstance(base, ProjectionBase) or path.endswith(".base_layer.out_proj")):
+            return "reads no LoRA of torch.nn.MultiheadAttention, or reads it wrong"
         if isinstance(base, TransposedLinear) and not self.transposed:
             return "does not know that the weight of transformers' Conv1D is transposed"
         if not isinstance(base, Convolution) or self.convolutions == "any":

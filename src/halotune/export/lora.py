@@ -70,7 +70,7 @@ def as_lora(
     """The tensors of a consumer's file, on the CPU.
 
     Args:
-        layers: visible path -> a layer that has at least one of these adapters.
+        layers: the path that keys begin with -> a layer that has at least one of these adapters.
         names: the adapters, in the order in which they apply.
         component: the pipeline's name of the model, for consumers that read one file.
         rank: cut to this rank, or fill up to it; None is the smallest exact one.

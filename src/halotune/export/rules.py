@@ -160,7 +160,7 @@ def _rank_above(most: int) -> Callable[[Header], str | None]:
 def _lone_projections(header: Header) -> str | None:
     """q and v come together, k and up only with those that they are stacked with."""
     needs = {"q_proj": ("v_proj",), "k_proj": ("q_proj",), "v_proj": ("q_proj",), "up_proj": ("gate_proj",)}
-    paths = set(_pairs(header))
+    paths = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in header.shapes}
 
     def lacking(path: str) -> list[str]:
         parent, _, name = path.rpartition(".")
