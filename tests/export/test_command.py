@@ -67,7 +67,7 @@ def _config_with_base():
 def test_checking_alone_converts_nothing(capsys: pytest.CaptureFixture[str]):
     lora, hra = str(FIXTURES / "lora_from_hra_basic"), str(FIXTURES / "hra_basic")
     assert main(["export", lora, "--check", "vllm,sglang", "--check", "llama.cpp"]) == 0
-    assert capsys.readouterr().out == "vllm: reads it\nsglang: reads it\nllama.cpp: reads it\n"
+    assert capsys.readouterr().out == "vllm: reads it; serve with --max-lora-rank 8\nsglang: reads it\nllama.cpp: reads it\n"
     assert main(["export", hra, "--check", "vllm"]) == 1
     assert capsys.readouterr().out.startswith("vllm: lora: Only LoRA is read")
     assert main(["export", hra, "--check", "vllm", "--json"]) == 1
@@ -92,6 +92,12 @@ def test_bad_input_is_one_line_and_status_2(arguments, said, tmp_path, monkeypat
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("halotune") and ": error: " in err and all(word in err for word in said), err
     assert not (tmp_path / "o").exists()
+
+
+def test_the_adapter_is_never_overwritten(capsys: pytest.CaptureFixture[str]):
+    folder = str(FIXTURES / "hra_basic")
+    assert main(["export", folder, *BASE, "--output", f"{folder}/../hra_basic"]) == 2
+    assert "adapter's own folder" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_there(capsys: pytest.CaptureFixture[str]):

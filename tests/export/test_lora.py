@@ -372,6 +372,20 @@ def test_tied_and_resized_embeddings(language_model, tmp_path):
     refused(resized, tmp_path / "no", "whole modules: lm_head.base_layer, model.embed_tokens", consumer="vllm")
 
 
+@torch.no_grad()
+def test_a_layer_under_two_names(tmp_path):
+    """Written under both; peft would wrap it at the first alone."""
+    shared = nn.Linear(6, 6)
+    plain = nn.Sequential(shared, nn.Tanh(), shared)
+    model = randomized(get_peft_model(copy.deepcopy(plain), BoneConfig(r=2, target_modules=["0", "2"])))
+    refused(model, tmp_path, "several names .*: 0, 2")
+    model.export("lora", tmp_path, consumer="halotune")
+    x = torch.randn(3, 6)
+    expected = model(x)
+    assert relative(expected, plain(x)) > 1e-3
+    assert relative(PeftModel.from_pretrained(plain, tmp_path)(x), expected) < 1e-5
+
+
 # -- the tensors
 
 

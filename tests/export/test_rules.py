@@ -183,6 +183,16 @@ def test_comfyui_reads_loha_itself():
     ]
 
 
+@pytest.mark.parametrize("r", ["4", None, 0, [8]])
+@pytest.mark.parametrize("consumer", RULES)
+def test_damaged_files_are_told_of(r, consumer, tmp_path):
+    """Rules hold of whatever there is: none of them fails."""
+    tensors = {"x.lora_A.weight": torch.zeros(()), "x.lora_B.weight": torch.zeros(3), "lora_unet_y.alpha": torch.zeros(2)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": r, "lora_alpha": "x"}))
+    assert any(p.rule.name in ("lora", "names") for p in check(tmp_path, consumer))
+
+
 def test_several_programs_at_once(tmp_path):
     Adapter(tmp_path, "vllm").spoil(entry(use_rslora=True))
     assert [p.consumer for p in check(tmp_path, ["vllm", "sglang", "llama.cpp"])] == ["sglang", "llama.cpp"]

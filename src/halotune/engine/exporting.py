@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.base import TransposedLinear
 from ..core.config import AdapterConfig
@@ -21,7 +21,7 @@ from ..export.header import METADATA_KEY, Header
 from ..export.lora import ExportReport, as_lora
 from ..export.rules import RULES, check
 from .card import write_card
-from .inject import adapted_layers, visible_modules
+from .inject import visible_modules
 from .saving import parameter_count, written_config
 from .state import get_peft_model_state_dict, vocabulary_differs, write_tensors
 from .targets import shortest_suffixes
@@ -76,10 +76,10 @@ def _exportable(tuner: AdapterModel, names: Sequence[str], consumer: Consumer) -
     Raises:
         HalotuneError: naming each layer that the consumer cannot represent.
     """
-    layers = {path: layer for path, layer in adapted_layers(tuner.model).items() if any(n in layer.adapters for n in names)}
+    layers = {path: layer for path, layer in _every_name(tuner.model) if any(n in layer.adapters for n in names)}
     refused: dict[str, list[str]] = {}
     for path, layer in layers.items():
-        reason = consumer.refusal(path, layer)
+        reason = consumer.refusal(path, layer, shared=sum(layer is other for other in layers.values()) > 1)
         if reason:
             refused.setdefault(reason, []).append(_visible(path))
     if refused:
@@ -89,6 +89,11 @@ def _exportable(tuner: AdapterModel, names: Sequence[str], consumer: Consumer) -
             'leave these modules out when training; consumer="halotune" reads all.'
         )
     return layers
+
+
+def _every_name(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """Adapted layers under all their names, as a state dict has them: one that two modules share comes twice."""
+    yield from ((n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, AdaptedLayer))
 
 
 def _visible(path: str) -> str:
@@ -108,7 +113,7 @@ def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], consumer: Co
             )
         resized = vocabulary_differs(tuner.model, config)
         found.update(get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=resized))
-        for path, layer in adapted_layers(tuner).items():
+        for path, layer in _every_name(tuner):
             if name in layer.adapters:
                 for parameter, _ in layer.adapters[name].named_parameters():
                     del found[f"{path}.{parameter}"]

@@ -52,6 +52,7 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..core.errors import HalotuneError
+    from .header import Header
     from .rules import check
 
     checked = list(dict.fromkeys(name for names in args.check or [] for name in names))
@@ -60,15 +61,20 @@ def run(args: argparse.Namespace) -> int:
     report: dict[str, Any] = {}
     out = sys.stderr if args.json else sys.stdout
     if args.output is not None:
+        if args.output.resolve() == Path(args.adapter).resolve():
+            raise HalotuneError(f"--output {args.output}: is the adapter's own folder, which would be lost. Give another one.")
         exported = _export(args)
         report["export"] = exported.to_dict()
         print(f"{exported}\nWrote {args.output}", file=out)
-    problems = check(args.output or args.adapter, checked)
-    for name in checked:
-        found = [p for p in problems if p.consumer == name]
-        print("\n".join(map(str, found)) or f"{name}: reads it", file=out)
+    problems = []
     if checked:
+        header = Header.read(args.output or args.adapter)
+        problems = check(header, checked)
         report["check"] = {n: [{"rule": p.rule.name, "found": p.found} for p in problems if p.consumer == n] for n in checked}
+        for name in checked:
+            hint = CONSUMERS[name].serving_hint(header.rank)
+            found = [str(p) for p in problems if p.consumer == name] or [f"{name}: reads it{hint}"]
+            print("\n".join(found), file=out)
     if args.json:
         print(json.dumps(report, indent=2))
     return BROKEN if problems else OK

@@ -19,12 +19,13 @@ class Consumer:
     """What one program reads of a LoRA.
 
     Attributes:
-        convolutions: "no"; "plain": as two convolutions, without dilation and padded with zeros; "any": as a weight.
+        convolutions: "no"; "plain": as peft wraps them, two convolutions without dilation and padded with zeros; "any".
         attention: the projections of `torch.nn.MultiheadAttention`. peft 0.21 adds the output projection's LoRA twice.
         transposed: transformers' `Conv1D`.
         whole_modules: modules trained whole, and resized embeddings, beside the LoRA.
         folder: a folder with `adapter_config.json`, in PEFT's names; else one file, in those of diffusers.
         ranks: the ranks that it takes; () is any.
+        hint: how to serve; "{rank}" stands for the first of its ranks that suffices.
     """
 
     name: str
@@ -34,14 +35,21 @@ class Consumer:
     whole_modules: bool = False
     folder: bool = True
     ranks: tuple[int, ...] = ()
+    hint: str = ""
 
     @property
     def file(self) -> str:
         return WEIGHTS_NAME if self.folder else DIFFUSERS_NAME
 
-    def refusal(self, path: str, layer: AdaptedLayer) -> str | None:
-        """Why the adapter of this layer, at `path` in the model, is nothing that the consumer represents; or None."""
+    def refusal(self, path: str, layer: AdaptedLayer, shared: bool) -> str | None:
+        """Why the adapter of this layer, at `path` in the model, is nothing that the consumer represents; or None.
+
+        Args:
+            shared: the model has the layer under several names.
+        """
         base = layer.base
+        if shared and self.convolutions == "plain":
+            return "wraps a layer that has several names (peft does) at one of them only"
         if not self.attention and (isinstance(base, ProjectionBase) or path.endswith(".base_layer.out_proj")):
             return "reads no LoRA of torch.nn.MultiheadAttention, or reads it wrong"
         if isinstance(base, TransposedLinear) and not self.transposed:
@@ -72,6 +80,10 @@ class Consumer:
             )
         return fitting[0]
 
+    def serving_hint(self, rank: int | None) -> str:
+        """What to add to "reads it"."""
+        return f"; {self.hint.format(rank=self.fitting_rank(rank))}" if self.hint and rank else ""
+
     def key(self, path: str, factor: Literal["A", "B"], component: str) -> str:
         """The key of a tensor in the file; `component` is a pipeline's, such as "unet"."""
         if self.folder:
@@ -98,7 +110,7 @@ CONSUMERS: dict[str, Consumer] = {
     for c in (
         Consumer("peft", convolutions="plain", whole_modules=True),
         Consumer("halotune", convolutions="any", attention=True, whole_modules=True),
-        Consumer("vllm", ranks=_VLLM_RANKS),
+        Consumer("vllm", ranks=_VLLM_RANKS, hint="serve with --max-lora-rank {rank}"),
         Consumer("sglang"),
         Consumer("llama.cpp", transposed=False),
         Consumer("diffusers", convolutions="plain", folder=False),

@@ -33,6 +33,12 @@ class Header:
     metadata: Mapping[str, str]
     dtype: str = ""
 
+    @property
+    def rank(self) -> int | None:
+        """The configuration's r, where it is one."""
+        r = self.config.get("r")
+        return r if isinstance(r, int) and r > 0 else None
+
     @classmethod
     def read(cls, adapter: str | PathLike[str]) -> Header:
         """Read a folder, or one safetensors file; no tensor is loaded."""

@@ -107,11 +107,13 @@ def _keys_unlike(pattern: str) -> Callable[[Header], str | None]:
 
 
 def _not_lora(header: Header) -> str | None:
-    kind = header.config.get("peft_type")
     if not header.config:
         return f"no adapter_config.json beside {header.file.name}"
-    missing = [k for k in ("r", "lora_alpha", "target_modules") if k not in header.config]
-    return f"peft_type={kind!r}" if kind != "LORA" else f"no entry {', '.join(missing)}" if missing else None
+    if header.config.get("peft_type") != "LORA":
+        return f"peft_type={header.config.get('peft_type')!r}"
+    if header.rank is None:
+        return f"r={header.config.get('r')!r}"
+    return _shown(f"no entry {k}" for k in ("lora_alpha", "target_modules") if k not in header.config)
 
 
 _PARTNER = {
@@ -135,8 +137,9 @@ def _pairs(header: Header) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     for a, b in ((".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight")):
         for key, shape in header.shapes.items():
             path = key.removesuffix(a)
-            if path != key and path + b in header.shapes:
-                out[path] = shape, header.shapes[path + b]
+            other = header.shapes.get(path + b, ())
+            if path != key and len(shape) > 1 and len(other) > 1:
+                out[path] = shape, other
     return out
 
 
@@ -145,13 +148,13 @@ def _not_matrices(header: Header) -> str | None:
 
 
 def _other_rank(header: Header) -> str | None:
-    r = header.config.get("r")
+    r = header.rank
     return _shown(f"{path} of rank {A[0]}, r={r}" for path, (A, _) in _pairs(header).items() if r is not None and A[0] != r)
 
 
 def _rank_above(most: int) -> Callable[[Header], str | None]:
     def broken(header: Header) -> str | None:
-        highest = max([header.config.get("r") or 0, *(A[0] for A, _ in _pairs(header).values())])
+        highest = max([header.rank or 0, *(A[0] for A, _ in _pairs(header).values())])
         return f"rank {highest}" if highest > most else None
 
     return broken
@@ -173,17 +176,13 @@ def _lone_projections(header: Header) -> str | None:
 
 def _scale_lost(header: Header) -> str | None:
     """Files without an alpha of their own are applied with scale 1."""
-    c = header.config
-    r, alpha = c.get("r"), c.get("lora_alpha")
-    if METADATA_KEY in header.metadata or r is None or alpha is None or any(k.endswith(".alpha") for k in header.shapes):
+    entries, alphas = header.config, any(k.endswith(".alpha") for k in header.shapes)
+    if METADATA_KEY in header.metadata or alphas or header.rank is None:
         return None
-    patterns = [k for k in ("rank_pattern", "alpha_pattern") if c.get(k)]
-    scaled = alpha != r or c.get("use_rslora") or patterns
-    return (
-        f"r={r}, lora_alpha={alpha}{', rsLoRA' if c.get('use_rslora') else ''}{''.join(f', {p}' for p in patterns)}"
-        if scaled
-        else None
-    )
+    scaled = {k: v for k in ("use_rslora", "rank_pattern", "alpha_pattern") if (v := entries.get(k))}
+    if entries.get("lora_alpha", header.rank) != header.rank:
+        scaled["lora_alpha"] = entries["lora_alpha"]
+    return ", ".join(f"{k}={v!r}" for k, v in {"r": header.rank, **scaled}.items()) if scaled else None
 
 
 def _grouped_without_rank(header: Header) -> str | None:
