@@ -8,10 +8,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from halotune import AutoPeftModel, LoraConfig
 from halotune.cli import main
+from halotune.core.files import WEIGHTS_NAME
 
 from ..interop.models import FIXTURES, base, error, output
 
@@ -80,6 +81,7 @@ def test_checking_alone_converts_nothing(capsys: pytest.CaptureFixture[str]):
     [
         pytest.param([], ["--output", "--check"], id="nothing-to-do"),
         pytest.param(["--check", "vlm"], ["unknown program 'vlm'", "llama.cpp"], id="unknown-program"),
+        pytest.param(["--output", "o", "--base", "/no/such"], ["/no/such", "no such folder", "--base"], id="base"),
         pytest.param(["--output", "o", "--rank", "0"], ["--rank", "at least 1"], id="rank-0"),
         pytest.param(["--output", "o", "--to", "lokr"], ["--to", "lora"], id="format"),
         pytest.param(["--output", "o", "--for", "ollama"], ["--for", "vllm"], id="consumer"),
@@ -92,6 +94,14 @@ def test_bad_input_is_one_line_and_status_2(arguments, said, tmp_path, monkeypat
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("halotune") and ": error: " in err and all(word in err for word in said), err
     assert not (tmp_path / "o").exists()
+
+
+def test_a_rank_that_nobody_serves(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = {"peft_type": "LORA", "r": 600, "lora_alpha": 600, "target_modules": ["x"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"x.lora_A.weight": torch.zeros(600, 2), "x.lora_B.weight": torch.zeros(2, 600)}, tmp_path / WEIGHTS_NAME)
+    assert main(["export", str(tmp_path), "--check", "vllm"]) == 1
+    assert capsys.readouterr().out.startswith("vllm: rank: max_lora_rank is at most 512")
 
 
 def test_the_adapter_is_never_overwritten(capsys: pytest.CaptureFixture[str]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,9 +91,9 @@ def _exportable(tuner: AdapterModel, names: Sequence[str], consumer: Consumer) -
     return layers
 
 
-def _every_name(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+def _every_name(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     """Adapted layers under all their names, as a state dict has them: one that two modules share comes twice."""
-    yield from ((n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, AdaptedLayer))
+    return [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, AdaptedLayer)]
 
 
 def _visible(path: str) -> str:

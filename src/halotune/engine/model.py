@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from ..core.errors import AdapterFileError, HalotuneError
 from ..core.files import WEIGHTS_NAME, locate
 from ..core.registry import method_of
 from ..core.standin import StandIn
-from ..export.lora import ExportReport
 from .hotswap import require_same
 from .inject import adapted_layers, per_sample
 from .merging import MergeReport
@@ -29,6 +28,9 @@ from .saving import parameter_count, save_adapters
 from .state import read_tensors, set_peft_model_state_dict
 from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .tuner import AdapterModel, tuner_class
+
+if TYPE_CHECKING:
+    from ..export.lora import ExportReport
 
 
 class PeftModel(StandIn):

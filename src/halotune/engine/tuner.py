@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from functools import lru_cache
 from os import PathLike
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -15,10 +15,8 @@ from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer
 from ..core.registry import method_of
 from ..core.standin import StandIn
-from ..export.lora import ExportReport
 from .architectures import DEFAULT_TARGETS
 from .combining import combine
-from .exporting import export_adapters
 from .inject import (
     activate,
     adapted_layers,
@@ -35,6 +33,9 @@ from .inject import (
 from .lending import Lending
 from .merging import MergeReport, merge, unmerge
 from .saving import save_adapters
+
+if TYPE_CHECKING:
+    from ..export.lora import ExportReport
 
 
 class AdapterModel(StandIn):
@@ -222,6 +223,8 @@ class AdapterModel(StandIn):
 
     def export(self, to: str, folder: str | PathLike[str], **kwargs: Any) -> ExportReport:
         """Write the adapters in another program's format; the arguments of `PeftModel.export`."""
+        from .exporting import export_adapters  # few need it, and `import halotune` stays light
+
         return export_adapters(self, to, folder, **kwargs)
 
     # -- merging

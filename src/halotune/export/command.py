@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .consumers import CONSUMERS
+from .consumers import CONSUMERS, component_of
 from .rules import RULES
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     from ..cli import Commands
     from ..core.config import AdapterConfig
+    from ..engine.model import PeftModel
+    from .lora import ExportReport
 
 OK, BROKEN = 0, 1
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -30,7 +33,11 @@ def add(commands: Commands) -> None:
     )
     parser = commands.add_parser("export", help="write an adapter as a LoRA; check who can read one", description=text)
     flag = parser.add_argument
-    flag("adapter", metavar="ADAPTER", help="its folder, or its repository on the hub; for --check alone, also one file")
+    flag(
+        "adapter",
+        metavar="ADAPTER",
+        help="its folder; to convert it, also its repository on the hub; to check it, also one file",
+    )
     flag("--to", choices=["lora"], default="lora", help="the format (default: lora)")
     flag("--base", metavar="MODEL", help="folder or hub id of the base model (default: the one that the adapter names)")
     flag("--output", type=Path, metavar="DIR", help="the folder to write; without it, nothing is converted")
@@ -72,55 +79,54 @@ def run(args: argparse.Namespace) -> int:
         problems = check(header, checked)
         report["check"] = {n: [{"rule": p.rule.name, "found": p.found} for p in problems if p.consumer == n] for n in checked}
         for name in checked:
-            hint = CONSUMERS[name].serving_hint(header.rank)
-            found = [str(p) for p in problems if p.consumer == name] or [f"{name}: reads it{hint}"]
-            print("\n".join(found), file=out)
+            found = [str(p) for p in problems if p.consumer == name]
+            print("\n".join(found) or f"{name}: reads it{CONSUMERS[name].serving_hint(header.rank)}", file=out)
     if args.json:
         print(json.dumps(report, indent=2))
     return BROKEN if problems else OK
 
 
-def _export(args: argparse.Namespace) -> Any:
+def _export(args: argparse.Namespace) -> ExportReport:
     import torch
 
     from ..core.config import AdapterConfig
+    from ..core.errors import HalotuneError
     from ..core.files import WEIGHTS_NAME, locate
-    from ..engine.model import PeftModel
     from .header import Header
 
     config = copy.copy(AdapterConfig.from_pretrained(args.adapter))
-    config.base_model_name_or_path = args.base or config.base_model_name_or_path
+    config.base_model_name_or_path = base = args.base or config.base_model_name_or_path
+    if not base:
+        raise HalotuneError(f"{args.adapter}: the configuration names no base model. Give it with --base.")
+    if not Path(base).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
+        raise HalotuneError(f"base model {base}: there is no such folder. Give one, or a hub id, with --base.")
     stored = _STORED.get(Header.read(locate(args.adapter, WEIGHTS_NAME)).dtype, "fp32")
-    model = _with_adapter(args, config, PeftModel)
+    model = _with_adapter(args.adapter, config, args.component)
     dtype = getattr(torch, DTYPES[args.dtype or stored])
     return model.export(args.to, args.output, consumer=args.consumer, rank=args.rank, component=args.component, dtype=dtype)
 
 
-def _with_adapter(args: argparse.Namespace, config: AdapterConfig, wrapper: Any) -> Any:
+def _with_adapter(adapter: str, config: AdapterConfig, component: str | None) -> PeftModel:
     """The base model with the adapter on it: transformers' by the adapter's task, diffusers' by the class it names."""
     from ..engine.auto import AutoPeftModel
+    from ..engine.model import PeftModel
 
-    library = str((config.auto_mapping or {}).get("parent_library", ""))
-    if library.split(".")[0] != "diffusers":
-        return AutoPeftModel.from_pretrained(args.adapter, config=config, dtype="auto")
-    return wrapper.from_pretrained(_of_diffusers(config, args), args.adapter)
+    mapping = config.auto_mapping or {}
+    if str(mapping.get("parent_library")).split(".")[0] != "diffusers":
+        return AutoPeftModel.from_pretrained(adapter, config=config, dtype="auto")
+    model = _of_diffusers(str(mapping.get("base_model_class")), str(config.base_model_name_or_path), component)
+    return PeftModel.from_pretrained(model, adapter)
 
 
-def _of_diffusers(config: AdapterConfig, args: argparse.Namespace) -> nn.Module:
+def _of_diffusers(name: str, base: str, component: str | None) -> nn.Module:
+    """A model of this class, from its own folder or from a pipeline's."""
     from ..cli import require
-    from ..core.errors import HalotuneError
-    from .consumers import component_of
 
     require("diffusers", ["diffusers"])
     import diffusers
 
-    if not config.base_model_name_or_path:
-        raise HalotuneError("the adapter names no base model. Give --base.")
-    name = str((config.auto_mapping or {})["base_model_class"])
-    folder = Path(config.base_model_name_or_path)
-    pipeline = not folder.exists() or (folder / "model_index.json").is_file()
-    component = args.component or component_of(name)
-    return getattr(diffusers, name).from_pretrained(str(folder), **({"subfolder": component} if pipeline else {}))
+    alone = Path(base).is_dir() and not (Path(base) / "model_index.json").is_file()
+    return getattr(diffusers, name).from_pretrained(base, subfolder=None if alone else component or component_of(name))
 
 
 def _consumers(text: str) -> list[str]:

@@ -81,7 +81,7 @@ class Consumer:
         return fitting[0]
 
     def serving_hint(self, rank: int | None) -> str:
-        """What to add to "reads it"."""
+        """What to add to "reads it", for a rank that it takes."""
         return f"; {self.hint.format(rank=self.fitting_rank(rank))}" if self.hint and rank else ""
 
     def key(self, path: str, factor: Literal["A", "B"], component: str) -> str:

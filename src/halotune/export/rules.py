@@ -162,16 +162,15 @@ def _rank_above(most: int) -> Callable[[Header], str | None]:
 
 def _lone_projections(header: Header) -> str | None:
     """q and v come together, k and up only with those that they are stacked with."""
-    needs = {"q_proj": ("v_proj",), "k_proj": ("q_proj",), "v_proj": ("q_proj",), "up_proj": ("gate_proj",)}
+    needs = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
     paths = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in header.shapes}
 
-    def lacking(path: str) -> list[str]:
+    def lacking(path: str) -> str | None:
         parent, _, name = path.rpartition(".")
-        if any(p.startswith(f"{parent}.kv_") for p in paths):  # DeepSeek's attention is not stacked
-            return []
-        return [n for n in needs.get(name, ()) if f"{parent}.{n}" not in paths]
+        stacked = not any(p.startswith(f"{parent}.kv_") for p in paths)  # DeepSeek's attention is not
+        return needs[name] if name in needs and stacked and f"{parent}.{needs[name]}" not in paths else None
 
-    return _shown(f"{path} without {', '.join(lacking(path))}" for path in sorted(paths) if lacking(path))
+    return _shown(f"{path} without {other}" for path in sorted(paths) if (other := lacking(path)))
 
 
 def _scale_lost(header: Header) -> str | None:
@@ -221,7 +220,7 @@ _ALPHAS = Rule(
 )
 _RSLORA = Rule("rslora", "use_rslora is ignored: the scale is lora_alpha / r, off by √r.", _EXPORT, _set("use_rslora"))
 
-_COMPONENTS = r"(unet|transformer(_\d)?|text_encoder(_\d)?|prior|controlnet|denoiser)\."
+_COMPONENTS = r"(unet|transformer(_\d)?|text_encoder(_\d)?)\."
 _KOHYA = r"(lora_(unet|te\d?|transformer|prior_unet|prior_te)|lycoris)_[^.]+"
 _KOHYA_LORA = rf"{_KOHYA}\.(alpha|lora_(up|down|mid)\.weight)"
 
