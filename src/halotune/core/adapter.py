@@ -13,7 +13,7 @@ does so at its own price; all must agree with `weight`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -58,6 +58,11 @@ class Adapter(nn.Module, ABC):
         return None
 
     factors_exist: ClassVar[bool] = True
+
+    def delta_rows(self, W: Tensor) -> Iterator[Tensor]:
+        """`weight(W) − W`, some rows at a time, top to bottom, in the dtype of the parameters."""
+        W = W.to(next(self.parameters()).dtype)
+        yield self.weight(W) - W
 
     @property
     @abstractmethod

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from .saving import parameter_count, save_adapters
 from .state import read_tensors, set_peft_model_state_dict
 from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .tuner import AdapterModel, tuner_class
+
+if TYPE_CHECKING:
+    from ..export.lora import ExportReport
 
 
 class PeftModel(StandIn):
@@ -256,6 +259,42 @@ class PeftModel(StandIn):
             is_main_process=is_main_process,
             state_dict=None if state_dict is None else {k.removeprefix("base_model."): t for k, t in state_dict.items()},
             bone_as_miss=bone_as_miss,
+        )
+
+    def export(
+        self,
+        to: Literal["lora"],
+        folder: str | PathLike[str],
+        *,
+        adapter_name: str | Sequence[str] | None = None,
+        consumer: str = "peft",
+        rank: int | None = None,
+        component: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ExportReport:
+        """Write adapters as a LoRA that gives the same outputs, for programs that read nothing else.
+
+        HRA and Bone become a LoRA of their own rank, LoHa one of rank r²: exactly. One rank for all layers, `lora_alpha`
+        equal to it, the scale in B. BAT has full rank, so it needs `rank`.
+
+        Args:
+            to: "lora".
+            folder: made where it is missing.
+            adapter_name: an adapter, or several that apply in this order; None is the active ones. Their scales count.
+            consumer: who reads it: "peft", "halotune", "vllm", "sglang", "llama.cpp", "diffusers" or "comfyui". It decides
+                names and files, and which layers can be represented at all.
+            rank: cut every layer to this rank, at the least error; smaller ones are filled up with zeros.
+            component: for diffusers and ComfyUI, the model's name in the pipeline; None tells it from the model's class.
+            dtype: of the tensors; None is the adapter's.
+
+        Returns:
+            a report: rank and error of each layer; `print` it.
+
+        Raises:
+            HalotuneError: the consumer cannot represent the adapter; it names the layers and says why. Nothing is written.
+        """
+        return self.base_model.export(
+            to, folder, adapter_name=adapter_name, consumer=consumer, rank=rank, component=component, dtype=dtype
         )
 
     @classmethod

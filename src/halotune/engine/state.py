@@ -331,7 +331,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, atomically; tensors that share memory are stored each on its own."""
     from safetensors.torch import save_file
 
@@ -343,4 +343,4 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
         t = t.detach().contiguous()
         own[key] = t.clone() if t.data_ptr() in seen else t
         seen.add(t.data_ptr())
-    write_atomically(file, lambda path: save_file(own, path, metadata={"format": "pt"}))
+    write_atomically(file, lambda path: save_file(own, path, metadata={"format": "pt", **(metadata or {})}))

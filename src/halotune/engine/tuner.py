@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from functools import lru_cache
 from os import PathLike
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -33,6 +33,9 @@ from .inject import (
 from .lending import Lending
 from .merging import MergeReport, merge, unmerge
 from .saving import save_adapters
+
+if TYPE_CHECKING:
+    from ..export.lora import ExportReport
 
 
 class AdapterModel(StandIn):
@@ -233,6 +236,12 @@ class AdapterModel(StandIn):
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Write the adapters in PEFT's format; the arguments of `PeftModel.save_pretrained`."""
         save_adapters(self, save_directory, **kwargs)
+
+    def export(self, to: str, folder: str | PathLike[str], **kwargs: Any) -> ExportReport:
+        """Write the adapters in another program's format; the arguments of `PeftModel.export`."""
+        from .exporting import export_adapters  # few need it, and `import halotune` stays light
+
+        return export_adapters(self, to, folder, **kwargs)
 
     # -- merging
 
