@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "engine": {"core"},
     "quant": {"core"},
     "integrations": {"engine", "core"},
+    "bridge": {"engine", "core"},
     "recipes": None,
     "demo": None,
     "bench": None,
