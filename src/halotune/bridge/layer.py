@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Adapter
 from ..core.base import base_for
 from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer
@@ -39,20 +38,20 @@ class Twin(AdaptedLayer):
     """A layer of peft's as one of ours, on the same base layer and the same `Parameter` objects.
 
     It is no submodule of peft's layer and owns nothing, so names, files and optimizers do not see it. `follow` takes over
-    whatever has changed in peft's layer since: parameters may be replaced by `.to`, by loading, by sharding.
+    whatever has changed in peft's layer since: parameters may be replaced by loading, sharding, conversions. That is looked
+    up once for each layer and forward pass, so it compares objects, and goes past nn.Module's slow ways to get and set them.
 
     Attributes:
-        path: peft's layer's name in the model, for messages.
+        path: the name of peft's layer in the model, for messages.
         tied: the base's weight is some other module's too.
         notes: what peft itself gets wrong here, and has not been said yet.
     """
 
     def __init__(self, layer: Any, method: Method, path: str) -> None:
         super().__init__(layer.base_layer, path)
-        del self.adapters
-        self.adapters: dict[str, Adapter] = {}  # type: ignore[assignment]  # a ModuleDict refuses names such as "train"
         self.peft_type, self.path, self.tied = method.peft_type, path, False
-        self.facts: dict[str, tuple[Any, ...]] = {}
+        self.state: tuple[Any, ...] | None = None
+        self.sources: dict[str, list[tuple[dict[str, Any], str, Any]]] = {}
         self.notes: list[str] = []
 
     def follow(self, layer: Any, names: Iterable[str] = ()) -> None:
@@ -61,47 +60,62 @@ class Twin(AdaptedLayer):
         Args:
             names: adapters that are wanted beside the active ones.
         """
-        if self.base_layer is not layer.base_layer:  # peft replaces it where it cannot write to it
-            self._kind = type(base_for(layer.base_layer, self.path))
+        if self._modules["base_layer"] is not layer._modules["base_layer"]:  # peft replaces it where it cannot write to it
             self.base_layer = layer.base_layer
-        there = getattr(layer, layer.adapter_layer_names[0])
-        elsewhere = [n for n in layer.merged_adapters if n not in self.merged_adapters]  # merged by peft, before
-        self.active_adapters = [n for n in layer.active_adapters if n in there and n not in elsewhere]
-        self.enabled = not layer.disable_adapters
-        for name in {*self.active_adapters, *(n for n in names if n in there)}:
-            self._take_over(layer, name)
+            self._kind = type(base_for(self.base_layer, self.path))
+        state = (layer.disable_adapters, *layer.active_adapters, None, *layer.merged_adapters)
+        there = layer._modules[layer.adapter_layer_names[0]]
+        if state != self.state:
+            elsewhere = [n for n in layer.merged_adapters if n not in self.merged_adapters]  # merged by peft, before
+            self.active_adapters = [n for n in layer.active_adapters if n in there and n not in elsewhere]
+            self.enabled, self.state = not layer.disable_adapters, state
+        for name in (*self.active_adapters, *(n for n in names if n in there)):
+            if not self._is_current(name):
+                self._take_over(layer, name)
+            adapter = self.adapters[name]
+            if adapter.training is not layer.training:
+                adapter.train(layer.training)
+
+    def drop(self, name: str) -> None:
+        """peft's layer lost this adapter. If it is merged, it stays so until all are unmerged, as with peft."""
+        if name in self.adapters:
+            del self.adapters[name], self.scales[name]
+        self.sources.pop(name, None)
+        self.state = None
+
+    def _is_current(self, name: str) -> bool:
+        if name not in self.sources:
+            return False
+        for kept, key, value in self.sources[name]:
+            if kept.get(key) is not value:
+                return False
+        return True
 
     def _take_over(self, layer: Any, name: str) -> None:
-        parameters = {a: kept[name] for a in layer.adapter_layer_names if name in (kept := getattr(layer, a))}
-        facts = tuple(_fact(getattr(layer, a), name) for a in layer.other_param_names)
-        facts = (*facts, *(p.dtype for p in parameters.values()))
-        adapter = self.adapters.get(name)
-        if adapter is None or self.facts[name] != facts or any(adapter._parameters[a] is not p for a, p in parameters.items()):
-            adapter = self._built(layer, name, parameters)
-            self.facts[name] = facts
-            self.add(name, adapter)
-        if adapter.training is not layer.training:
-            adapter.train(layer.training)
-
-    def _built(self, layer: Any, name: str, parameters: dict[str, nn.Parameter]) -> Adapter:
+        """Build the adapter anew, on peft's parameters."""
         from_peft, base = method_of(self.peft_type).from_peft, self.base
         assert from_peft is not None
         with torch.device("meta"):
             adapter = from_peft.adapter(layer, name, base.shape)
-        for attribute, p in parameters.items():
-            expected = adapter._parameters[attribute]
-            if expected is None or expected.shape != p.shape:
-                raise HalotuneError(f"{attribute} is {tuple(p.shape)}, for a weight of {base.shape}")
+        for attribute, own in adapter.named_parameters():
+            p = getattr(layer, attribute)[name]
+            if own.shape != p.shape:
+                raise HalotuneError(f"{attribute} is {tuple(p.shape)}, where a weight of {base.shape} needs {tuple(own.shape)}")
             adapter._parameters[attribute] = p
         complaint = adapter.complaint()
         self.notes += [*from_peft.differs(layer, name, base), *([complaint] if complaint else [])]
-        return adapter
+        self.add(name, adapter)
+        self.sources[name] = list(_sources(layer, name))
 
 
-def _fact(kept: Any, name: str) -> Any:
-    """What one of a layer's dictionaries says of an adapter; of a dropout module, the chance."""
-    value = kept[name] if name in kept else None
-    return getattr(value, "p", 0.0) if isinstance(value, nn.Module) else value
+def _sources(layer: Any, name: str) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """Where peft keeps what it knows of an adapter: dictionary, key, and the object there."""
+    for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+        kept: Any = getattr(layer, attribute)
+        kept = getattr(kept, "_modules" if isinstance(kept, nn.ModuleDict) else "_parameters", kept)
+        yield kept, name, kept.get(name)
+        if isinstance(kept.get(name), nn.Dropout):
+            yield kept[name].__dict__, "p", kept[name].p
 
 
 def follow(layer: Any, names: Iterable[str] = ()) -> bool:
@@ -124,16 +138,18 @@ class FastLayer(InFront):
         twin = self._halotune
         if args or kwargs:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if twin.quick is None:
-            follow(self)
-            if self.disable_adapters and self.merged:
-                self.unmerge()
+        if twin.quick is not None and twin.quick.dtype is x.dtype:
+            return twin(x)
+        follow(self)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         return twin(_as_base_takes(x, twin)).to(x.dtype)
 
     # Compiled code is guarded by what the twin holds: so it changes when peft's layer does, not at the next call.
 
     def set_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
         super().set_adapter(*args, **kwargs)  # type: ignore[misc]
+        self._halotune.state = None
         follow(self)
 
     def enable_adapters(self: Any, enabled: bool) -> None:
@@ -142,7 +158,14 @@ class FastLayer(InFront):
 
     def delete_adapter(self: Any, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)  # type: ignore[misc]
-        self._halotune.adapters.pop(adapter_name, None)
+        self._halotune.drop(adapter_name)
+        follow(self)
+
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:  # may bring a new dtype or device into the same objects
+        super()._apply(*args, **kwargs)  # type: ignore[misc]
+        self._halotune.sources.clear()
+        follow(self)
+        return self
 
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write adapters into the base, after a check for values that are not finite (with or without `safe_merge`).
@@ -185,8 +208,7 @@ class FastLayer(InFront):
 
 def _as_base_takes(x: Tensor, twin: Twin) -> Tensor:
     """`x` in the base's dtype where a plain base takes no other; autocast sees to its own inputs."""
-    if twin.quick is not None and x.dtype is twin.quick.dtype:
+    base = twin.base
+    if base.quantization or not x.is_floating_point() or compute_dtype(x) is not x.dtype:
         return x
-    dtype = twin.base.dtype
-    plain = dtype.is_floating_point and dtype.itemsize > 1 and x.is_floating_point() and compute_dtype(x) is x.dtype
-    return x.to(dtype) if plain else x
+    return x.to(base.dtype)

@@ -25,7 +25,7 @@ def _differs(layer: Any, name: str, base: Base) -> list[str]:
                 "peft's HRA gives a convolution's first stride and padding to all its dimensions and drops its dilation and "
                 "padding mode, so its outputs are wrong"
             )
-    if base.dtype is torch.int8:
+    if getattr(getattr(module, "weight", None), "dtype", None) is torch.int8:
         out.append("peft's HRA takes the codes of 8-bit weights for the weights, so its outputs are wrong")
     vectors = layer.hra_u[name].detach()
     if not vectors.is_meta and bool((vectors == 0).all(0).any()):
