@@ -283,6 +283,16 @@ def test_memory_is_not_kept() -> None:
     assert sum(size >= max(weights) for size in kept) <= 1  # the weight itself
 
 
+def test_beside_a_lora_model() -> None:
+    """A tuner without layers of ours keeps its class: peft's LoRA has ways of its own with `adapter_names`."""
+    models = nn.ModuleList([peft.get_peft_model(base("llama"), peft.LoraConfig(target_modules=QV)), live(LLAMA["hra"]())])
+    lora, hra = (type(m.base_model) for m in models)
+    halotune.speed_up(models)
+    assert type(models[0].base_model) is lora and isinstance(models[1].base_model, hra)
+    assert not models[0].get_base_model()._forward_pre_hooks
+    assert len(fast_layers(models)) == 4
+
+
 # -- what cannot be sped up
 
 

@@ -82,6 +82,23 @@ def test_gradients_of_the_tucker_form() -> None:
     assert not gradcheck(lambda *t: run(theirs, *t), values, raise_exception=False)
 
 
+def test_hra_on_8_bit_weights() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    linear = bnb.nn.Linear8bitLt(32, 16, has_fp16_weights=False)
+    linear.load_state_dict(nn.Linear(32, 16).state_dict())
+    model = live(peft.HRAConfig(r=4, target_modules=["layer"]), Single(linear.to("cpu")))
+    vectors, x = model.base_model.model.layer.hra_u["default"].float(), torch.randn(3, 32)
+    unit = vectors / vectors.norm(dim=0)
+    rotated = x
+    for i in reversed(range(4)):  # x Qᵀ, Q = H_1 … H_4
+        rotated = rotated - 2 * (rotated @ unit[:, i : i + 1]) @ unit[:, i : i + 1].T
+    expected = model.base_model.model.layer.base_layer(rotated)
+    assert error(model(x), expected) > 1
+    said = heard(lambda: halotune.speed_up(model))
+    assert sum("codes of 8-bit weights" in s for s in said) == 1
+    assert error(model(x), expected) < 0.02
+
+
 def test_a_zero_column() -> None:
     model = live(LLAMA["hra"]())
     with torch.no_grad():

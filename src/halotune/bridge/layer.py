@@ -44,6 +44,8 @@ class Twin(AdaptedLayer):
     Attributes:
         path: the name of peft's layer in the model, for messages.
         tied: the base's weight is some other module's too.
+        state: what was seen of peft's layer last: whether it is disabled, its active and its merged adapters.
+        sources: for each adapter, where peft keeps its parts, and the objects that were there.
         notes: what peft itself gets wrong here, and has not been said yet.
     """
 
@@ -77,7 +79,7 @@ class Twin(AdaptedLayer):
                 adapter.train(layer.training)
 
     def drop(self, name: str) -> None:
-        """peft's layer lost this adapter. If it is merged, it stays so until all are unmerged, as with peft."""
+        """peft's layer lost this adapter."""
         if name in self.adapters:
             del self.adapters[name], self.scales[name]
         self.sources.pop(name, None)

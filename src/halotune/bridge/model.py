@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -42,16 +43,16 @@ def speed_up(model: M) -> M:
             f"speed_up: expected a model; got a {type(model).__name__}. Of a pipeline, give the part with the adapters, such "
             "as pipe.unet."
         )
-    for host in _hosts(model):
-        bridge = _bridge_of(host)
-        if bridge is None:
-            bridge = Bridge(host)
+    tuners = _tuners(model)
+    for host in [tuner.model for tuner in tuners] or [model]:  # every way to run a base, `generate` too, calls it as a module
+        bridge = _bridge_of(host) or Bridge(host)
         bridge.take_in(host)
-    for tuner in _tuners(model):
-        if not isinstance(tuner, FastTuner):
+        if not bridge.fast:
+            bridge.remove()
+    for tuner in tuners:
+        if _is_fast(tuner) and not isinstance(tuner, FastTuner):
             put_in_front(FastTuner, tuner)
-    if not any(isinstance(m, FastLayer) for m in model.modules()):
-        slow_down(model)
+    if not _is_fast(model):
         raise HalotuneError(
             f"speed_up: this {type(model).__name__} has no layer of peft's HRA, LoHa or MiSS that can be run here. Models made "
             "by halotune.get_peft_model are fast as they are; peft's other methods stay peft's."
@@ -75,14 +76,12 @@ def slow_down(model: M) -> M:
 
 
 def _tuners(model: nn.Module) -> list[Any]:
-    from peft.tuners.tuners_utils import BaseTuner
+    peft = sys.modules.get("peft.tuners.tuners_utils")  # where it was never imported, there is no model of its
+    return [] if peft is None else [m for m in model.modules() if isinstance(m, peft.BaseTuner)]
 
-    return [m for m in model.modules() if isinstance(m, BaseTuner)]
 
-
-def _hosts(model: nn.Module) -> list[nn.Module]:
-    """The base models: every way to run one, `generate` too, calls it as a module."""
-    return [t.model for t in _tuners(model)] or [model]
+def _is_fast(model: nn.Module) -> bool:
+    return any(isinstance(m, FastLayer) for m in model.modules())
 
 
 def _bridge_of(host: nn.Module) -> Bridge | None:
@@ -135,7 +134,9 @@ class Bridge(Lending):
                 put_in_front(FastLayer, layer)
                 layer.__dict__["_halotune"] = twin  # past nn.Module, which would take it for a submodule
             if isinstance(layer, FastLayer):
-                layer._halotune.tied = id(layer._halotune.base.parameter) in shared
+                twin = layer._halotune
+                if not twin.merged:  # else it may have a weight of its own for the time being
+                    twin.tied = id(getattr(twin.base_layer, "weight", None)) in shared
                 self.fast[path] = layer
         if left:
             path, reason = next(iter(left.items()))
@@ -175,17 +176,17 @@ class FastTuner(InFront):
 
     def unload(self: Any, *args: Any, **kwargs: Any) -> nn.Module:
         """The base without adapters, and without a trace of ours."""
-        return self._left(super().unload, *args, **kwargs)  # type: ignore[misc]
+        return self._leave(super().unload, *args, **kwargs)  # type: ignore[misc]
 
     def merge_and_unload(self: Any, *args: Any, **kwargs: Any) -> nn.Module:
         """The base with the adapters in its weights, and without a trace of ours."""
-        return self._left(super().merge_and_unload, *args, **kwargs)  # type: ignore[misc]
+        return self._leave(super().merge_and_unload, *args, **kwargs)  # type: ignore[misc]
 
-    def _left(self: Any, leave: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    def _leave(self: Any, by_peft: Any, *args: Any, **kwargs: Any) -> nn.Module:
         bridge = _bridge_of(self.model)
         if bridge is not None:
             bridge.reset()  # else it would hold the snapshots of all layers until the last one is merged
-        base = leave(*args, **kwargs)
+        base = by_peft(*args, **kwargs)
         slow_down(self)
         return base
 
