@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "engine": {"core", "export"},
     "quant": {"core"},
     "integrations": {"engine", "core"},
+    "bridge": {"engine", "core"},
     "recipes": None,
     "demo": None,
     "bench": None,

@@ -1,6 +1,7 @@
 """halotune: HRA, LoHa and Bone/BAT adapters, as cheap as LoRA, under PEFT's API and file formats."""
 
 from . import methods as _methods  # noqa: F401  (fills the registry)
+from .bridge import slow_down, speed_up
 from .core.config import AdapterConfig, PeftType, TaskType
 from .core.config import AdapterConfig as PeftConfig
 from .core.errors import AdapterFileError, HalotuneError
@@ -87,4 +88,6 @@ __all__ = [
     "parameter_groups",
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
+    "slow_down",
+    "speed_up",
 ]

@@ -9,9 +9,23 @@ from typing import Any
 from torch import Tensor
 
 from .adapter import Adapter
+from .base import Base
 from .config import AdapterConfig
 from .errors import HalotuneError, closest
 from .operator import WeightShape
+
+
+@dataclass(frozen=True)
+class FromPeft:
+    """What makes a live layer of peft's one of ours. Nothing of peft is imported for it.
+
+    Attributes:
+        adapter: (peft's layer, the adapter's name, the weight's shape) -> our adapter, whose parameters peft's will replace.
+        differs: (peft's layer, the adapter's name, the base) -> what peft itself gets wrong on this layer, a phrase each.
+    """
+
+    adapter: Callable[[Any, str, WeightShape], Adapter]
+    differs: Callable[[Any, str, Base], list[str]]
 
 
 @dataclass(frozen=True)
@@ -26,6 +40,7 @@ class Method:
         create: a new adapter for a weight's shape and a configuration already resolved for that module.
         learning_rates: kind of adapter -> the default learning rate.
         as_miss: rewrites a configuration and its tensors in the names of MiSS, for methods that have them.
+        from_peft: how a live layer of peft's is run as one of ours, for methods that gain by it.
     """
 
     peft_type: str
@@ -35,6 +50,7 @@ class Method:
     create: Callable[[WeightShape, AdapterConfig], Adapter]
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     as_miss: Callable[[Any, dict[str, Tensor]], tuple[AdapterConfig, dict[str, Tensor]]] | None = None
+    from_peft: FromPeft | None = None
 
 
 _METHODS: dict[str, Method] = {}

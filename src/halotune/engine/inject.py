@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -377,15 +378,19 @@ def enable(model: nn.Module, on: bool) -> None:
 
 
 @contextmanager
-def per_sample(model: nn.Module, names: Sequence[str], batch: int | None = None) -> Iterator[None]:
+def per_sample(
+    model: nn.Module, names: Sequence[str], batch: int | None = None, modules: Sequence[Any] | None = None
+) -> Iterator[None]:
     """Inside, sample i of a batch goes through adapter `names[i]`, or through the base for `"__base__"`.
 
     Args:
         batch: the number of samples, where it is known.
+        modules: the layers with adapters, where they are no submodules of the model.
     """
     if batch is not None and len(names) != batch:
         raise HalotuneError(f"adapter_names: got {len(names)} names for a batch of {batch} samples. Give one name per sample.")
-    modules = [*adapted_layers(model).values(), *whole_modules(model).values()]
+    if modules is None:
+        modules = [*adapted_layers(model).values(), *whole_modules(model).values()]
     known = {n for m in modules for n in (m.adapters if isinstance(m, AdaptedLayer) else m.modules_to_save)}
     unknown = sorted(set(names) - known - {BASE})
     if unknown or not names:

@@ -83,11 +83,15 @@ class Lending:
             model.register_forward_hook(self.after, always_call=True),
         ]
 
+    def find(self, model: nn.Module) -> list[AdaptedLayer]:
+        """The layers to lend to."""
+        return [m for m in model.modules() if isinstance(m, AdaptedLayer)]
+
     def before(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():  # a whole model in one graph: layers derive alone, and the compiler arranges it
             return
         if self.layers is None:
-            self.layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
+            self.layers = self.find(model)
             self.key = None
         running = [(layer, adapter) for layer in self.layers for adapter in layer.running()]
         autocast = _autocast_dtype(running)

@@ -56,10 +56,10 @@ def merge(
     """
     layers = {path: layer for path, layer in adapted_layers(model).items() if _pending(layer, names)}
     for path, layer in layers.items():
-        _check_order(path, layer, _pending(layer, names))
+        check_order(path, layer, _pending(layer, names))
     if safe:
         for path, layer in layers.items():
-            _check_finite(path, layer, _pending(layer, names))
+            check_finite(path, layer, _pending(layer, names))
     shared = {n for others in tied_parameters(model).values() for n in others}
     tied = {path for path in layers if f"{path}.base_layer.weight" in shared}
     report, done = MergeReport(), []
@@ -93,7 +93,7 @@ def _pending(layer: AdaptedLayer, names: list[str]) -> list[str]:
     return [n for n in names if n in layer.adapters and n not in layer.merged_adapters]
 
 
-def _check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:
+def check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:
     """Merged adapters apply before the others: refuse where that would change what active ones compute."""
     waiting = [n for n in layer.active_adapters if n not in layer.merged_adapters]
     inside = [n for n in names if n in waiting]
@@ -107,7 +107,7 @@ def _check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:
 
 
 @torch.no_grad()
-def _check_finite(path: str, layer: AdaptedLayer, names: list[str]) -> None:
+def check_finite(path: str, layer: AdaptedLayer, names: list[str]) -> None:
     merged = layer.merged_weight(names).to(layer.base.dtype)
     if not torch.isfinite(merged).all():
         raise HalotuneError(

@@ -4,7 +4,10 @@ from ...core.config import PeftType
 from ...core.registry import Method, register
 from .adapter import HRA
 from .config import HRAConfig
+from .from_peft import FROM_PEFT
 
-METHOD = register(Method(PeftType.HRA.value, "hra_", HRAConfig, (HRA,), HRA.create, {"HRA": 1e-2}))
+METHOD = register(
+    Method(PeftType.HRA.value, "hra_", HRAConfig, (HRA,), HRA.create, {"HRA": 1e-2}, from_peft=FROM_PEFT),
+)
 
 __all__ = ["HRA", "METHOD", "HRAConfig"]
