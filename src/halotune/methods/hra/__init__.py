@@ -4,7 +4,8 @@ from ...core.config import PeftType
 from ...core.registry import Method, register
 from .adapter import HRA
 from .config import HRAConfig
+from .measures import MEASURES
 
-METHOD = register(Method(PeftType.HRA.value, "hra_", HRAConfig, (HRA,), HRA.create, {"HRA": 1e-2}))
+METHOD = register(Method(PeftType.HRA.value, "hra_", HRAConfig, (HRA,), HRA.create, {"HRA": 1e-2}, measures=MEASURES))
 
 __all__ = ["HRA", "METHOD", "HRAConfig"]

@@ -4,7 +4,8 @@ from ...core.config import PeftType
 from ...core.registry import Method, register
 from .adapter import LoHa
 from .config import LoHaConfig
+from .measures import MEASURES
 
-METHOD = register(Method(PeftType.LOHA.value, "hada_", LoHaConfig, (LoHa,), LoHa.create, {"LOHA": 1e-2}))
+METHOD = register(Method(PeftType.LOHA.value, "hada_", LoHaConfig, (LoHa,), LoHa.create, {"LOHA": 1e-2}, measures=MEASURES))
 
 __all__ = ["METHOD", "LoHa", "LoHaConfig"]
