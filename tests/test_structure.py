@@ -24,6 +24,8 @@ ALLOWED: dict[str, set[str] | None] = {
     "quant": {"core"},
     "integrations": {"engine", "core"},
     "recipes": None,
+    "apply": {"cli", "core", "engine"},
+    "inspect": {"apply", "cli", "core", "engine"},
     "demo": None,
     "bench": None,
     "cli": None,

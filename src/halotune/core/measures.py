@@ -26,7 +26,7 @@ class Column:
     key: str
     head: str
     meaning: str
-    form: str = ".3g"
+    form: str = "#.3g"
 
 
 @dataclass(frozen=True)
