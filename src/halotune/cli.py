@@ -10,6 +10,7 @@ import importlib.util
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -78,6 +79,8 @@ def _run(argv: Sequence[str]) -> int:
         parser.print_help(sys.stderr)
         return BAD_INPUT
     prog = getattr(args, "prog", parser.prog)
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"{prog}: warning: {message}\n"
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -88,6 +91,8 @@ def _run(argv: Sequence[str]) -> int:
         raise
     except OSError as e:  # a full disk, a file that is gone: nothing that a traceback would explain
         return _fail(prog, e, FAILED)
+    finally:
+        warnings.formatwarning = usual
 
 
 def _fail(prog: str, error: Exception, status: int) -> int:

@@ -74,6 +74,8 @@ class Base:
         if (Path(name) / CONFIG_NAME).is_file() and not (Path(name) / "config.json").is_file():
             raise HalotuneError(f"{name}: is an adapter, not a base model. Give the model that it was trained on.")
         require("transformers", ["transformers"])
+        if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+            raise HalotuneError(f"the base model {name!r} cannot be loaded: there is no such folder.")
         quiet_unless_watched()
         number = None if dtype == "auto" else getattr(torch, dtype)
         with loadable("the base model", name):
