@@ -91,6 +91,10 @@ def _run(argv: Sequence[str]) -> int:
         raise
     except OSError as e:  # a full disk, a file that is gone: nothing that a traceback would explain
         return _fail(prog, e, FAILED)
+    except RuntimeError as e:
+        if type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here for its name
+            raise
+        return _fail(prog, e, FAILED)
     finally:
         warnings.formatwarning = usual
 

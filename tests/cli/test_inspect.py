@@ -241,9 +241,12 @@ def test_errors(arguments: list[str], said: list[str], adapters: Path, base: Pat
     assert error.startswith("halotune inspect: error: ") and all(words in error for words in said), error
 
 
-def test_a_file_of_another_configuration(adapters: Path, tmp_path: Path) -> None:
+def test_files_that_do_not_fit(adapters: Path, tmp_path: Path) -> None:
     entries = json.loads((adapters / "hra" / "adapter_config.json").read_text())
     (tmp_path / "adapter_model.safetensors").write_bytes((adapters / "hra" / "adapter_model.safetensors").read_bytes())
+    nan = {k: t.fill_(float("nan")) for k, t in Saved.read(str(adapters / "hra")).tensors.items()}
+    with pytest.raises(AdapterFileError, match=r"layers\.0\.mlp\.down_proj\.hra_u: expected finite numbers, found NaN"):
+        measure(dataclasses.replace(Saved.read(str(adapters / "hra")), tensors=nan), None)
     for change, said in [({"r": 6}, "size mismatch"), ({"peft_type": "BONE", "init_weights": True}, "holds no tensor of BONE")]:
         kept = {k: v for k, v in entries.items() if k != "apply_GS"}
         (tmp_path / "adapter_config.json").write_text(json.dumps({**kept, **change}))

@@ -130,6 +130,15 @@ def test_errors_of_the_model_reach_the_reader(model: PeftModel, tokenizer: Any, 
         list(stream(model, tokenizer, tokenizer("a", return_tensors="pt"), GREEDY))
 
 
+def test_out_of_memory_is_one_line(adapters: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    assert main(["generate", str(adapters / "hra"), "--prompt", "a"]) == 1
+    assert capsys.readouterr().err.endswith("halotune generate: error: out of memory. Tried to allocate 2 GiB\n")
+
+
 # -- chat
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,8 @@ HELP = """/reset            forget the conversation
 
 
 def add(commands: Commands) -> None:
-    text = f"Talk to a model with an adapter, through the tokenizer's chat template. In the conversation:\n\n{HELP}"
-    parser = add_parser(commands, "chat", text, EXAMPLES)
+    text = "Talk to a model with an adapter, through the tokenizer's chat template.\n\nin the conversation:\n"
+    parser = add_parser(commands, "chat", text + textwrap.indent(HELP, "  "), EXAMPLES)
     add_model_flags(parser, device="auto")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     add_sampling_flags(parser, temperature=0.7, max_new_tokens=512)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,11 +14,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_parser(commands: Commands, name: str, description: str, examples: str) -> Parser:
-    """A command's parser, with examples under its help."""
+    """A command's parser; its description is shown as it stands, and examples under the flags."""
     return commands.add_parser(
         name,
-        description=description,
-        epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.strip().splitlines()),
+        description=description.strip(),
+        epilog="examples:\n" + textwrap.indent(examples.strip(), "  "),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

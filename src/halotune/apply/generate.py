@@ -13,6 +13,10 @@ from .flags import add_model_flags, add_parser, add_sampling_flags
 if TYPE_CHECKING:
     from ..cli import Commands
 
+DESCRIPTION = """
+Print the continuation of a prompt as the model writes it. The prompt goes to
+the model as it stands, without a chat template: `halotune chat` uses that.
+"""
 EXAMPLES = """
 halotune generate my-adapter --prompt "Once upon a time"
 halotune generate my-adapter --no-adapter --prompt "Once upon a time"
@@ -21,11 +25,7 @@ halotune generate my-adapter --temperature 0.8 --top-p 0.95 --seed 0 < prompt.tx
 
 
 def add(commands: Commands) -> None:
-    text = (
-        "Print the continuation of a prompt as the model writes it. The prompt goes to the model as it stands, without\n"
-        "a chat template: `halotune chat` uses the template. --no-adapter shows what the base model says by itself."
-    )
-    parser = add_parser(commands, "generate", text, EXAMPLES)
+    parser = add_parser(commands, "generate", DESCRIPTION, EXAMPLES)
     add_model_flags(parser, device="auto")
     parser.add_argument("--prompt", metavar="TEXT", help="the text to continue; without it, or with -, stdin is read")
     add_sampling_flags(parser, temperature=0.0, max_new_tokens=128)

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from ..cli import Commands
     from .loading import Base, Saved
 
+DESCRIPTION = """
+Write an adapter into the weights of its base model, and save the whole, with
+its tokenizer, as a folder that from_pretrained loads without halotune. The
+base may be a pipeline of diffusers. A report says what the merge changed in
+every layer, and what share of the adapter was lost to rounding; --dtype
+float32 loses none, and makes larger files.
+"""
 EXAMPLES = """
 halotune merge my-adapter --output merged
 halotune merge my-adapter --base ./llama --dtype float32 --output merged
@@ -26,12 +33,7 @@ MARKS = ("config.json", "model_index.json")  # a folder with one of these holds 
 
 
 def add(commands: Commands) -> None:
-    text = (
-        "Write an adapter into the weights of its base model, and save the whole, with its tokenizer, as a folder\n"
-        "that from_pretrained loads without halotune. A report says what the merge changed in every layer, and\n"
-        "what share of the adapter rounding lost: --dtype float32 loses none, and makes a larger file."
-    )
-    parser = add_parser(commands, "merge", text, EXAMPLES)
+    parser = add_parser(commands, "merge", DESCRIPTION, EXAMPLES)
     add_model_flags(parser, device="cpu")
     flag = parser.add_argument
     flag("--output", type=Path, required=True, metavar="DIR", help="the new folder")

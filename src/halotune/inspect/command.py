@@ -13,6 +13,12 @@ from ..core.errors import HalotuneError
 if TYPE_CHECKING:
     from ..cli import Commands
 
+DESCRIPTION = """
+Show what a saved adapter does, layer by layer: norms, the largest singular
+value and the effective rank of its delta ΔW = W' − W, and what its method is
+about, such as the rotation angles of HRA. What depends on the base weights W
+is shown with --base.
+"""
 EXAMPLES = """
 halotune inspect my-adapter
 halotune inspect my-adapter --base --plot layers.png
@@ -22,12 +28,7 @@ NAMED = ""  # --base without a value: the base that the adapter names
 
 
 def add(commands: Commands) -> None:
-    text = (
-        "Show what a saved adapter holds and does, layer by layer: norms, singular values and effective rank\n"
-        "of its delta ΔW = W' − W, and what its method is about, such as the rotation angles of HRA. What depends\n"
-        "on the base weights W is shown with --base."
-    )
-    parser = add_parser(commands, "inspect", text, EXAMPLES)
+    parser = add_parser(commands, "inspect", DESCRIPTION, EXAMPLES)
     flag = parser.add_argument
     flag("adapter", metavar="ADAPTER", help="an adapter's folder, or its id on the hub")
     flag(
@@ -50,6 +51,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.plot.suffix.lower() != ".png":
             raise HalotuneError(f"--plot {args.plot}: a PNG is written. Let the name end in .png.")
     from ..apply.loading import Base, Saved
+    from ..core.files import write_atomically
     from . import report
     from .figures import measure
 
@@ -62,7 +64,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.json == "-":
         print(report.as_json(saved, base, layers))
     elif args.json is not None:
-        report.write_json(Path(args.json), report.as_json(saved, base, layers))
+        text = report.as_json(saved, base, layers) + "\n"
+        write_atomically(Path(args.json), lambda file: file.write_text(text, encoding="utf-8"))
         print(f"Wrote {args.json}", file=out)
     if args.plot is not None:
         from .plot import plot

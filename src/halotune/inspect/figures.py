@@ -81,6 +81,14 @@ def _in_file(saved: Saved, measures: Measures | None) -> Iterator[tuple[str, Ada
     if measures is None:
         raise HalotuneError(f"{method.peft_type} adapters are inspected with their base model. Give it with --base.")
     for path, tensors in _by_layer(saved).items():
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise AdapterFileError(
+                    saved.file,
+                    "expected finite numbers, found NaN or infinity.",
+                    key=f"{path}.{name}",
+                    remedy="Its training diverged, or the file is damaged.",
+                )
         try:
             with torch.device("meta"):
                 adapter = method.create(measures.shape(tensors, saved.config), saved.config.at(path))
@@ -106,8 +114,7 @@ def _by_layer(saved: Saved) -> dict[str, dict[str, Tensor]]:
     if not layers:
         raise AdapterFileError(
             saved.file,
-            f"holds no tensor of {saved.config.peft_type and method_of(saved.config.peft_type).peft_type}; the first is "
-            f"{next(iter(saved.tensors))}.",
+            f"holds no tensor of {method_of(saved.config.peft_type).peft_type}; the first is {next(iter(saved.tensors))}.",
             remedy="Is adapter_config.json of the same adapter?",
         )
     return layers

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
-from pathlib import Path
 from typing import Any
 
 from ..apply.loading import Base, Saved
 from ..core.config import AdapterConfig
-from ..core.files import write_atomically
 from ..core.measures import Column
 from ..core.registry import method_of
 from .figures import Figures
@@ -166,8 +164,3 @@ def as_json(saved: Saved, base: Base | None, layers: Sequence[Figures]) -> str:
         "layers": {layer.path: layer.to_dict() for layer in layers},
     }
     return json.dumps(document, indent=1, allow_nan=False)
-
-
-def write_json(file: Path, text: str) -> None:
-    write: Callable[[Path], object] = lambda temporary: temporary.write_text(text + "\n", encoding="utf-8")  # noqa: E731
-    write_atomically(file, write)
