@@ -18,7 +18,7 @@ from ..core.errors import HalotuneError
 from ..core.files import CONFIG_NAME, WEIGHTS_NAME, locate
 from ..core.registry import method_of
 from ..engine.auto import AutoPeftModel, fit_vocabulary
-from ..engine.model import PeftModel
+from ..engine.model import PeftModel, PeftModelForSequenceClassification
 from ..engine.state import read_tensors
 
 
@@ -68,7 +68,9 @@ class Base:
     @classmethod
     def load(cls, saved: Saved, name: str | None, dtype: str = "auto", device: torch.device | str = "cpu") -> Base:
         """Load the base model of an adapter: `name`, or the one that its configuration names."""
-        name = name or saved.config.base_model_name_or_path
+        named = saved.config.base_model_name_or_path
+        revision = saved.config.revision if name in (None, named) else None
+        name = name or named
         if not name:
             raise HalotuneError(f"{saved.source}: {CONFIG_NAME} names no base model. Name it with --base.")
         if (Path(name) / CONFIG_NAME).is_file() and not (Path(name) / "config.json").is_file():
@@ -79,14 +81,14 @@ class Base:
         quiet_unless_watched()
         number = None if dtype == "auto" else getattr(torch, dtype)
         with loadable("the base model", name):
-            kind = _model_class(saved.config, name)
+            kind = _model_class(saved.config, name, revision)
             if kind.__module__.startswith("diffusers."):
-                component = _component(name, kind)
+                component = _component(name, kind, revision)
                 inside = {} if component is None else {"subfolder": component}
-                model = kind.from_pretrained(name, torch_dtype=number, **inside)
+                model = kind.from_pretrained(name, torch_dtype=number, revision=revision, **inside)
             else:
                 component = None
-                model = kind.from_pretrained(name, dtype=number or "auto", **_labels(saved))
+                model = kind.from_pretrained(name, dtype=number or "auto", revision=revision or "main", **_labels(saved))
         fit_vocabulary(model, {key: t.shape[0] for key, t in saved.tensors.items() if t.dim() == 2})
         return cls(name, model.to(device).eval(), component)
 
@@ -116,7 +118,7 @@ def quiet_unless_watched() -> None:
         logging.disable_progress_bar()
 
 
-def _model_class(config: AdapterConfig, name: str) -> Any:
+def _model_class(config: AdapterConfig, name: str, revision: str | None) -> Any:
     """A class with `from_pretrained`: as the adapter says (its task, or its base's class), else as the base says."""
     library = str((config.auto_mapping or {}).get("parent_library", "")).split(".")[0]
     if library == "diffusers":
@@ -125,16 +127,16 @@ def _model_class(config: AdapterConfig, name: str) -> Any:
         return AutoPeftModel.base_class(config)
     import transformers
 
-    architectures = transformers.AutoConfig.from_pretrained(name).architectures or []
+    architectures = transformers.AutoConfig.from_pretrained(name, revision=revision or "main").architectures or []
     return getattr(transformers, architectures[0]) if architectures else transformers.AutoModel
 
 
-def _component(name: str, kind: type) -> str | None:
+def _component(name: str, kind: type, revision: str | None) -> str | None:
     """Which component of a pipeline has this class; None where `name` is no pipeline."""
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
-        index: Any = DiffusionPipeline.load_config(name)
+        index: Any = DiffusionPipeline.load_config(name, revision=revision)
     except OSError:  # no model_index.json
         return None
     found = [part for part, entry in index.items() if isinstance(entry, (list, tuple)) and entry[-1] == kind.__name__]
@@ -147,10 +149,9 @@ def _labels(saved: Saved) -> dict[str, int]:
     """The number of labels of a classifier's head that is stored with the adapter: the base may have another."""
     if saved.config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
         return {}
-    own = [
-        t for key, t in saved.tensors.items() if f".{saved.prefix}" not in key and {"score", "classifier"} & {*key.split(".")}
-    ]
-    rows = [t.shape[0] for t in own if t.dim() == 2]
+    heads = set(PeftModelForSequenceClassification.heads)
+    whole = {key: t for key, t in saved.tensors.items() if f".{saved.prefix}" not in key and heads & {*key.split(".")}}
+    rows = [t.shape[0] for t in whole.values() if t.dim() == 2]  # of the last layer: no other is as narrow
     return {"num_labels": min(rows)} if rows else {}
 
 

@@ -91,5 +91,5 @@ def stream(model: Any, tokenizer: Any, inputs: Mapping[str, Tensor], sampling: S
 
 def _room(model: Any) -> float:
     """How many tokens, prompt and continuation, the model has positions for; an encoder's prompt takes none of them."""
-    room = getattr(model.config, "max_position_embeddings", None)
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return math.inf if room is None or model.config.is_encoder_decoder else room

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,14 +82,7 @@ def _in_file(saved: Saved, measures: Measures | None) -> Iterator[tuple[str, Ada
     if measures is None:
         raise HalotuneError(f"{method.peft_type} adapters are inspected with their base model. Give it with --base.")
     for path, tensors in _by_layer(saved).items():
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise AdapterFileError(
-                    saved.file,
-                    "expected finite numbers, found NaN or infinity.",
-                    key=f"{path}.{name}",
-                    remedy="Its training diverged, or the file is damaged.",
-                )
+        _check_finite(saved.file, path, tensors)
         try:
             with torch.device("meta"):
                 adapter = method.create(measures.shape(tensors, saved.config), saved.config.at(path))
@@ -120,6 +114,17 @@ def _by_layer(saved: Saved) -> dict[str, dict[str, Tensor]]:
     return layers
 
 
+def _check_finite(file: Path, path: str, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterFileError(
+                file,
+                "expected finite numbers, found NaN or infinity.",
+                key=f"{path}.{name}",
+                remedy="Its training diverged, or the file is damaged.",
+            )
+
+
 def _natural(key: str) -> list[tuple[int, str]]:
     """Sorts layer 10 after layer 9."""
     return [(int(part) if part.isdecimal() else -1, part) for part in key.split(".")]
@@ -134,8 +139,9 @@ def _figures(path: str, adapter: Adapter, kind: str | None, W: Tensor | None, me
     if W is not None:
         W = W.double()
         norms = {"weight_norm": float(W.norm()), **_delta(adapter, W)}
-    elif shape.out_features and shape.in_features:  # in the place of W what makes all that depends on it unknown
-        norms = _delta(adapter, torch.full((1, 1), math.nan, dtype=torch.float64).expand(shape.out_features, shape.in_features))
+    elif shape.out_features and shape.in_features:
+        unknown = torch.full((1, 1), math.nan, dtype=torch.float64)  # whatever depends on it is NaN, and so found out
+        norms = _delta(adapter, unknown.expand(shape.out_features, shape.in_features))
     return Figures(
         path,
         kind,
