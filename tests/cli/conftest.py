@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,9 +65,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 p.mul_(10.0) if p.dim() == 2 else None
         model.save_pretrained(folder)
     return folder
-
-
-Save = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
