@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
         "training step, one layer, decoding, merging, loading, or curves over rank and tokens of one layer. The "
         "contenders take turns in one process, so that their ratios hold though a machine's speed drifts."
     )
-    parser = commands.add_parser("bench", help="compare speed and memory with peft, lycoris-lora, LoRA", description=text)
+    parser = commands.add_parser("bench", description=text)
     flag = parser.add_argument
     cuda = torch.cuda.is_available()
     flag("kind", choices=list(BENCHES), metavar="|".join(BENCHES), help="what to measure")

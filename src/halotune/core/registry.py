@@ -1,9 +1,10 @@
-"""The methods there are. Filled by `halotune.methods`, read by the engine, which knows no method by name."""
+"""The methods there are. Filled by `halotune.methods` at the first look, read by the engine, which knows none by name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from .adapter import Adapter
 from .base import Base
 from .config import AdapterConfig
 from .errors import HalotuneError, closest
+from .measures import Measures
 from .operator import WeightShape
 
 
@@ -41,6 +43,7 @@ class Method:
         learning_rates: kind of adapter -> the default learning rate.
         as_miss: rewrites a configuration and its tensors in the names of MiSS, for methods that have them.
         from_peft: how a live layer of peft's is run as one of ours, for methods that gain by it.
+        measures: how its saved adapters are looked at; without it, with their base model only.
     """
 
     peft_type: str
@@ -51,6 +54,7 @@ class Method:
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     as_miss: Callable[[Any, dict[str, Tensor]], tuple[AdapterConfig, dict[str, Tensor]]] | None = None
     from_peft: FromPeft | None = None
+    measures: Measures | None = None
 
 
 _METHODS: dict[str, Method] = {}
@@ -61,8 +65,13 @@ def register(method: Method) -> Method:
     return method
 
 
+def _filled() -> dict[str, Method]:
+    import_module("halotune.methods")  # by its name: no code here depends on a method
+    return _METHODS
+
+
 def methods() -> list[Method]:
-    return list(_METHODS.values())
+    return list(_filled().values())
 
 
 def method_of(peft_type: object) -> Method:
@@ -72,8 +81,9 @@ def method_of(peft_type: object) -> Method:
         HalotuneError: for a name that no method bears.
     """
     name = str(getattr(peft_type, "value", peft_type))
-    if name in _METHODS:
-        return _METHODS[name]
-    near = closest(name.upper(), list(_METHODS))
+    known = _filled()
+    if name in known:
+        return known[name]
+    near = closest(name.upper(), list(known))
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise HalotuneError(f"peft_type: expected one of {', '.join(_METHODS)}; got {name!r}.{hint}")
+    raise HalotuneError(f"peft_type: expected one of {', '.join(known)}; got {name!r}.{hint}")

@@ -78,7 +78,8 @@ class PeftModel(StandIn):
         config = copy.copy(config)
         if config.base_model_name_or_path is None:
             own = getattr(model, "config", None)
-            config.base_model_name_or_path = getattr(model, "name_or_path", None) or getattr(own, "_name_or_path", None) or None
+            name = getattr(model, "name_or_path", None) or getattr(own, "_name_or_path", None)
+            config.base_model_name_or_path = str(name) if name else None  # diffusers' may be a Path
         if self.heads:
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *self.heads]))
         return config

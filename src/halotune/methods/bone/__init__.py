@@ -5,14 +5,32 @@ from ...core.registry import Method, register
 from .adapter import Bat, Bone, Miss, MissBat, create_bone, create_miss
 from .config import BoneConfig, MissConfig, as_miss
 from .from_peft import BONE_FROM_PEFT, MISS_FROM_PEFT
-
-_RATES = {"BONE": 1e-3, "BAT": 1e-3}
+from .measures import MEASURES
 
 BONE = register(
-    Method(PeftType.BONE.value, "bone_", BoneConfig, (Bone, Bat), create_bone, _RATES, as_miss, BONE_FROM_PEFT),
+    Method(
+        PeftType.BONE.value,
+        "bone_",
+        BoneConfig,
+        (Bone, Bat),
+        create_bone,
+        {"BONE": 1e-3, "BAT": 1e-3},
+        as_miss=as_miss,
+        from_peft=BONE_FROM_PEFT,
+        measures=MEASURES,
+    )
 )
 MISS = register(
-    Method(PeftType.MISS.value, "miss_", MissConfig, (Miss, MissBat), create_miss, {"MISS": 1e-3}, from_peft=MISS_FROM_PEFT),
+    Method(
+        PeftType.MISS.value,
+        "miss_",
+        MissConfig,
+        (Miss, MissBat),
+        create_miss,
+        {"MISS": 1e-3},
+        from_peft=MISS_FROM_PEFT,
+        measures=MEASURES,
+    )
 )
 
 __all__ = ["BONE", "MISS", "Bat", "Bone", "BoneConfig", "Miss", "MissBat", "MissConfig"]

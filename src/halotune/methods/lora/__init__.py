@@ -4,7 +4,8 @@ from ...core.config import PeftType
 from ...core.registry import Method, register
 from .adapter import Lora
 from .config import LoraConfig
+from .measures import MEASURES
 
-METHOD = register(Method(PeftType.LORA.value, "lora_", LoraConfig, (Lora,), Lora.create, {"LORA": 2e-3}))
+METHOD = register(Method(PeftType.LORA.value, "lora_", LoraConfig, (Lora,), Lora.create, {"LORA": 2e-3}, measures=MEASURES))
 
 __all__ = ["METHOD", "Lora", "LoraConfig"]
