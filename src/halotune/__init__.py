@@ -1,6 +1,7 @@
 """halotune: HRA, LoHa and Bone/BAT adapters, as cheap as LoRA, under PEFT's API and file formats."""
 
 from . import methods as _methods  # noqa: F401  (fills the registry)
+from . import quant as _quant  # noqa: F401  (registers quantized layers)
 from .core.config import AdapterConfig, PeftType, TaskType
 from .core.config import AdapterConfig as PeftConfig
 from .core.errors import AdapterFileError, HalotuneError
