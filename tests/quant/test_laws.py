@@ -144,7 +144,7 @@ def test_merged_into_floats(case: Case):
     module, y = layer.base_layer, layer(x)
     before = stored_tensors(module)
     wanted = layer.adapters["default"].weight(matrix(module))
-    record = layer.merge(["default"], keep_float=True)
+    record = layer.merge(["default"], as_float=case.base.dtype)
     assert (
         type(layer.base_layer) is nn.Linear and layer.base_layer.weight.dtype == layer.base_layer.bias.dtype == case.base.dtype
     )

@@ -69,8 +69,8 @@ class Base(Operator):
         """Whether `write` is possible."""
         return True
 
-    def as_float(self, W: Tensor) -> nn.Module:
-        """A module that does what this one does, with the matrix `W` in this layer's dtype: for quantized layers."""
+    def as_float(self, W: Tensor, dtype: torch.dtype) -> nn.Module:
+        """The plain layer with the weight `W (out, in)`, in place of a quantized one."""
         raise NotImplementedError
 
     def snapshot(self) -> Any:

@@ -216,14 +216,16 @@ class AdaptedLayer(StandIn):
         return W
 
     @torch.no_grad()
-    def merge(self, names: list[str], *, keep: bool = True, untie: bool = False, keep_float: bool = False) -> MergeRecord:
+    def merge(
+        self, names: list[str], *, keep: bool = True, untie: bool = False, as_float: torch.dtype | None = None
+    ) -> MergeRecord:
         """Write the adapters into the stored weight.
 
         Args:
             names: adapters of this layer that are not merged yet, in the order in which they apply.
             keep: hold a snapshot for `unmerge`.
             untie: write to a parameter of this layer's own; the tied one stays as it is.
-            keep_float: put a float layer in the place of a quantized one, instead of quantizing again.
+            as_float: put a plain layer of this dtype in the place of a quantized one, instead of quantizing again.
         """
         base = self.base
         untie = untie and not base.quantization  # writing gives a quantized layer a new parameter anyway
@@ -231,8 +233,8 @@ class AdaptedLayer(StandIn):
         if keep and self._original is None:
             self._original = self.base_layer, base.parameter, None if untie else base.snapshot()
         before = before.clone()
-        if keep_float and base.quantization:
-            self._put(base.as_float(after))
+        if as_float is not None and base.quantization:
+            self._put(base.as_float(after, as_float))
         else:
             if untie:
                 stored = base.parameter

@@ -205,9 +205,8 @@ def inject(
     reading = _reading_quantized(created)
     whole = _whole_targets(modules, config)
     check_offloaded(modules, config, paths, whole)
-    if not low_cpu_mem_usage:
-        for notice in [*config.notices(), *reading]:
-            warn(notice)
+    for notice in [*([] if low_cpu_mem_usage else config.notices()), *reading]:
+        warn(notice)
     _warn_if_tied(model, [*paths, *whole])
     swap(model, _wrapped_attention(modules, created))
     wrappers: dict[nn.Module, nn.Module] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -65,11 +66,11 @@ def merge(
     """
     if quantized not in ("requantize", "keep_float"):
         raise HalotuneError(f"quantized: expected 'requantize' or 'keep_float'; got {quantized!r}.")
-    keep_float = quantized == "keep_float"
+    as_float = _float_dtype(model) if quantized == "keep_float" else None
     layers = {path: layer for path, layer in adapted_layers(model).items() if _pending(layer, names)}
     for path, layer in layers.items():
         _check_order(path, layer, _pending(layer, names))
-        _check_storage(path, layer, keep_float)
+        _check_storage(path, layer, as_float)
     if safe:
         for path, layer in layers.items():
             _check_finite(path, layer, _pending(layer, names))
@@ -83,7 +84,7 @@ def merge(
             kept = keep or layer.base.quantization is not None  # few bits more, and a failure can be undone
             if kept:
                 done.append(layer)
-            report.layers[path] = layer.merge(_pending(layer, names), keep=kept, untie=path in tied, keep_float=keep_float)
+            report.layers[path] = layer.merge(_pending(layer, names), keep=kept, untie=path in tied, as_float=as_float)
     except BaseException:
         for layer in done:
             layer.unmerge()
@@ -95,13 +96,13 @@ def merge(
 
 def _warn_of_loss(layers: list[AdaptedLayer], total: MergeRecord) -> None:
     quantized = [layer.base.quantization for layer in layers if layer.base.quantization]
-    if quantized:
+    if quantized and total.lost > 0.1:
         warn(
             f"quantizing {len(quantized)} merged weights again ({quantized[0]}) left an error of {total.error:.2%} of the "
             f"weights, beside a delta of {total.delta:.2%}. Merge with quantized='keep_float', or into a base in floats, to "
             "avoid that."
         )
-    elif total.lost > 0.5:
+    if not quantized and total.lost > 0.5:
         warn(
             f"merging into {layers[0].base.dtype} lost {total.lost:.0%} of the adapter's delta to rounding. Load the base in "
             "fp32 to merge without that loss."
@@ -132,7 +133,7 @@ def _check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:
     )
 
 
-def _check_storage(path: str, layer: AdaptedLayer, keep_float: bool) -> None:
+def _check_storage(path: str, layer: AdaptedLayer, as_float: torch.dtype | None) -> None:
     """Refuse what is stored in a way that cannot be read, or not be written."""
     base = layer.base
     if base.opaque:
@@ -140,11 +141,21 @@ def _check_storage(path: str, layer: AdaptedLayer, keep_float: bool) -> None:
             f"{path}: {base} can be called, but its weight cannot be read, so nothing can be merged into it. Nothing was "
             "merged. Keep the adapter beside it, or load the base in floats to merge."
         )
-    if not (keep_float or base.can_write):
+    if as_float is None and not base.can_write:
         raise HalotuneError(
             f"{path}: {base} can be read, but not quantized again here. Nothing was merged. Merge with "
             "quantized='keep_float', which puts float layers in the place of quantized ones."
         )
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which a model computes: that of most of its own numbers that are plain floats."""
+    ours = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
+    count: Counter[torch.dtype] = Counter()
+    for p in model.parameters():
+        if type(p) is nn.Parameter and p.is_floating_point() and p.dtype.itemsize > 1 and id(p) not in ours:
+            count[p.dtype] += p.numel()
+    return max(count, key=count.__getitem__, default=torch.get_default_dtype())
 
 
 @torch.no_grad()

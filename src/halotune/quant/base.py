@@ -86,11 +86,12 @@ class Readable(Quantized):
         self.restore(self.quantize(W))
 
     @torch.no_grad()
-    def as_float(self, W: Tensor) -> nn.Module:
+    def as_float(self, W: Tensor, dtype: torch.dtype) -> nn.Module:
         shape, bias = self.shape, self.bias
-        linear = nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(W.to(self.device, self.dtype), requires_grad=False)
-        linear.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+        linear = nn.Linear(shape.in_features, shape.out_features, bias=bias is not None, device="meta")
+        linear.weight = nn.Parameter(W.to(self.device, dtype), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)
         return linear.train(self.module.training)
 
 

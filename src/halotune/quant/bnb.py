@@ -27,8 +27,9 @@ class Bnb4bit(Readable):
 
     @property
     def quantization(self) -> str:
-        _, state = self._usual()
-        return f"bitsandbytes {state.quant_type}{' (double)' if state.nested else ''}"
+        state = self._state
+        double = state.original_nested if self._rearranged else state.nested
+        return f"bitsandbytes {state.quant_type}{' (double)' if double else ''}"
 
     @property
     def dtype(self) -> torch.dtype:
