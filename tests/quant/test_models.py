@@ -227,6 +227,26 @@ def test_a_merge_that_fails_halfway_leaves_every_layer_as_it_was(base, unload, m
     assert torch.equal(model(x), y) and not model.base_model.merged_adapters
 
 
+@each_base(some("bnb-nf4", "bnb-int8", "ao-int8", "hqq-4bit"))
+@pytest.mark.filterwarnings("ignore:quantizing 1 merged weights again")
+@pytest.mark.parametrize("quantized", ["requantize", "keep_float"])
+@torch.no_grad()
+def test_disabled_while_merged(base, quantized):
+    """Inside, the quantized layer itself; afterwards, merged in the same way as before."""
+    module, x = Case(HRA, base).module(), Case(HRA, base).input()
+    plain = module(x)
+    before = stored_tensors(module)
+    model = halotune.get_peft_model(nn.Sequential(module), HRAConfig(r=3, init_weights=False, target_modules=["0"]))
+    model.merge_adapter(quantized=quantized)
+    y = model(x)
+    with model.disable_adapter():
+        assert torch.equal(model(x), plain) and same(stored_tensors(module), before)
+    assert torch.equal(model(x), y) and not torch.equal(y, plain)
+    assert (model.get_base_model()[0].base_layer is module) is (quantized == "requantize")
+    model.delete_adapter("default")
+    assert model.get_base_model()[0] is module and same(stored_tensors(module), before)
+
+
 @torch.no_grad()
 def test_the_report_of_a_quantized_merge():
     (base,) = some("bnb-nf4")

@@ -149,6 +149,11 @@ class AdaptedLayer(StandIn):
     def merged(self) -> bool:
         return bool(self.merged_adapters)
 
+    @property
+    def merged_into_floats(self) -> bool:
+        """Whether a plain layer stands in the place of a quantized one."""
+        return self._original is not None and self._original[0] is not self.base_layer
+
     def _running_names(self) -> list[str]:
         if not self.enabled or self.rows is not None:
             return []

@@ -159,13 +159,14 @@ class PeftModel(StandIn):
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model is the base model. Merged adapters are taken out, and merged again afterwards."""
         merged = self.base_model.merged_adapters
+        floats = any(layer.merged_into_floats for layer in adapted_layers(self).values())
         self.base_model.disable_adapter_layers()
         try:
             yield
         finally:
             self.base_model.enable_adapter_layers()
             if merged:
-                self.base_model.merge_adapter(merged)
+                self.base_model.merge_adapter(merged, quantized="keep_float" if floats else "requantize")
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
