@@ -13,7 +13,7 @@ from halotune import HalotuneError
 from halotune.core.layer import AdaptedLayer
 
 from ..laws.cases import make_adapter, relative, trained_parameters
-from .cases import NEED_WEIGHT, ONE_EACH, OPAQUE, READABLE, VARIANTS, Case, grid, matrix, same, stored_tensors
+from .cases import NEED_WEIGHT, ONE_EACH, OPAQUE, READABLE, VARIANTS, Case, grid, matrix, same, some, stored_tensors
 
 
 def tolerance(case: Case) -> float:
@@ -167,6 +167,17 @@ def test_two_adapters_compose_in_order(case: Case):
         y = layer(x)
         assert relative(y, expected) < 2 * tolerance(case)
         assert_gradients_agree(y, expected, [x, *trained_parameters(layer)], 6 * tolerance(case))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own compiler does it
+@grid(some("bnb-nf4", "bnb-int8", "ao-int8", "hqq-4bit", "packed"), [v for v in ONE_EACH if v.name in ("hra-r4", "bat-r3")])
+def test_compiles_whole(case: Case):
+    layer, x = case.layer(), case.input(requires_grad=True)
+    inputs = [x, *trained_parameters(layer)]
+    torch.compiler.reset()
+    y, expected = torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)
+    assert relative(y, expected) < 1e-5
+    assert_gradients_agree(y, expected, inputs, 1e-4)
 
 
 @grid()

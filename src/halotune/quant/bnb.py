@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -66,20 +65,20 @@ class Bnb4bit(Readable):
             return data, state
         rest = copy.copy(state)
         rest.original_nested = False  # else the scales would be rounded once more
-        data, rest = _bnb("functional")._convert_weight_packed_for_cpu_inverse(data, rest)
+        data, rest = _bnb().functional._convert_weight_packed_for_cpu_inverse(data, rest)
         if hasattr(state, "before"):
             return data, copy.copy(state.before)
         rest.absmax = rest.absmax.T.reshape(-1).float()  # rearranged before the layer was adapted: bf16 is all there is
         return data, rest
 
     def weight(self) -> Tensor:
-        return _bnb("functional").dequantize_4bit(*self._usual())
+        return _bnb().functional.dequantize_4bit(*self._usual())
 
     def quantize(self, W: Tensor) -> Any:
         old: Any = self.parameter
         kept = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
-        data, state = _bnb("functional").quantize_4bit(W.to(old.device, self.dtype).contiguous(), **kept)
-        return _bnb("nn").Params4bit(data, quant_state=state, module=self.module, bnb_quantized=True, **kept)
+        data, state = _bnb().functional.quantize_4bit(W.to(old.device, self.dtype).contiguous(), **kept)
+        return _bnb().nn.Params4bit(data, quant_state=state, module=self.module, bnb_quantized=True, **kept)
 
     def snapshot(self) -> Any:
         return self.parameter
@@ -110,8 +109,8 @@ class Bnb8bit(Readable):
         return _given(holder.CB, self.module).float() * (holder.SCB.float() / 127).unsqueeze(1)
 
     def quantize(self, W: Tensor) -> Any:
-        codes, scale, _ = _bnb("functional").int8_vectorwise_quant(W.to(self.device, torch.float16).contiguous())
-        return _bnb("nn").Int8Params(codes, requires_grad=False), codes, scale, None, None
+        codes, scale, _ = _bnb().functional.int8_vectorwise_quant(W.to(self.device, torch.float16).contiguous())
+        return _bnb().nn.Int8Params(codes, requires_grad=False), codes, scale, None, None
 
     def snapshot(self) -> Any:
         weight, state = self.module.weight, self.module.state
@@ -122,8 +121,10 @@ class Bnb8bit(Readable):
         self.module.weight = weight
 
 
-def _bnb(part: str) -> Any:
-    return import_module(f"bitsandbytes.{part}")  # loaded already: a layer is at hand
+def _bnb() -> Any:
+    import bitsandbytes  # pyright: ignore[reportMissingImports]  # loaded already: a layer of it is at hand
+
+    return bitsandbytes
 
 
 def _given(value: Any, module: nn.Module) -> Any:
