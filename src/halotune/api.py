@@ -1,5 +1,6 @@
 """All public names of halotune. `halotune` itself offers them, and imports this module when it is first asked for one."""
 
+from . import quant as _quant  # noqa: F401  (registers quantized layers)
 from .bridge import slow_down, speed_up
 from .core.config import AdapterConfig, PeftType, TaskType
 from .core.config import AdapterConfig as PeftConfig

@@ -64,6 +64,10 @@ class Adapter(nn.Module, ABC):
         W = W.to(next(self.parameters()).dtype)
         yield self.weight(W) - W
 
+    def reads_weight(self, op: Operator) -> bool:
+        """Whether a forward pass may ask `op` for its weight, which costs a quantized one dequantization."""
+        return False
+
     @property
     @abstractmethod
     def rank(self) -> int:
@@ -195,6 +199,9 @@ class WeightSide(Adapter):
     def weight(self, W: Tensor) -> Tensor:
         f, θ = self.transform()
         return f(W, *θ)
+
+    def reads_weight(self, op: Operator) -> bool:
+        return True
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
         x = x.to(compute_dtype(x))

@@ -12,7 +12,7 @@ from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..core.files import WEIGHTS_NAME, locate
 from .model import PeftModel
-from .state import embedding_keys, read_tensors
+from .state import embedding_keys, held_tensors, read_tensors
 
 
 class AutoPeftModel:
@@ -85,7 +85,7 @@ class AutoPeftModel:
 
 def fit_vocabulary(model: nn.Module, rows: dict[str, int]) -> None:
     """Resize the embeddings to those stored with the adapter, where their number differs."""
-    paths = [key.removesuffix(".weight") for key in embedding_keys(model, list(model.state_dict()))]
+    paths = [key.removesuffix(".weight") for key in embedding_keys(model, list(held_tensors(model)))]
     keys = [f"base_model.model.{path}{infix}.weight" for path in paths for infix in ("", ".base_layer")]
     stored = [rows[key] for key in keys if key in rows]
     if stored and model.get_input_embeddings().weight.shape[0] != stored[0]:  # type: ignore[operator]

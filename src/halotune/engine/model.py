@@ -23,7 +23,7 @@ from ..core.registry import method_of
 from ..core.standin import StandIn
 from .hotswap import require_same
 from .inject import adapted_layers, per_sample
-from .merging import MergeReport
+from .merging import MergeReport, Requantize
 from .saving import parameter_count, save_adapters
 from .state import read_tensors, set_peft_model_state_dict
 from .status import LayerStatus, ModelStatus, layer_status, model_status
@@ -163,13 +163,14 @@ class PeftModel(StandIn):
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model is the base model. Merged adapters are taken out, and merged again afterwards."""
         merged = self.base_model.merged_adapters
+        floats = any(layer.merged_into_floats for layer in adapted_layers(self).values())
         self.base_model.disable_adapter_layers()
         try:
             yield
         finally:
             self.base_model.enable_adapter_layers()
             if merged:
-                self.base_model.merge_adapter(merged)
+                self.base_model.merge_adapter(merged, quantized="keep_float" if floats else "requantize")
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
@@ -185,19 +186,34 @@ class PeftModel(StandIn):
         """The sum of the active adapters' penalties, to be added to the loss; 0.0 where none has one."""
         return self.base_model.penalty()
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> MergeReport:
-        """Write adapters (the active ones) into the weights; `unmerge_adapter` restores them bit for bit."""
-        return self.base_model.merge_adapter(adapter_names, safe_merge)
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = True, quantized: Requantize = "requantize"
+    ) -> MergeReport:
+        """Write adapters (the active ones) into the weights; `unmerge_adapter` restores them bit for bit.
+
+        Args:
+            adapter_names: which, in the order in which they apply.
+            safe_merge: check all values before any weight changes.
+            quantized: quantized weights are quantized again, at a price that the report names, or replaced by floats.
+        """
+        return self.base_model.merge_adapter(adapter_names, safe_merge, quantized)
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights, bit for bit."""
         self.base_model.unmerge_adapter()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: list[str] | None = None,
+        quantized: Requantize = "requantize",
     ) -> Any:
-        """Write adapters (the active ones) into the weights for good, and return the plain model."""
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        """Write adapters (the active ones) into the weights for good, and return the plain model.
+
+        The arguments are those of `merge_adapter`.
+        """
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names, quantized)
 
     def unload(self) -> Any:
         """Take all adapters out and return the plain model as it was."""

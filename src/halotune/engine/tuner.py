@@ -31,7 +31,7 @@ from .inject import (
     whole_modules,
 )
 from .lending import Lending
-from .merging import MergeReport, merge, unmerge
+from .merging import MergeReport, Requantize, merge, unmerge
 from .saving import save_adapters
 
 if TYPE_CHECKING:
@@ -251,16 +251,19 @@ class AdapterModel(StandIn):
         merged = {n for layer in adapted_layers(self.model).values() for n in layer.merged_adapters}
         return [n for n in self._merge_order if n in merged]
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> MergeReport:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = True, quantized: Requantize = "requantize"
+    ) -> MergeReport:
         """Write adapters (the active ones) into the weights; `unmerge_adapter` restores them bit for bit.
 
         Adapters that are active and not merged still apply, after the merged ones. Values are checked before any
-        weight changes; `safe_merge=False` skips that.
+        weight changes; `safe_merge=False` skips that. A quantized weight is quantized again, at a price that the report
+        names, or with `quantized="keep_float"` replaced by floats until `unmerge_adapter`.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
         self._check_known(names)
         before = self.merged_adapters
-        self.merge_report = merge(self.model, names, safe=safe_merge)
+        self.merge_report = merge(self.model, names, safe=safe_merge, quantized=quantized)
         self._merge_order = list(dict.fromkeys([*before, *names]))
         return self.merge_report
 
@@ -269,15 +272,22 @@ class AdapterModel(StandIn):
         unmerge(self.model)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: list[str] | None = None,
+        quantized: Requantize = "requantize",
     ) -> nn.Module:
-        """Write adapters (the active ones) into the weights for good, and return the plain model."""
+        """Write adapters (the active ones) into the weights for good, and return the plain model.
+
+        A quantized weight is quantized again, or with `quantized="keep_float"` its layer becomes a float one.
+        """
         names = self.active_adapters if adapter_names is None else adapter_names
         self._check_known(names)
         already = [n for n in self.merged_adapters if n not in names]
         if already:
             raise HalotuneError(f"{already} are merged already but not among {names}. Call unmerge_adapter() first.")
-        self.merge_report = merge(self.model, names, keep=False, safe=safe_merge, progressbar=progressbar)
+        self.merge_report = merge(self.model, names, keep=False, safe=safe_merge, progressbar=progressbar, quantized=quantized)
         for wrapper in whole_modules(self.model).values():
             wrapper.active_adapters, wrapper.enabled = [n for n in names if n in wrapper.modules_to_save], True
         return self._release(trained=True)

@@ -106,6 +106,9 @@ class LoHa(WeightSide):
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
         return ops.khatri_rao(*self.halves(*self.parameters()), s=self.scaling)
 
+    def reads_weight(self, op: Operator) -> bool:
+        return not (self.is_small or op.opaque)
+
     @property
     def dropout(self) -> float:
         return max(self.rank_dropout, self.module_dropout)
@@ -121,7 +124,7 @@ class LoHa(WeightSide):
             return quick(x)
         first, *others = self.derived(x.dtype)
         θ = (self._drop_rows(first), *others)
-        if self.is_small or self._thin_for(x):
+        if self.is_small or op.opaque or self._thin_for(x):
             return add_low_rank(x, x, op, θ if self.is_small else ops.khatri_rao(*θ, s=self.scaling), scale)  # type: ignore[arg-type]
         return weight_form(x, op, partial(ops.add_hadamard, s=self.scaling), θ, scale)
 
