@@ -102,12 +102,12 @@ def test_removing_an_adapter():
     raw = layer.base_layer.weight.clone()
     layer.active_adapters = ["a", "b"]
     layer.merge(["a"])
-    layer.remove("a")
+    layer.delete_adapter("a")
     assert torch.equal(layer.base_layer.weight, raw)
     assert layer.active_adapters == ["b"] and list(layer.adapters) == list(layer.scales) == ["b"]
-    layer.remove("nothing such")
+    layer.delete_adapter("nothing such")
     with_b = layer(x)
-    layer.remove("b")
+    layer.delete_adapter("b")
     assert not torch.equal(layer(x), with_b) and torch.equal(layer(x), layer.base_layer(x))
 
 
