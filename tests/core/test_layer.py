@@ -102,12 +102,12 @@ def test_removing_an_adapter():
     raw = layer.base_layer.weight.clone()
     layer.active_adapters = ["a", "b"]
     layer.merge(["a"])
-    layer.delete_adapter("a")
+    layer.remove("a")
     assert torch.equal(layer.base_layer.weight, raw)
     assert layer.active_adapters == ["b"] and list(layer.adapters) == list(layer.scales) == ["b"]
-    layer.delete_adapter("nothing such")
+    layer.remove("nothing such")
     with_b = layer(x)
-    layer.delete_adapter("b")
+    layer.remove("b")
     assert not torch.equal(layer(x), with_b) and torch.equal(layer(x), layer.base_layer(x))
 
 

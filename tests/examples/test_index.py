@@ -18,6 +18,6 @@ def test_every_example_is_listed_and_uses_halotune_alone() -> None:
 
 
 def test_gram_schmidt_is_set_in_every_hra_example_but_the_one_that_loads() -> None:
-    hra = {file.stem: file.read_text(encoding="utf-8") for file in EXAMPLES.glob("*.py") if "HRAConfig" in file.read_text()}
+    hra = {file.stem: file.read_text(encoding="utf-8") for file in EXAMPLES.glob("hra_*.py") if "HRAConfig" in file.read_text()}
     assert len(hra) == 8
     assert all("apply_GS=True" in text for text in hra.values())

