@@ -47,7 +47,9 @@ def sentence_model(base: Path, config: Any) -> Any:
     return model
 
 
-def trained(model: Any, folder: Path, kind: Any = st.SentenceTransformerTrainer, resume: str | None = None, **kwargs: Any) -> Any:
+def trained(
+    model: Any, folder: Path, kind: Any = st.SentenceTransformerTrainer, resume: str | None = None, **kwargs: Any
+) -> Any:
     args = st.SentenceTransformerTrainingArguments(
         str(folder),
         **{

@@ -93,7 +93,9 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_train_save_and_load(Trainer, config, tmp_path):
-    trainer = Trainer(adapted(config), arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=3), train_dataset=texts())
+    trainer = Trainer(
+        adapted(config), arguments(tmp_path, max_steps=6, save_strategy="steps", save_steps=3), train_dataset=texts()
+    )
     before = tensors(trainer.model)
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
@@ -160,7 +162,9 @@ def test_the_best_model_is_loaded_at_the_end(Trainer, tmp_path):
 @pytest.mark.parametrize("base_name", ["language_model", "encoder"])
 def test_label_smoothing_as_for_the_base(Trainer, base_name, tmp_path):
     """The start is the identity: the base in the stock Trainer is the measure."""
-    make, targets = {"language_model": (language_model, QV), "encoder": (lambda: encoder("BertForMaskedLM"), ["query"])}[base_name]
+    make, targets = {"language_model": (language_model, QV), "encoder": (lambda: encoder("BertForMaskedLM"), ["query"])}[
+        base_name
+    ]
     found = []
     for kind, model in (
         (transformers.Trainer, make()),
@@ -238,7 +242,9 @@ def test_pipelines(tmp_path, caplog):
         model.get_parameter(p).data.normal_()
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=words)
     text = pipe("w5 w6 w7", max_new_tokens=4, do_sample=False)[0]["generated_text"]
-    ids = model.generate(**words("w5 w6 w7", return_tensors="pt", return_token_type_ids=False), max_new_tokens=4, do_sample=False)
+    ids = model.generate(
+        **words("w5 w6 w7", return_tensors="pt", return_token_type_ids=False), max_new_tokens=4, do_sample=False
+    )
     assert text.replace(" ", "") == words.decode(ids[0], skip_special_tokens=True).replace(" ", "")
     config = HRAConfig(r=4, target_modules=["query"], task_type="SEQ_CLS")
     classify = transformers.pipeline("text-classification", model=adapted(config, encoder()), tokenizer=words)
@@ -264,7 +270,9 @@ def test_accelerate(tmp_path):
             found.append(loss.item())
     assert found[-1] < found[0]
     unwrapped = accelerator.unwrap_model(model)
-    unwrapped.save_pretrained(tmp_path, state_dict=accelerator.get_state_dict(model), is_main_process=accelerator.is_main_process)
+    unwrapped.save_pretrained(
+        tmp_path, state_dict=accelerator.get_state_dict(model), is_main_process=accelerator.is_main_process
+    )
     again = PeftModel.from_pretrained(language_model(), tmp_path, is_trainable=True)
     assert same(tensors(again), tensors(unwrapped))
 
@@ -305,6 +313,11 @@ def test_push_to_hub(monkeypatch):
         ("create_branch", ("me/poems", {"branch": "draft", "exist_ok": True})),
     ]
     sent = FakeHub.calls[3][1]
-    assert (sent["repo_id"], sent["revision"], sent["commit_message"], sent["create_pr"]) == ("me/poems", "draft", "First", False)
+    assert (sent["repo_id"], sent["revision"], sent["commit_message"], sent["create_pr"]) == (
+        "me/poems",
+        "draft",
+        "First",
+        False,
+    )
     model.push_to_hub("with-card")
     assert FakeHub.files == SAVED - {"README.md"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..core.config import AdapterConfig
 from ..core.files import write_atomically
@@ -63,7 +64,8 @@ def mark_card(file: Path, config: AdapterConfig) -> None:
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(file)
-    card.data.library_name = LIBRARY
-    card.data.base_model = card.data.base_model or config.base_model_name_or_path
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *_tags(config)]))
+    data: Any = card.data
+    data.library_name = LIBRARY
+    data.base_model = data.base_model or config.base_model_name_or_path
+    data.tags = list(dict.fromkeys([*(data.tags or []), *_tags(config)]))
     write_atomically(file, lambda path: path.write_text(str(card), encoding="utf-8"))

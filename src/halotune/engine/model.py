@@ -304,7 +304,7 @@ class PeftModel(StandIn):
             )
 
     def create_or_update_model_card(self, output_dir: str | PathLike[str]) -> None:
-        """Say in the card of a folder that it holds adapters; trainers call this after they have written a card of their own."""
+        """Say in a folder's card that it holds adapters; trainers call this after they have written a card of their own."""
         mark_card(Path(output_dir) / CARD_NAME, self.active_peft_config)
 
     @classmethod

@@ -63,7 +63,7 @@ class AdapterTrainerMixin(Trainer if TYPE_CHECKING else object):
     @property
     def _unaided(self) -> PeftModel | None:
         """The model with adapters, or the part of the model, that the Trainer does not tell by its type."""
-        if _is_peft_model(self.model):
+        if self.model is None or _is_peft_model(self.model):
             return None
         return next((m for m in self.model.modules() if isinstance(m, PeftModel)), None)
 
