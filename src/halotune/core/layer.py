@@ -17,6 +17,7 @@ from .errors import HalotuneError
 from .operator import Adapted, Operator
 from .precision import exact_dtype
 from .standin import StandIn
+from .tunerlayer import TunerLayer
 
 
 class Quick(NamedTuple):
@@ -119,7 +120,7 @@ class MergeRecord:
         return cls(W, D, L, sum(r.weights for r in records), sum(r.changed_weights for r in records))
 
 
-class AdaptedLayer(StandIn):
+class AdaptedLayer(TunerLayer, StandIn):
     """`base_layer` with named adapters. The active ones compose as functions, in order: `W -> F2(F1(W))`.
 
     Where `merged_adapters` is not empty the stored weight holds those already, and a snapshot of the original is kept.

@@ -13,9 +13,10 @@ class StandIn(nn.Module):
     _stands_for: ClassVar[str]
 
     def __getattr__(self, name: str) -> Any:
+        own = nn.Module.__getattr__  # not super(): a subclass may have a second base, which looks further itself
         try:
-            return super().__getattr__(name)
+            return own(self, name)
         except AttributeError:
             if name == self._stands_for or name.startswith("__"):
                 raise
-            return getattr(super().__getattr__(self._stands_for), name)
+            return getattr(own(self, self._stands_for), name)

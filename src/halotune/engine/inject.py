@@ -384,9 +384,7 @@ def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None
     for path, wrapper in wholes.items():
         wrapper.check(names, path)
     for layer in adapted_layers(model).values():
-        layer.active_adapters = [n for n in names if n in layer.adapters]
-        for n, adapter in layer.adapters.items():
-            adapter.requires_grad_(trainable and n in names)
+        layer.set_adapter(names, inference_mode=not trainable)
     for wrapper in wholes.values():
         wrapper.active_adapters = [n for n in names if n in wrapper.modules_to_save]
         for n, module in wrapper.modules_to_save.items():

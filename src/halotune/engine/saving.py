@@ -14,7 +14,7 @@ from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..core.files import WEIGHTS_NAME
 from ..core.registry import method_of
-from .card import write_card
+from .card import CARD_NAME, write_card
 from .state import get_peft_model_state_dict, write_tensors
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def save_adapters(
         here = folder if name == "default" else folder / name
         write_tensors(tensors, here / WEIGHTS_NAME)
         config.save_pretrained(here)
-        write_card(here / "README.md", config, sum(parameter_count(t) for t in tensors.values()))
+        write_card(here / CARD_NAME, config, sum(parameter_count(t) for t in tensors.values()))
 
 
 def written_config(tuner: AdapterModel, name: str) -> AdapterConfig:

@@ -30,8 +30,10 @@ from .inject import (
     train_biases,
     whole_modules,
 )
+from .introduction import introduce
 from .lending import Lending
 from .merging import MergeReport, Requantize, merge, unmerge
+from .preparing import penalty
 from .saving import save_adapters
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ class AdapterModel(StandIn):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         super().__init__()
+        introduce()
         self.model = model
         self.peft_config: dict[str, AdapterConfig] = {}
         self.active_adapters: list[str] = []
@@ -226,12 +229,7 @@ class AdapterModel(StandIn):
 
     def penalty(self) -> Tensor | float:
         """The sum of the active adapters' penalties, for the loss; 0.0 where none has one."""
-        total: Tensor | float = 0.0
-        for layer in adapted_layers(self.model).values():
-            for name in layer.active_adapters:
-                term = layer.adapters[name].penalty()  # type: ignore[operator]
-                total = total if term is None else total + term
-        return total
+        return penalty(self.model)
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Write the adapters in PEFT's format; the arguments of `PeftModel.save_pretrained`."""

@@ -1,0 +1,1 @@
+"""How other libraries know our adapters: PEFT's types, trainers, pipelines."""
