@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from ..core.adapter import Additive
@@ -59,7 +58,7 @@ def merge(
         _check_order(path, layer, _pending(layer, names))
     if safe:
         for path, layer in layers.items():
-            _check_finite(path, layer, _pending(layer, names))
+            layer.check_finite(_pending(layer, names), path)
     shared = {n for others in tied_parameters(model).values() for n in others}
     tied = {path for path in layers if f"{path}.base_layer.weight" in shared}
     report, done = MergeReport(), []
@@ -104,16 +103,6 @@ def _check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:
         f"{path}: the active adapters apply in the order {waiting}, so merging {names} would change the result: the "
         f"merged ones come first. Merge {first}, or set another order with set_adapter."
     )
-
-
-@torch.no_grad()
-def _check_finite(path: str, layer: AdaptedLayer, names: list[str]) -> None:
-    merged = layer.merged_weight(names).to(layer.base.dtype)
-    if not torch.isfinite(merged).all():
-        raise HalotuneError(
-            f"{path}: merging {', '.join(names)} gives {int((~torch.isfinite(merged)).sum())} values that are not finite "
-            f"in {layer.base.dtype}. Nothing was merged. Check the adapter for NaN, or load the base in fp32."
-        )
 
 
 def _untie(model: nn.Module, path: str, keep: bool) -> None:

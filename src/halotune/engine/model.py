@@ -22,12 +22,12 @@ from ..core.files import WEIGHTS_NAME, locate
 from ..core.registry import method_of
 from ..core.standin import StandIn
 from .hotswap import require_same
-from .inject import adapted_layers, per_sample
+from .inject import adapted_layers, paths_in_state_dict, per_sample
 from .merging import MergeReport
 from .saving import parameter_count, save_adapters
 from .state import read_tensors, set_peft_model_state_dict
 from .status import LayerStatus, ModelStatus, layer_status, model_status
-from .tuner import AdapterModel, tuner_class
+from .tuner import AdapterModel, add_in_place, tuner_class
 
 
 class PeftModel(StandIn):
@@ -158,14 +158,8 @@ class PeftModel(StandIn):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model is the base model. Merged adapters are taken out, and merged again afterwards."""
-        merged = self.base_model.merged_adapters
-        self.base_model.disable_adapter_layers()
-        try:
+        with self.base_model.disable_adapter():
             yield
-        finally:
-            self.base_model.enable_adapter_layers()
-            if merged:
-                self.base_model.merge_adapter(merged)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
@@ -517,10 +511,9 @@ def inject_adapter_in_model(
     Args:
         state_dict: adapt the modules that its keys name, instead of `target_modules`; it is not loaded.
     """
-    tuner = tuner_class(str(method_of(peft_config.peft_type).peft_type))(
-        model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
-    )
-    model.peft_config = {**getattr(model, "peft_config", {}), **tuner.peft_config}  # type: ignore[assignment]
+    paths = None if state_dict is None else paths_in_state_dict(model, state_dict)
+    tuner = add_in_place(model, adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage, paths=paths)
+    tuner.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return model
 
 

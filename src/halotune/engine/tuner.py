@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from os import PathLike
 from typing import Any, ClassVar
@@ -32,6 +33,7 @@ from .inject import (
 )
 from .lending import Lending
 from .merging import MergeReport, merge, unmerge
+from .offloading import StayingAdapters
 from .saving import save_adapters
 
 
@@ -68,6 +70,7 @@ class AdapterModel(StandIn):
         self.active_adapters: list[str] = []
         self.merge_report: MergeReport | None = None
         self._merge_order: list[str] = []
+        self.staying = StayingAdapters(model)
         self.lending = Lending(model)
         configs = {adapter_name: peft_config} if isinstance(peft_config, AdapterConfig) else dict(peft_config)
         paths = None if state_dict is None else paths_in_state_dict(model, state_dict)
@@ -86,7 +89,7 @@ class AdapterModel(StandIn):
                 remove(model, name)
             for p, flag in flags:
                 p.requires_grad_(flag)
-            self.lending.remove()
+            self._remove_hooks()
             raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +117,7 @@ class AdapterModel(StandIn):
             autocast_adapter_dtype=autocast_adapter_dtype,
             paths=paths,
         )
-        self.lending.reset()
+        self._changed()
         if not self.peft_config:
             freeze(self.model)
         self.peft_config[adapter_name] = config = copy.copy(config)
@@ -142,13 +145,18 @@ class AdapterModel(StandIn):
         if adapter_name in self.merged_adapters:
             self.unmerge_adapter()
         remove(self.model, adapter_name)
-        self.lending.reset()
+        self._changed()
         del self.peft_config[adapter_name]
         self.active_adapters = [n for n in self.active_adapters if n != adapter_name]
         if not self.active_adapters and self.peft_config:
             first = next(iter(self.peft_config))
             warn(f"the active adapter {adapter_name!r} was deleted; {first!r} is active now.")
             self.set_adapter(first)
+
+    def _changed(self) -> None:
+        """Adapters were put in or taken out."""
+        self.staying.reset()
+        self.lending.reset()
 
     def _check_known(self, names: list[str]) -> None:
         unknown = [n for n in names if n not in self.peft_config]
@@ -218,13 +226,25 @@ class AdapterModel(StandIn):
         """Write the adapters in PEFT's format; the arguments of `PeftModel.save_pretrained`."""
         save_adapters(self, save_directory, **kwargs)
 
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model is the base model. Merged adapters are taken out, and merged again afterwards."""
+        merged = self.merged_adapters
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.enable_adapter_layers()
+            if merged:
+                self.merge_adapter(merged)
+
     # -- merging
 
     @property
     def merged_adapters(self) -> list[str]:
         """Their names, in the order in which they were merged."""
         merged = {n for layer in adapted_layers(self.model).values() for n in layer.merged_adapters}
-        return [n for n in self._merge_order if n in merged]
+        return [n for n in dict.fromkeys([*self._merge_order, *sorted(merged)]) if n in merged]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> MergeReport:
         """Write adapters (the active ones) into the weights; `unmerge_adapter` restores them bit for bit.
@@ -235,6 +255,7 @@ class AdapterModel(StandIn):
         names = self.active_adapters if adapter_names is None else adapter_names
         self._check_known(names)
         before = self.merged_adapters
+        self.staying.bring()
         self.merge_report = merge(self.model, names, safe=safe_merge)
         self._merge_order = list(dict.fromkeys([*before, *names]))
         return self.merge_report
@@ -252,6 +273,7 @@ class AdapterModel(StandIn):
         already = [n for n in self.merged_adapters if n not in names]
         if already:
             raise HalotuneError(f"{already} are merged already but not among {names}. Call unmerge_adapter() first.")
+        self.staying.bring()
         self.merge_report = merge(self.model, names, keep=False, safe=safe_merge, progressbar=progressbar)
         for wrapper in whole_modules(self.model).values():
             wrapper.active_adapters, wrapper.enabled = [n for n in names if n in wrapper.modules_to_save], True
@@ -264,9 +286,13 @@ class AdapterModel(StandIn):
 
     def _release(self, *, trained: bool) -> nn.Module:
         eject(self.model, trained=trained)
-        self.lending.remove()
+        self._remove_hooks()
         self.peft_config, self.active_adapters = {}, []
         return self.model
+
+    def _remove_hooks(self) -> None:
+        self.staying.remove()
+        self.lending.remove()
 
 
 @lru_cache
@@ -277,3 +303,38 @@ def tuner_class(peft_type: str) -> type[AdapterModel]:
     _, _, arguments = (AdapterModel.__doc__ or "").partition("\n")
     body = {"prefix": method.prefix, "__doc__": f"A model with {method.peft_type} adapters.\n{arguments}"}
     return type(name, (AdapterModel,), {**body, "__module__": "halotune"})
+
+
+_IN_PLACE = "_halotune_adapters"
+
+
+def adapters_in(model: nn.Module) -> AdapterModel | None:
+    """The adapters that `add_in_place` put into a model, or None."""
+    return model.__dict__.get(_IN_PLACE)
+
+
+def add_in_place(model: nn.Module, adapter_name: str, peft_config: AdapterConfig, **kwargs: Any) -> AdapterModel:
+    """Put an adapter into a model that stays itself, with no wrapper around it; all its adapters are returned.
+
+    They lie beside the model's modules, not among them; `model.peft_config` is the dict of their configurations. `kwargs`
+    are those of `AdapterModel.add_adapter`.
+    """
+    if isinstance(model, StandIn):
+        raise HalotuneError(f"the model is a {type(model).__name__} already. Use its add_adapter, or unload() it first.")
+    if adapters_in(model) is None:
+        model.__dict__[_IN_PLACE] = AdapterModel(model, {})
+    tuner: AdapterModel = model.__dict__[_IN_PLACE]
+    try:
+        tuner.add_adapter(adapter_name, peft_config, **kwargs)
+    except BaseException:
+        if not tuner.peft_config:
+            forget(model)
+        raise
+    model.peft_config = tuner.peft_config  # type: ignore[assignment]
+    return tuner
+
+
+def forget(model: nn.Module) -> None:
+    """Take out the adapters that `add_in_place` put in; the model is as it was."""
+    model.__dict__.pop(_IN_PLACE).unload()
+    model.__dict__.pop("peft_config", None)
