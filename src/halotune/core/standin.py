@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-
 # accelerate and diffusers hang these on a module that they hook; another module's hook is none of this one's.
 HOOKS = frozenset({"_hf_hook", "_old_forward", "_diffusers_hook"})
 

@@ -13,6 +13,8 @@ class TunerLayer(nn.Module):
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("adapters",)
     other_param_names: ClassVar[tuple[str, ...]] = ()
 
+    cast_input_dtype_enabled = False  # parameters meet the input in its own dtype
+
     base_layer: nn.Module
     adapters: nn.ModuleDict
     scales: dict[str, float]

@@ -23,11 +23,12 @@ from ..core.registry import method_of
 from ..core.standin import StandIn
 from .hotswap import require_same
 from .inject import adapted_layers, paths_in_state_dict, per_sample
+from .inplace import add_in_place
 from .merging import MergeReport
 from .saving import parameter_count, save_adapters
 from .state import read_tensors, set_peft_model_state_dict
 from .status import LayerStatus, ModelStatus, layer_status, model_status
-from .tuner import AdapterModel, add_in_place, tuner_class
+from .tuner import AdapterModel, tuner_class
 
 
 class PeftModel(StandIn):

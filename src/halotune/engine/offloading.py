@@ -103,6 +103,8 @@ def _release(part: nn.Module) -> None:
         remove_hook_from_module(part)
         part.to(hook.execution_device)
     elif (hook := group_hook(part)) is not None:
+        hook.group.onload_()
+        if hook.group.stream is not None:
+            hook.group.stream.synchronize()
         part._diffusers_hook.remove_hook(GROUP_OFFLOADING, recurse=False)  # type: ignore[union-attr, operator]
-        part.to(hook.group.onload_device)
     del part.forward  # both leave the class's own there

@@ -303,38 +303,3 @@ def tuner_class(peft_type: str) -> type[AdapterModel]:
     _, _, arguments = (AdapterModel.__doc__ or "").partition("\n")
     body = {"prefix": method.prefix, "__doc__": f"A model with {method.peft_type} adapters.\n{arguments}"}
     return type(name, (AdapterModel,), {**body, "__module__": "halotune"})
-
-
-_IN_PLACE = "_halotune_adapters"
-
-
-def adapters_in(model: nn.Module) -> AdapterModel | None:
-    """The adapters that `add_in_place` put into a model, or None."""
-    return model.__dict__.get(_IN_PLACE)
-
-
-def add_in_place(model: nn.Module, adapter_name: str, peft_config: AdapterConfig, **kwargs: Any) -> AdapterModel:
-    """Put an adapter into a model that stays itself, with no wrapper around it; all its adapters are returned.
-
-    They lie beside the model's modules, not among them; `model.peft_config` is the dict of their configurations. `kwargs`
-    are those of `AdapterModel.add_adapter`.
-    """
-    if isinstance(model, StandIn):
-        raise HalotuneError(f"the model is a {type(model).__name__} already. Use its add_adapter, or unload() it first.")
-    if adapters_in(model) is None:
-        model.__dict__[_IN_PLACE] = AdapterModel(model, {})
-    tuner: AdapterModel = model.__dict__[_IN_PLACE]
-    try:
-        tuner.add_adapter(adapter_name, peft_config, **kwargs)
-    except BaseException:
-        if not tuner.peft_config:
-            forget(model)
-        raise
-    model.peft_config = tuner.peft_config  # type: ignore[assignment]
-    return tuner
-
-
-def forget(model: nn.Module) -> None:
-    """Take out the adapters that `add_in_place` put in; the model is as it was."""
-    model.__dict__.pop(_IN_PLACE).unload()
-    model.__dict__.pop("peft_config", None)

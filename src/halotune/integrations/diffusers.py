@@ -17,7 +17,8 @@ import copy
 import functools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from graphlib import TopologicalSorter
 from os import PathLike
@@ -31,11 +32,13 @@ from ..core.config import AdapterConfig
 from ..core.errors import AdapterFileError, HalotuneError, closest
 from ..core.files import CONFIG_NAME, WEIGHTS_NAME, locate, read_json, write_atomically
 from ..core.layer import AdaptedLayer
+from ..core.offload import group_hook
 from ..engine.inject import adapted_layers, remove, taken_out, whole_modules
+from ..engine.inplace import adapters_in, add_in_place, forget, remove_in_place
 from ..engine.merging import MergeReport
 from ..engine.saving import save_adapter
 from ..engine.state import read_tensors, set_peft_model_state_dict
-from ..engine.tuner import AdapterModel, adapters_in, add_in_place, forget
+from ..engine.tuner import AdapterModel
 
 INDEX_NAME = "adapter_index.json"
 
@@ -151,10 +154,14 @@ class PipelineAdapters:
         """
         saved_as, held = _read_index(folder, self._models(), components, kwargs)
         name = name or saved_as
-        sources = {c: _Source(folder, c, trainable, kwargs) for c in held}
-        with self._adding(sources, name, f"{folder}: ") as models:
+        with self._adding(held, name, f"{folder}: ") as models:
             for component, model in models.items():
-                sources[component].load(model, name)
+                config = AdapterConfig.from_pretrained(folder, subfolder=component, **kwargs)
+                config.inference_mode = not trainable
+                file = locate(folder, WEIGHTS_NAME, subfolder=component, **kwargs)
+                tensors = read_tensors(file)
+                add_in_place(model, name, config, low_cpu_mem_usage=True)
+                set_peft_model_state_dict(model, tensors, name, low_cpu_mem_usage=True, file=file)
         return name
 
     def save(self, folder: str | PathLike[str], name: str | None = None, *, bone_as_miss: bool = False) -> None:
@@ -174,6 +181,8 @@ class PipelineAdapters:
         if folder.is_file():
             raise HalotuneError(f"save: {folder} is a file. Give a folder.")
         tuners = {c: tuner for c, tuner in self._tuners() if name in tuner.peft_config}
+        for tuner in tuners.values():
+            _check_alone(tuner.model, "save")
         for component, tuner in tuners.items():
             save_adapter(tuner, name, folder / component, bone_as_miss=bone_as_miss)
         index = {
@@ -198,6 +207,9 @@ class PipelineAdapters:
         taken = [c for c in parts if c in self.names.get(name, [])]
         if taken:
             raise HalotuneError(f"{taken[0]}: there is an adapter named {name!r} already. Delete it, or use another name.")
+        for c in parts:
+            _check_alone(models[c], f"adapter {name!r}")
+            _check_in_memory(models[c])
         active = self.active
         _let_diffusers_see_adapters()
         try:
@@ -276,9 +288,9 @@ class PipelineAdapters:
         """
         wanted = self.active if names is None else [names] if isinstance(names, str) else list(names)
         self._check_known(wanted, self.names)
-        tuners = {c: tuner for c, tuner in self._tuners() if any(n in tuner.peft_config for n in wanted)}
-        for component, tuner in tuners.items():
-            _check_in_memory(component, tuner.model)
+        tuners = {c: tuner for c, tuner in self._changeable() if any(n in tuner.peft_config for n in wanted)}
+        for tuner in tuners.values():
+            _check_alone(tuner.model, "fuse")
         before = {c: tuner.merged_adapters for c, tuner in tuners.items()}
         reports: dict[str, MergeReport] = {}
         try:
@@ -293,36 +305,54 @@ class PipelineAdapters:
 
     def unfuse(self) -> None:
         """Restore the weights of all models, bit for bit."""
-        for _, tuner in self._tuners():
+        for _, tuner in self._changeable():
             tuner.unmerge_adapter()
 
     def delete(self, names: str | Sequence[str]) -> None:
         """Take adapters out. Where one was the only active one of a model, the first of its others becomes active."""
         names = [names] if isinstance(names, str) else list(names)
         self._check_known(names, self.names)
+        self._changeable()
         for name in names:
             self._remove(name, self.names[name])
 
+    def _remove(self, name: str, components: Iterable[str]) -> None:
+        for component, tuner in self._tuners():
+            if component in components and name in tuner.peft_config:
+                remove_in_place(tuner.model, name)
+                _tidy(tuner.model)
+
     def unload(self) -> None:
         """Take all adapters out: every model is as it was."""
-        for _, tuner in self._tuners():
-            _release(tuner.model)
+        for _, tuner in self._changeable():
+            forget(tuner.model)
+            _tidy(tuner.model)
 
     def merge_and_unload(self) -> None:
         """Write the active adapters into the weights for good, and take all adapters out: the models are plain ones."""
         self.fuse()
         for _, tuner in self._tuners():
             tuner.merge_and_unload(adapter_names=tuner.merged_adapters)
-            _release(tuner.model)
+            forget(tuner.model)
+            _tidy(tuner.model)
 
-    def _remove(self, name: str, components: Iterable[str]) -> None:
-        for component, tuner in self._tuners():
-            if component in components and name in tuner.peft_config:
-                if len(tuner.peft_config) > 1:
-                    tuner.delete_adapter(name)
-                    _offload_groups_again(tuner.model)
-                else:
-                    _release(tuner.model)
+    def _changeable(self) -> list[tuple[str, AdapterModel]]:
+        """The models that have adapters, none of them in a state where they must stay as they are."""
+        tuners = self._tuners()
+        for _, tuner in tuners:
+            _check_in_memory(tuner.model)
+        return tuners
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Inside, the models hold their own modules alone, for code that copies or converts their weights.
+
+        `ControlNetModel.from_unet(pipe.unet)` is an example. Fused adapters are in these weights.
+        """
+        with ExitStack() as stack:
+            for _, tuner in self._tuners():
+                stack.enter_context(taken_out(tuner.model))
+            yield
 
     def _check_known(self, names: Sequence[str], there: Mapping[str, Any]) -> None:
         unknown = [n for n in names if n not in there]
@@ -362,27 +392,14 @@ def _with_base(config: AdapterConfig, pipe: Any) -> AdapterConfig:
     return config
 
 
-class _Source:
-    """One model's part of a saved adapter, as read."""
-
-    def __init__(self, folder: str | PathLike[str], component: str, trainable: bool, hub: Mapping[str, Any]) -> None:
-        self.config = AdapterConfig.from_pretrained(folder, subfolder=component, **hub)
-        self.config.inference_mode = not trainable
-        self.file = locate(folder, WEIGHTS_NAME, subfolder=component, **hub)
-        self.tensors = read_tensors(self.file)
-
-    def load(self, model: nn.Module, name: str) -> None:
-        add_in_place(model, name, self.config, low_cpu_mem_usage=True)
-        set_peft_model_state_dict(model, self.tensors, name, low_cpu_mem_usage=True, file=self.file)
-
-
 def _read_index(
     folder: str | PathLike[str], models: Iterable[str], wanted: Sequence[str] | None, hub: Mapping[str, Any]
 ) -> tuple[str, list[str]]:
     """The name that an adapter was saved under, and the models that it is for."""
     local = Path(folder)
     if local.is_dir() and not (local / INDEX_NAME).is_file():  # written model by model, as with peft
-        held, name = [c for c in models if (local / c / CONFIG_NAME).is_file()], "default"
+        name: Any = "default"
+        held = [c for c in models if (local / c / CONFIG_NAME).is_file()]
         if not held:
             raise AdapterFileError(
                 local,
@@ -392,7 +409,8 @@ def _read_index(
     else:
         file = locate(folder, INDEX_NAME, **hub)
         index = read_json(file)
-        name, held = index.get("adapter_name"), list(index.get("components") or ())
+        name = index.get("adapter_name")
+        held = [str(c) for c in index.get("components") or ()]
         if not isinstance(name, str) or not isinstance(index.get("components"), dict) or not held:
             raise AdapterFileError(
                 file,
@@ -411,46 +429,79 @@ def _read_index(
 def _follow(model: nn.Module, tuner: AdapterModel) -> None:
     """Take notice of what diffusers' own methods, which act on the layers, changed."""
     layers = adapted_layers(model).values()
-    left = {n for layer in layers for n in layer.adapters} | {n for w in whole_modules(model).values() for n in w.modules_to_save}
-    gone = [n for n in tuner.peft_config if n not in left]
-    for name in gone:
+    left = {n for layer in layers for n in layer.adapters} | {
+        n for w in whole_modules(model).values() for n in w.modules_to_save
+    }
+    for name in [n for n in tuner.peft_config if n not in left]:
         remove(model, name)
         del tuner.peft_config[name]
     tuner.active_adapters = _in_order(layer.active_adapters for layer in layers)
     if not tuner.peft_config:
-        _release(model)
+        forget(model)
+        _tidy(model)
 
 
 def _mark(model: nn.Module) -> None:
-    """Let diffusers know that the model has adapters, and let the model save itself without them."""
+    """Let diffusers know that the model has adapters, and replace what would go wrong with them in silence."""
     if _is_of_diffusers(model):
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
-    if hasattr(model, "save_pretrained") and "save_pretrained" not in model.__dict__:
-        model.__dict__["save_pretrained"] = MethodType(_save_pretrained(type(model)), model)
+    for name, replacement in _REPLACED.items():
+        original = getattr(type(model), name, None)
+        if original is not None:
+            model.__dict__[name] = MethodType(functools.wraps(original)(replacement), model)
 
 
-def _release(model: nn.Module) -> None:
-    """Take all adapters out of a model."""
-    forget(model)
-    model.__dict__.pop("save_pretrained", None)
-    if _is_of_diffusers(model):
-        model.__dict__.pop("_hf_peft_config_loaded", None)
+def _tidy(model: nn.Module) -> None:
+    """Adapters were taken out."""
+    if adapters_in(model) is None:
+        for name in _REPLACED:
+            model.__dict__.pop(name, None)
+        if _is_of_diffusers(model) and not hasattr(model, "peft_config"):
+            model.__dict__.pop("_hf_peft_config_loaded", None)
     _offload_groups_again(model)
 
 
-def _save_pretrained(cls: type[nn.Module]) -> Any:
-    original: Any = cls.save_pretrained  # type: ignore[attr-defined]
+def _save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Without adapters: their names would make the file one that no pipeline can load."""
+    with taken_out(self):
+        return type(self).save_pretrained(self, *args, **kwargs)
 
-    @functools.wraps(original)
-    def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with taken_out(self):
-            return original(self, *args, **kwargs)
 
-    return save_pretrained
+def _fuse_qkv_projections(self: Any) -> None:
+    """The weights alone are taken over."""
+    if any(layer.running() for layer in adapted_layers(self).values()):
+        raise HalotuneError(
+            f"fuse_qkv_projections: it would leave out the adapters of the {type(self).__name__}. Fuse these first, or take "
+            "them out."
+        )
+    type(self).fuse_qkv_projections(self)
+
+
+def _fuse_lora(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Both would write to one weight, and each restore it in its own way."""
+    _check_alone(self, "fuse_lora")
+    type(self).fuse_lora(self, *args, **kwargs)
+
+
+_REPLACED: dict[str, Callable[..., Any]] = {
+    "save_pretrained": _save_pretrained,
+    "fuse_qkv_projections": _fuse_qkv_projections,
+    "fuse_lora": _fuse_lora,
+}
+
+
+def _check_alone(model: nn.Module, what: str) -> None:
+    """A LoRA that diffusers loaded lies around our layers, or where one of ours is to be."""
+    base = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    if base is not None and any(isinstance(m, base) and not isinstance(m, AdaptedLayer) for m in model.modules()):
+        raise HalotuneError(
+            f"{what}: the {type(model).__name__} has layers of peft, such as those of a LoRA from load_lora_weights. Take all "
+            "adapters out (pipe.unload_lora_weights), then load halotune's first: LoRAs can be loaded over them."
+        )
 
 
 def _is_of_diffusers(model: nn.Module) -> bool:
-    from diffusers import ModelMixin
+    from diffusers.models.modeling_utils import ModelMixin
 
     return isinstance(model, ModelMixin)
 
@@ -471,12 +522,11 @@ def _offload_groups_again(model: nn.Module) -> None:
     group_offloading._maybe_remove_and_reapply_group_offloading(model)  # as diffusers does after loading a LoRA
 
 
-def _check_in_memory(component: str, model: nn.Module) -> None:
+def _check_in_memory(model: nn.Module) -> None:
     for module in model.modules():
-        registry = module.__dict__.get("_diffusers_hook")
-        hook = registry and registry.get_hook("group_offloading")
-        if hook and hook.group.offload_to_disk_path is not None:
+        hook = group_hook(module)
+        if hook is not None and hook.group.offload_to_disk_path is not None:
             raise HalotuneError(
-                f"fuse: group offloading keeps the weights of {component} on disk, where nothing can be fused into them. Fuse "
-                "first, or offload to memory (without offload_to_disk_path)."
+                f"group offloading keeps the weights of the {type(model).__name__} in files, which adapters put in, taken out "
+                "or fused now would not reach. Do that first, or offload to memory (without offload_to_disk_path)."
             )
