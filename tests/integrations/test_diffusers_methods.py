@@ -53,6 +53,20 @@ def test_activating(pipe: Any, base: Tensor):
     assert torch.equal(image(pipe), dog)
 
 
+def test_models_set_one_by_one(pipe: Any):
+    """They may disagree on the order."""
+    adapters = add(pipe)
+    add(pipe, "style", unet=CONFIGS["bat"], text_encoder=CONFIGS["hra"])
+    adapters.set(["dog", "style"])
+    pipe.unet.set_adapters(["style", "dog"])
+    assert sorted(adapters.active) == ["dog", "style"]
+    full = image(pipe)
+    pipe.fuse_lora(components=PARTS)
+    assert sorted(adapters.fused) == ["dog", "style"] and near(image(pipe), full)
+    adapters.unfuse()
+    assert torch.equal(image(pipe), full)
+
+
 def test_scales_of_blocks(pipe: Any):
     """diffusers gives each block of a UNet a strength of its own."""
     adapters = add(pipe, unet=CONFIGS["hra"])

@@ -51,11 +51,14 @@ def remove_in_place(model: nn.Module, adapter_name: str) -> None:
         tuner.delete_adapter(adapter_name)
 
 
-def forget(model: nn.Module) -> None:
-    """Take out all adapters that `add_in_place` put in; the model is as it was."""
+def forget(model: nn.Module, *, merged: bool = False) -> None:
+    """Take out all adapters that `add_in_place` put in; the model is as it was, or with the merged ones for good."""
     tuner: AdapterModel = model.__dict__.pop(_KEY)
     _unpublish(model, tuner.peft_config)
-    tuner.unload()
+    if merged:
+        tuner.merge_and_unload(adapter_names=tuner.merged_adapters)
+    else:
+        tuner.unload()
 
 
 def _publish(model: nn.Module, configs: Mapping[str, AdapterConfig]) -> None:

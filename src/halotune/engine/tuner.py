@@ -151,7 +151,7 @@ class AdapterModel(StandIn):
         if not self.active_adapters and self.peft_config:
             first = next(iter(self.peft_config))
             warn(f"the active adapter {adapter_name!r} was deleted; {first!r} is active now.")
-            self.set_adapter(first)
+            self.set_adapter(first, inference_mode=self.peft_config[first].inference_mode)
 
     def _changed(self) -> None:
         """Adapters were put in or taken out."""

@@ -20,7 +20,8 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from types import MethodType
@@ -53,8 +54,9 @@ class PipelineAdapters:
     holds nothing: any number of them, and diffusers' own methods, act on the same adapters.
 
     With peft installed these of diffusers work too: `set_adapters`, `get_active_adapters`, `get_list_adapters`,
-    `delete_adapters`, `enable_lora`, `disable_lora`, `fuse_lora`, `unfuse_lora`, `unload_lora_weights`, and
-    `cross_attention_kwargs={"scale": …}`. Its `add_adapter` takes peft's configurations only.
+    `delete_adapters`, `enable_lora`, `disable_lora`, `fuse_lora`, `unfuse_lora`, `unload_lora_weights`,
+    `cross_attention_kwargs={"scale": …}`; and LoRAs can be loaded over the adapters (`load_lora_weights`). Its `add_adapter`
+    takes peft's configurations only.
 
     Args:
         pipe: a `DiffusionPipeline`, or anything whose `components` is a dict name -> model.
@@ -221,7 +223,8 @@ class PipelineAdapters:
                 tuner.set_scale(name, 1.0)
         except BaseException:
             self._remove(name, parts)
-            self._activate(active)
+            if self.active != active:
+                self._activate(active)
             raise
         for c in parts:
             _offload_groups_again(models[c])
@@ -332,8 +335,7 @@ class PipelineAdapters:
         """Write the active adapters into the weights for good, and take all adapters out: the models are plain ones."""
         self.fuse()
         for _, tuner in self._tuners():
-            tuner.merge_and_unload(adapter_names=tuner.merged_adapters)
-            forget(tuner.model)
+            forget(tuner.model, merged=True)
             _tidy(tuner.model)
 
     def _changeable(self) -> list[tuple[str, AdapterModel]]:
@@ -373,12 +375,16 @@ def _strengths(name: str, weight: Weight | None, components: Sequence[str]) -> d
 
 
 def _in_order(sequences: Iterable[Sequence[str]]) -> list[str]:
-    """All names of sequences that agree on their order, in that order."""
+    """All names of several sequences, in the order that these agree on."""
+    sequences = list(sequences)
     graph: TopologicalSorter[str] = TopologicalSorter()
     for names in sequences:
         for i, name in enumerate(names):
             graph.add(name, *names[:i])
-    return list(graph.static_order())
+    try:
+        return list(graph.static_order())
+    except CycleError:  # models that were set one by one, with diffusers' methods
+        return list(dict.fromkeys(chain.from_iterable(sequences)))
 
 
 # -- files
@@ -446,9 +452,8 @@ def _mark(model: nn.Module) -> None:
     if _is_of_diffusers(model):
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
     for name, replacement in _REPLACED.items():
-        original = getattr(type(model), name, None)
-        if original is not None:
-            model.__dict__[name] = MethodType(functools.wraps(original)(replacement), model)
+        if hasattr(type(model), name):
+            model.__dict__[name] = MethodType(_around(getattr(type(model), name), replacement), model)
 
 
 def _tidy(model: nn.Module) -> None:
@@ -461,29 +466,37 @@ def _tidy(model: nn.Module) -> None:
     _offload_groups_again(model)
 
 
-def _save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Without adapters: their names would make the file one that no pipeline can load."""
-    with taken_out(self):
-        return type(self).save_pretrained(self, *args, **kwargs)
+def _around(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)  # pipelines read the signature
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return replacement(self, original, *args, **kwargs)
+
+    return method
 
 
-def _fuse_qkv_projections(self: Any) -> None:
-    """The weights alone are taken over."""
-    if any(layer.running() for layer in adapted_layers(self).values()):
+def _save_pretrained(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Without adapters: with their names among its own the file would be one that no pipeline can load."""
+    with taken_out(model):
+        return original(model, *args, **kwargs)
+
+
+def _fuse_qkv_projections(model: nn.Module, original: Callable[..., Any]) -> Any:
+    """It takes over the weights alone."""
+    if any(layer.running() for layer in adapted_layers(model).values()):
         raise HalotuneError(
-            f"fuse_qkv_projections: it would leave out the adapters of the {type(self).__name__}. Fuse these first, or take "
+            f"fuse_qkv_projections: it would leave out the adapters of the {type(model).__name__}. Fuse these first, or take "
             "them out."
         )
-    type(self).fuse_qkv_projections(self)
+    return original(model)
 
 
-def _fuse_lora(self: Any, *args: Any, **kwargs: Any) -> None:
-    """Both would write to one weight, and each restore it in its own way."""
-    _check_alone(self, "fuse_lora")
-    type(self).fuse_lora(self, *args, **kwargs)
+def _fuse_lora(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A LoRA over ours would write to the same weight, and each restore it in its own way."""
+    _check_alone(model, "fuse_lora")
+    return original(model, *args, **kwargs)
 
 
-_REPLACED: dict[str, Callable[..., Any]] = {
+_REPLACED = {
     "save_pretrained": _save_pretrained,
     "fuse_qkv_projections": _fuse_qkv_projections,
     "fuse_lora": _fuse_lora,
@@ -501,9 +514,8 @@ def _check_alone(model: nn.Module, what: str) -> None:
 
 
 def _is_of_diffusers(model: nn.Module) -> bool:
-    from diffusers.models.modeling_utils import ModelMixin
-
-    return isinstance(model, ModelMixin)
+    mixin = getattr(sys.modules.get("diffusers.models.modeling_utils"), "ModelMixin", None)
+    return mixin is not None and isinstance(model, mixin)
 
 
 def _let_diffusers_see_adapters() -> None:
@@ -516,10 +528,11 @@ def _let_diffusers_see_adapters() -> None:
 
 
 def _offload_groups_again(model: nn.Module) -> None:
-    """Group offloading lists a model's parameters once; where layers were put in or taken out it must do so again."""
-    from diffusers.hooks import group_offloading
+    """Group offloading lists a model's parameters once; where layers were put in or taken out it must list them again."""
+    if any(group_hook(m) is not None for m in model.modules()):
+        from diffusers.hooks import group_offloading
 
-    group_offloading._maybe_remove_and_reapply_group_offloading(model)  # as diffusers does after loading a LoRA
+        group_offloading._maybe_remove_and_reapply_group_offloading(model)  # as diffusers does after loading a LoRA
 
 
 def _check_in_memory(model: nn.Module) -> None:
