@@ -1,10 +1,17 @@
-"""No network: hubs are not asked, and nothing is reported."""
+"""No network: hubs are not asked, and nothing is reported. One Stable Diffusion pipeline on the disk, a fresh copy for each test."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+
+from ..examples.models import save_stable_diffusion
+from . import pipelines
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -15,3 +22,20 @@ def alone() -> Iterator[None]:
             patch.setenv(name, "1")
             patch.setattr(constants, name, True)  # it was read at import
         yield
+
+
+@pytest.fixture(scope="package")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_stable_diffusion(tmp_path_factory.mktemp("stable_diffusion"))
+
+
+@pytest.fixture(scope="package")
+def base(folder: Path) -> Tensor:
+    """What the pipeline paints without adapters."""
+    return pipelines.image(pipelines.load(folder))
+
+
+@pytest.fixture
+def pipe(folder: Path) -> Iterator[Any]:
+    yield pipelines.load(folder)
+    torch._dynamo.reset()

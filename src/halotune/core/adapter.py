@@ -147,7 +147,7 @@ class InputSide(Adapter):
         if quick is not None:
             return quick(x)
         if not op.shape.is_linear:  # patches of an image cannot be rotated before they are cut
-            factors = self.factors(op.weight())
+            factors = self.factors(op.weight().to(x.device))  # offloaded weights may be elsewhere
             assert factors is not None
             return add_low_rank(x, x, op, factors, scale)
         rotated = self.rotate(x)
@@ -219,7 +219,8 @@ def weight_form(x: Tensor, op: Operator, f: Callable[..., Tensor], θ: tuple[Ten
     """`op` applied to `x` with `W + scale (f(W, *θ) − W)`: the dense form, with nothing of size `W` kept for backward."""
     dtype = compute_dtype(x)
     scaled = f if scale == 1.0 else _Scaled(f, scale)
-    x, W = x.to(dtype), op.weight().to(dtype)
+    x = x.to(dtype)
+    W = op.weight().to(x)  # the device too: it may be offloaded
     if torch.compiler.is_compiling() or op.hooked:  # the compiler decides itself what to keep; hooks see a plain call
         return op.with_weight(x, scaled(W, *θ))
     x = op.pad(x)
@@ -254,7 +255,7 @@ class _WeightForm(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, kept, *θ = ctx.saved_tensors
         need_x, need_W, _, _, *need_θ = ctx.needs_input_grad
-        W = ctx.op.weight().to(x.dtype) if kept is None else kept
+        W = ctx.op.weight().to(x) if kept is None else kept
         leaves = [t.detach().requires_grad_(need) for t, need in zip((W, *θ), (need_W, *need_θ), strict=True)]
         with torch.enable_grad():
             adapted = ctx.f(*leaves)

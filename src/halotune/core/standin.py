@@ -6,6 +6,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+# accelerate and diffusers hang these on a module that they hook; another module's hook is none of this one's.
+HOOKS = frozenset({"_hf_hook", "_old_forward", "_diffusers_hook"})
+
 
 class StandIn(nn.Module):
     """A module in the place of a submodule, `_stands_for`: attributes that it lacks are the submodule's."""
@@ -17,6 +20,6 @@ class StandIn(nn.Module):
         try:
             return own(self, name)
         except AttributeError:
-            if name == self._stands_for or name.startswith("__"):
+            if name == self._stands_for or name in HOOKS or name.startswith("__"):
                 raise
             return getattr(own(self, self._stands_for), name)

@@ -341,12 +341,28 @@ def eject(model: nn.Module, *, trained: bool) -> None:
     Args:
         trained: keep the active trained copies of `modules_to_save`; else the originals.
     """
-    inner: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in adapted_layers(model).values()}
-    for wrapper in whole_modules(model).values():
-        inner[wrapper] = wrapper.current if trained else wrapper.original_module
-    inner.update({m: m.base_layer for m in model.modules() if isinstance(m, AdaptedAttention)})
-    swap(model, inner)
+    swap(model, _bases(model, trained=trained))
     _leave_fused_paths(model, back=True)
+
+
+@contextmanager
+def taken_out(model: nn.Module) -> Iterator[None]:
+    """Inside, the model holds its own modules alone, with the weights that they have now: merged adapters stay in them."""
+    bases = _bases(model, trained=any(layer.merged for layer in adapted_layers(model).values()))
+    swap(model, bases)
+    try:
+        yield
+    finally:
+        swap(model, {base: wrapper for wrapper, base in bases.items()})
+
+
+def _bases(model: nn.Module, *, trained: bool) -> dict[nn.Module, nn.Module]:
+    """Each wrapper -> the module that it stands for."""
+    bases: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in adapted_layers(model).values()}
+    for wrapper in whole_modules(model).values():
+        bases[wrapper] = wrapper.current if trained else wrapper.original_module
+    bases.update({m: m.base_layer for m in model.modules() if isinstance(m, AdaptedAttention)})
+    return bases
 
 
 # -- which adapters are active, and what is trained

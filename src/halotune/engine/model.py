@@ -25,7 +25,8 @@ from ..core.standin import StandIn
 from .card import CARD_NAME, mark_card
 from .hotswap import require_same
 from .hub import upload
-from .inject import adapted_layers, per_sample
+from .inject import adapted_layers, paths_in_state_dict, per_sample
+from .inplace import add_in_place
 from .introduction import introduce
 from .merging import MergeReport, Requantize
 from .saving import parameter_count, save_adapters
@@ -167,15 +168,8 @@ class PeftModel(StandIn):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model is the base model. Merged adapters are taken out, and merged again afterwards."""
-        merged = self.base_model.merged_adapters
-        floats = any(layer.merged_into_floats for layer in adapted_layers(self).values())
-        self.base_model.disable_adapter_layers()
-        try:
+        with self.base_model.disable_adapter():
             yield
-        finally:
-            self.base_model.enable_adapter_layers()
-            if merged:
-                self.base_model.merge_adapter(merged, quantized="keep_float" if floats else "requantize")
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
@@ -621,10 +615,9 @@ def inject_adapter_in_model(
     Args:
         state_dict: adapt the modules that its keys name, instead of `target_modules`; it is not loaded.
     """
-    tuner = tuner_class(str(method_of(peft_config.peft_type).peft_type))(
-        model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
-    )
-    model.peft_config = {**getattr(model, "peft_config", {}), **tuner.peft_config}  # type: ignore[assignment]
+    paths = None if state_dict is None else paths_in_state_dict(model, state_dict)
+    tuner = add_in_place(model, adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage, paths=paths)
+    tuner.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return model
 
 

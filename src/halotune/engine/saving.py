@@ -50,16 +50,32 @@ def save_adapters(
     if not is_main_process:
         return
     for name in names:
-        found = get_peft_model_state_dict(tuner, state_dict, name, save_embedding_layers=save_embedding_layers)
-        tensors = {f"base_model.{key}": t for key, t in found.items()}
-        config = written_config(tuner, name)
-        as_miss = method_of(config.peft_type).as_miss
-        if bone_as_miss and as_miss:
-            config, tensors = as_miss(config, tensors)
         here = folder if name == "default" else folder / name
-        write_tensors(tensors, here / WEIGHTS_NAME)
-        config.save_pretrained(here)
-        write_card(here / CARD_NAME, config, sum(parameter_count(t) for t in tensors.values()))
+        save_adapter(
+            tuner, name, here, save_embedding_layers=save_embedding_layers, state_dict=state_dict, bone_as_miss=bone_as_miss
+        )
+
+
+def save_adapter(
+    tuner: AdapterModel,
+    name: str,
+    folder: Path,
+    *,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+    state_dict: Mapping[str, Tensor] | None = None,
+    bone_as_miss: bool = False,
+) -> None:
+    """Write one adapter into the folder itself."""
+    tuner.staying.bring()
+    found = get_peft_model_state_dict(tuner, state_dict, name, save_embedding_layers=save_embedding_layers)
+    tensors = {f"base_model.{key}": t for key, t in found.items()}
+    config = written_config(tuner, name)
+    as_miss = method_of(config.peft_type).as_miss
+    if bone_as_miss and as_miss:
+        config, tensors = as_miss(config, tensors)
+    write_tensors(tensors, folder / WEIGHTS_NAME)
+    config.save_pretrained(folder)
+    write_card(folder / CARD_NAME, config, sum(parameter_count(t) for t in tensors.values()))
 
 
 def written_config(tuner: AdapterModel, name: str) -> AdapterConfig:

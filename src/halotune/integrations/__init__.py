@@ -1,1 +1,1 @@
-"""How other libraries know our adapters: PEFT's types, trainers, pipelines."""
+"""halotune inside other libraries: one module for each."""
