@@ -1,4 +1,4 @@
-"""No network: hubs are not asked, and nothing is reported. One Stable Diffusion pipeline on the disk, a fresh copy for each test."""
+"""No network: hubs are not asked, nothing is reported. One Stable Diffusion pipeline on the disk, a copy of it for each test."""
 
 from __future__ import annotations
 

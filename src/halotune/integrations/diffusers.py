@@ -213,7 +213,7 @@ class PipelineAdapters:
             _check_alone(models[c], f"adapter {name!r}")
             _check_in_memory(models[c])
         active = self.active
-        _let_diffusers_see_adapters()
+        peft_types()  # diffusers finds adapters by the type of peft's layers, and calls them by that type's methods
         try:
             yield {c: models[c] for c in parts}
             for c in parts:
@@ -516,15 +516,6 @@ def _check_alone(model: nn.Module, what: str) -> None:
 def _is_of_diffusers(model: nn.Module) -> bool:
     mixin = getattr(sys.modules.get("diffusers.models.modeling_utils"), "ModelMixin", None)
     return mixin is not None and isinstance(model, mixin)
-
-
-def _let_diffusers_see_adapters() -> None:
-    """diffusers finds adapters by the type of peft's layers, and calls them by that type's methods."""
-    try:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError:
-        return
-    BaseTunerLayer.register(AdaptedLayer)
 
 
 def _offload_groups_again(model: nn.Module) -> None:
