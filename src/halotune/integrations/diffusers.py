@@ -40,6 +40,7 @@ from ..engine.merging import MergeReport
 from ..engine.saving import save_adapter
 from ..engine.state import read_tensors, set_peft_model_state_dict
 from ..engine.tuner import AdapterModel
+from .peft import peft_types
 
 INDEX_NAME = "adapter_index.json"
 
