@@ -213,7 +213,7 @@ def test_gradient_checkpointing_changes_nothing(Trainer, reentrant, tmp_path):
     assert all(torch.allclose(found[0][n], found[1][n], atol=1e-6) for n in found[0])
 
 
-def test_a_quantized_base_is_not_refused(Trainer, tmp_path):
+def test_a_base_that_says_it_is_quantized_is_not_refused(Trainer, tmp_path):
     def quantized() -> nn.Module:
         model = language_model()
         model.is_quantized, model.hf_quantizer = True, SimpleNamespace(is_trainable=True)
@@ -222,6 +222,19 @@ def test_a_quantized_base_is_not_refused(Trainer, tmp_path):
     with pytest.raises(ValueError, match="purely quantized"):
         transformers.Trainer(quantized(), arguments(tmp_path))
     Trainer(adapted(base=quantized()), arguments(tmp_path), train_dataset=texts()).train()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_bases_train(Trainer, bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    language_model().save_pretrained(tmp_path / "base")
+    packed = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=packed, device_map="cpu")
+    with pytest.raises(ValueError, match="purely quantized"):
+        transformers.Trainer(base, arguments(tmp_path))
+    trainer = Trainer(adapted(base=base), arguments(tmp_path, max_steps=8), train_dataset=texts(4))
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
 
 
 def test_cards_of_the_trainer_name_the_adapter(Trainer, tmp_path):

@@ -114,6 +114,12 @@ class PeftModel(StandIn):
         with per_sample(self, adapter_names, self._batch_size(args, kwargs)):
             return generate(*args, **kwargs)
 
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Trade time for memory; transformers' own arguments."""
+        base: Any = self.get_base_model()
+        base.gradient_checkpointing_enable(*args, **kwargs)
+        _let_checkpointing_reach(base)
+
     # -- the parts
 
     def get_base_model(self) -> nn.Module:

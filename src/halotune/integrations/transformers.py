@@ -1,13 +1,14 @@
 """A mixin for transformers' Trainer and those built on it (TRL's, sentence-transformers').
 
-With PEFT installed the Trainer itself saves, resumes and reloads the adapter alone; without, this mixin does. In both cases it
-adds the adapters' penalty (HRA's `orthogonality_weight`) to the training loss.
+It adds the adapters' penalty (HRA's `orthogonality_weight`) to the training loss. And with PEFT installed a stock Trainer
+saves, resumes from and reloads the adapter alone; with this mixin it does so without PEFT, too.
 
     from halotune.integrations.transformers import AdapterTrainer
 
     trainer = AdapterTrainer(model=get_peft_model(base, HRAConfig(r=8, orthogonality_weight=1e-4)), ...)
 
-    class AdapterSFTTrainer(AdapterTrainerMixin, SFTTrainer): ...
+    class AdapterSFTTrainer(AdapterTrainerMixin, SFTTrainer):
+        pass
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from ..engine.model import PeftModel
 from ..engine.preparing import penalty
 
 try:
+    from accelerate.utils import is_peft_model
     from transformers import Trainer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.trainer import TRAINING_ARGS_NAME
-    from transformers.trainer_utils import _is_peft_model
     from transformers.utils.generic import find_labels
 except ImportError as e:
     raise HalotuneError(
@@ -45,27 +46,20 @@ class AdapterTrainerMixin(Trainer if TYPE_CHECKING else object):
     - The penalty joins the loss of training, never that of evaluation: once per optimizer step, whatever the number of
       accumulation steps and processes, and however the Trainer scales its own loss. It is logged as `penalty`; `loss` stays
       the task's own.
-    - Without PEFT installed: the adapter alone is saved, resumed from and reloaded as the best; label smoothing shifts the
-      labels of causal language models; the base's label names are used.
+    - The adapter alone is saved, resumed from and reloaded as the best; label smoothing shifts the labels of causal language
+      models; the base's label names are used. All this the stock Trainer does too, but only where PEFT is installed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._penalties: list[Tensor] = []
-        model = self._unaided
-        if model is not None and model is self.model:
-            base = type(model.get_base_model())
+        self._penalty_sum: Tensor | float = 0.0  # since the last log
+        self._penalty_count = 0
+        if isinstance(self.model, PeftModel):
+            base = type(self.model.get_base_model())
             if self.args.label_names is None:
                 self.label_names = find_labels(base)
             if self.label_smoother is not None and base.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
                 self.label_smoother = partial(self.label_smoother, shift_labels=True)
-
-    @property
-    def _unaided(self) -> PeftModel | None:
-        """The model with adapters, or the part of the model, that the Trainer does not tell by its type."""
-        if self.model is None or _is_peft_model(self.model):
-            return None
-        return next((m for m in self.model.modules() if isinstance(m, PeftModel)), None)
 
     # -- the penalty
 
@@ -84,7 +78,8 @@ class AdapterTrainerMixin(Trainer if TYPE_CHECKING else object):
         def backward_with_penalty(loss: Tensor, **kwargs: Any) -> None:
             term = penalty(model)
             if isinstance(term, Tensor):
-                self._penalties.append(term.detach())
+                self._penalty_sum = self._penalty_sum + term.detach()
+                self._penalty_count += 1
                 loss = loss + (term / self.current_gradient_accumulation_steps).to(loss.device)
             backward(loss, **kwargs)
 
@@ -95,35 +90,44 @@ class AdapterTrainerMixin(Trainer if TYPE_CHECKING else object):
             del self.accelerator.backward
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._penalties:
-            logs["penalty"] = torch.stack(self._penalties).mean().item()
-            self._penalties.clear()
+        if "loss" in logs and self._penalty_count:
+            logs["penalty"] = float(self._penalty_sum) / self._penalty_count
+            self._penalty_sum, self._penalty_count = 0.0, 0
         super().log(logs, *args, **kwargs)
 
-    # -- files, where the Trainer does not know our type
+    # -- files
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        model = self._unaided
-        if model is None or model is not self.model:  # what only holds such a model saves it by its save_pretrained
+        model = self.model
+        if not isinstance(model, PeftModel) or is_peft_model(model):
             return super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir or ".")
         model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+        if not self.args.should_save:
+            return
         processor = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if processor is not None:
             processor.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        model = self._unaided
-        if model is None or self.is_fsdp_enabled:
+        model = self._adapted
+        if model is None:
             return super()._load_from_checkpoint(checkpoint, *args, **kwargs)
         load_checkpoint(model, checkpoint)
 
     def _load_best_model(self) -> None:
-        model, best = self._unaided, self.state.best_model_checkpoint
-        if model is None or best is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        model, best = self._adapted, self.state.best_model_checkpoint
+        if model is None or best is None:
             return super()._load_best_model()
         load_checkpoint(model, best)
+
+    @property
+    def _adapted(self) -> PeftModel | None:
+        """The model with adapters, or the part of the model; None where its parameters are sharded."""
+        if self.model is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return None
+        return next((m for m in self.model.modules() if isinstance(m, PeftModel)), None)
 
 
 class AdapterTrainer(AdapterTrainerMixin, Trainer):
