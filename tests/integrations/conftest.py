@@ -1,4 +1,4 @@
-"""No network: hubs are not asked, nothing is reported. One Stable Diffusion pipeline on the disk, a copy of it for each test."""
+"""No network: hubs are not asked, nothing is reported. One Stable Diffusion pipeline on disk, a copy of it for each test."""
 
 from __future__ import annotations
 
