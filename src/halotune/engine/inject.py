@@ -202,6 +202,8 @@ def inject(
                 f"got {adapter.dropout:g}. Set the dropout to 0, or leave the module out with exclude_modules."
             )
         created[path] = layer, adapter.to(_parameter_dtype(base.dtype, autocast_adapter_dtype))
+        if not low_cpu_mem_usage:
+            adapter.start_from(base)
     whole = _whole_targets(modules, config)
     check_offloaded(modules, config, paths, whole)
     if not low_cpu_mem_usage:

@@ -2,9 +2,9 @@
 
 from ...core.config import PeftType
 from ...core.registry import Method, register
-from .adapter import LoHa
+from .adapter import DecomposedLoHa, LoHa, create_loha
 from .config import LoHaConfig
 
-METHOD = register(Method(PeftType.LOHA.value, "hada_", LoHaConfig, (LoHa,), LoHa.create, {"LOHA": 1e-2}))
+METHOD = register(Method(PeftType.LOHA.value, "hada_", LoHaConfig, (LoHa, DecomposedLoHa), create_loha, {"LOHA": 1e-2}))
 
-__all__ = ["METHOD", "LoHa", "LoHaConfig"]
+__all__ = ["METHOD", "DecomposedLoHa", "LoHa", "LoHaConfig"]
