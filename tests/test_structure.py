@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "ops": set(),
     "methods": {"core", "ops"},
     "engine": {"core"},
+    "convert": {"engine", "core", "cli"},
     "quant": {"core"},
     "integrations": {"engine", "core"},
     "recipes": None,

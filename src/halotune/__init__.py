@@ -1,6 +1,7 @@
 """halotune: HRA, LoHa and Bone/BAT adapters, as cheap as LoRA, under PEFT's API and file formats."""
 
 from . import methods as _methods  # noqa: F401  (fills the registry)
+from .convert import convert_adapter, load_lycoris, save_lycoris
 from .core.config import AdapterConfig, PeftType, TaskType
 from .core.config import AdapterConfig as PeftConfig
 from .core.errors import AdapterFileError, HalotuneError
@@ -80,11 +81,14 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "TaskType",
+    "convert_adapter",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "inject_adapter_in_model",
+    "load_lycoris",
     "parameter_groups",
     "prepare_model_for_kbit_training",
+    "save_lycoris",
     "set_peft_model_state_dict",
 ]

@@ -89,7 +89,13 @@ def _add_bench(commands: Commands) -> None:
     add(commands)
 
 
-COMMANDS: tuple[Callable[[Commands], None], ...] = (_add_demo, _add_bench)
+def _add_convert(commands: Commands) -> None:
+    from .convert.command import add
+
+    add(commands)
+
+
+COMMANDS: tuple[Callable[[Commands], None], ...] = (_add_demo, _add_bench, _add_convert)
 
 
 if __name__ == "__main__":
