@@ -21,7 +21,6 @@ from .lycoris import (
     metadata_for,
     parse,
     resolve,
-    with_dtype,
     write,
 )
 
@@ -119,10 +118,10 @@ def save_lycoris(
     """
     check_names(names)
     found = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    adapter = Adapter(config_of(model, adapter_name), found)
+    adapter = Adapter(config_of(model, adapter_name), {k: t if dtype is None else t.to(dtype) for k, t in found.items()})
     base = Base.of(model.get_base_model() if isinstance(model, PeftModel) else model)
     tensors = write(adapter, prefix, base, original=names == "original")
-    write_tensors(with_dtype(tensors, dtype), check_output(file), {**metadata_for(adapter.config), **(metadata or {})})
+    write_tensors(tensors, check_output(file), {**metadata_for(adapter.config), **(metadata or {})})
 
 
 def check_names(names: str) -> None:

@@ -394,7 +394,7 @@ def _stack(form: LycorisForm, name: str, parts: Sequence[Part], modules: Mapping
     hint = 'Write the model\'s own names instead: names="model".'
     lacking = [p.path for p in parts if p.path not in modules]
     if lacking:
-        raise HalotuneError(f"{name} stacks {len(parts)} layers, and {', '.join(lacking)} has no adapter. {hint}")
+        raise HalotuneError(f"{name} stacks {len(parts)} layers, of which {', '.join(lacking)} have no adapter. {hint}")
     first = modules[parts[0].path]
     total = sum(b - a for p in parts for a, b in p.rows or ())
     out: dict[str, Tensor] = {}
@@ -429,8 +429,3 @@ def metadata_for(config: AdapterConfig) -> dict[str, str]:
         "ss_network_alpha": str(alpha),
         "ss_network_args": f'{{"algo": "{algo}"}}',
     }
-
-
-def with_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors in another dtype; `alpha`, a setting and no weight, stays as it is."""
-    return {k: t if dtype is None or k.endswith(".alpha") else t.to(dtype) for k, t in tensors.items()}

@@ -118,7 +118,7 @@ def _flux(outputs: Mapping[str, int]) -> dict[str, list[Part]]:
         ("double_blocks", "transformer_blocks", _FLUX_DOUBLE),
         ("single_blocks", "single_transformer_blocks", _FLUX_SINGLE),
     ):
-        for i in {path.split(".")[1] for path in outputs if path.startswith(f"{ours}.")}:
+        for i in dict.fromkeys(path.split(".")[1] for path in outputs if path.startswith(f"{ours}.")):
             names.update({f"{theirs}.{i}.{name}": [f"{ours}.{i}.{p}" for p in paths] for name, paths in table.items()})
     out = {name: _stacked(paths, outputs) for name, paths in names.items() if all(p in outputs for p in paths)}
     if "norm_out.linear" in outputs:  # shift and scale are in the other order here
