@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import halotune
 from halotune import HalotuneError, LoHaConfig, convert_adapter, get_peft_model
 from halotune.convert.base import Base, load_bases
+from halotune.engine.state import read_metadata
 
 from .models import randomize, same
 
@@ -227,8 +228,6 @@ def test_a_pipelines_file_becomes_a_folder_for_each_model_and_back(tmp_path: Pat
     assert [path.name for path in found.written] == list(found.adapters)
     convert_adapter(tmp_path / "peft", tmp_path / "out.safetensors", "kohya", base=base)
     assert same(tmp_path / "out.safetensors", tmp_path / "in.safetensors")
-    from halotune.engine.state import read_metadata
-
     assert read_metadata(tmp_path / "out.safetensors")["ss_tag_frequency"] == '{"a": 1}'
     model = halotune.PeftModel.from_pretrained(clip(), tmp_path / "peft" / "text_encoder")
     assert model(torch.tensor([[3, 4]])).last_hidden_state.isfinite().all()

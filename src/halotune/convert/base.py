@@ -60,6 +60,11 @@ class Base:
         """The names that the model's own authors gave its layers -> where these are here."""
         return original_names(self.class_name, {path: shape.out_features for path, shape in self.shapes.items()})
 
+    @property
+    def scripts_use_originals(self) -> bool:
+        """Whether sd-scripts trains this model under its original names: all but the UNets before SDXL."""
+        return self.class_name != "UNet2DConditionModel" or "add_embedding.linear_1" in self.shapes
+
     @cached_property
     def index(self) -> dict[str, list[list[Part]]]:
         """A name with `_` for every `.` -> the layers that it may mean; the model's own names go before the originals."""

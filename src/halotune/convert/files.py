@@ -18,7 +18,6 @@ from ..engine.state import read_metadata, read_tensors, write_tensors
 from .base import COMPONENTS, Base, load_bases
 from .loading import check_names, check_output, left_out, read_lycoris
 from .lycoris import PREFIXES, Adapter, LycorisFile, Resolved, best_prefixes, is_lycoris, metadata_for, resolve, write
-from .originals import scripts_use_originals
 
 FORMATS = ("peft", "miss", "bone", "lycoris", "kohya")
 Adapters = dict[str, Adapter]  # model of a pipeline, or "" -> its adapter
@@ -130,15 +129,13 @@ def describe(adapter: Adapter) -> str:
 def _lycoris_file(source: Path, prefix: str | None) -> LycorisFile | None:
     """The source as a LyCORIS file, if it is one: a file itself, or the only one in a folder."""
     if source.is_dir():
-        weights = sorted(source.glob("*.safetensors"))
-        if (source / CONFIG_NAME).is_file() and (source / WEIGHTS_NAME).is_file():
-            weights = [source / WEIGHTS_NAME]
+        weights = [f for f in sorted(source.glob("*.safetensors")) if f.name == WEIGHTS_NAME] or [*source.glob("*.safetensors")]
         if len(weights) != 1:
             return None
         source = weights[0]
-    elif not source.is_file():
+    elif not source.is_file() and source.suffix != ".safetensors":
         return None
-    if source.suffix == ".safetensors" and not is_lycoris(read_tensors(source)) and source.name == WEIGHTS_NAME:
+    if (source.parent / CONFIG_NAME).is_file() and source.is_file() and not is_lycoris(read_tensors(source)):
         return None
     return read_lycoris(source, prefix)
 
@@ -149,27 +146,27 @@ def _from_lycoris(source: LycorisFile, bases: Mapping[str, Base], prefix: str | 
             f"{source.file}: its names have '_' where modules' paths have '.', so they are looked up in the base model. Give "
             "base (--base): a model's folder or hub id; its weights are not read."
         )
-    done = Conversion(f"LyCORIS ({', '.join(p or 'no prefix' for p in source.groups)})")
     adapters: dict[str, Resolved] = {}
     for component, base in bases.items():
-        if prefix is not None:
-            prefixes = [p for p in source.groups if p == prefix]
-        elif component:
-            prefixes = [p for p in source.groups if component in PREFIXES.get(p, ())]
-        else:
-            prefixes = best_prefixes(source, base)
-        if not prefixes:
-            continue
-        adapters[component] = resolve(source, base, prefixes)
+        prefixes = _prefixes_of(component, source, bases, prefix)
+        if prefixes:
+            adapters[component] = resolve(source, base, prefixes)
     if not adapters:
         raise AdapterFileError(
             source.file,
-            f"no key begins as those for {', '.join(c or b.class_name for c, b in bases.items())} do; there are "
-            f"{', '.join(source.groups)}.",
-            remedy="Give another base, or prefix.",
+            f"expected modules of {', '.join(c or b.class_name for c, b in bases.items())}; found {source.prefixes}.",
+            remedy="Give another base, or prefix (--prefix).",
         )
-    done.left_out = left_out(source, list(adapters.values()))
-    return dict(adapters), done
+    return dict(adapters), Conversion(f"LyCORIS ({source.prefixes})", left_out=left_out(source, list(adapters.values())))
+
+
+def _prefixes_of(component: str, source: LycorisFile, bases: Mapping[str, Base], prefix: str | None) -> list[str]:
+    """Whose modules are those of one of the base models."""
+    if prefix is not None:
+        return [p for p in source.groups if p == prefix]
+    if not component:
+        return best_prefixes(source, bases[component])
+    return [p for p in source.groups if component == next((c for c in PREFIXES.get(p, ()) if c in bases), None)]
 
 
 def _from_peft(source: str | PathLike[str]) -> tuple[Adapters, dict[str, str]]:
@@ -212,32 +209,36 @@ def _write_lycoris(
     names: str | None,
     metadata: Mapping[str, str],
 ) -> None:
+    if names == "original" and not bases:
+        raise HalotuneError("names='original' needs the base model's own. Give base (--base).")
+    numbered = any(c.startswith("text_encoder_") for c in (*bases, *adapters))
     tensors: dict[str, Any] = {}
-    several = sum(c.startswith("text_encoder") for c in (*bases, *adapters)) > 1 or "text_encoder_2" in (*bases, *adapters)
     for component, adapter in adapters.items():
-        base = bases.get(component)
-        if base is None and len(bases) == 1 and len(adapters) == 1:
-            base = next(iter(bases.values()))
-        original = names == "original"
-        if names is None and to == "kohya" and base is not None:
-            original = scripts_use_originals(base.class_name, {p: s.out_features for p, s in base.shapes.items()})
-        if names == "original" and base is None:
-            raise HalotuneError("names='original': needs the base model. Give base (--base).")
-        own = prefix or ("lycoris" if to == "lycoris" else _kohya_prefix(component, adapter, base, original, several))
+        base = bases.get(component) or (next(iter(bases.values())) if len(bases) == len(adapters) == 1 else None)
+        original = names == "original" or (names is None and to == "kohya" and base is not None and base.scripts_use_originals)
+        kind = base.class_name if base else str((adapter.config.auto_mapping or {}).get("base_model_class", ""))
+        own = prefix or ("lycoris" if to == "lycoris" else _kohya_prefix(component, kind, original, numbered))
         for key, t in write(adapter, own, base, original).items():
             if key in tensors:
                 raise HalotuneError(f"{key}: two models of the pipeline have this module. Use --to kohya.")
             tensors[key] = t
-    first = next(iter(adapters.values())).config
-    write_tensors(tensors, file, {**metadata_for(first), **metadata})
+    write_tensors(tensors, file, metadata or metadata_for(next(iter(adapters.values())).config))
 
 
-def _kohya_prefix(component: str, adapter: Adapter, base: Base | None, original: bool, several: bool) -> str:
-    kind = base.class_name if base else str((adapter.config.auto_mapping or {}).get("base_model_class", ""))
-    if component.startswith("text_encoder") or "TextModel" in kind or "T5" in kind:
-        number = int(component[-1]) if component[-1:].isdigit() else 1
-        if not component:
-            number, several = (2, True) if kind.endswith("WithProjection") else (1, several)
-        return f"lora_te{number}" if several else "lora_te"
-    is_transformer = component == "transformer" or kind.endswith("Transformer2DModel")
-    return "lora_transformer" if is_transformer and not original else "lora_unet"
+def _kohya_prefix(component: str, kind: str, original: bool, numbered: bool) -> str:
+    """What sd-scripts begins the names of a model's modules with; diffusers' own names of a transformer have OneTrainer's.
+
+    Args:
+        component: the model's name in its pipeline, or "".
+        kind: its class.
+        numbered: the pipeline has several text encoders.
+    """
+    known = {"CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}
+    component = component or known.get(kind, "transformer" if kind.endswith("Transformer2DModel") else "unet")
+    if kind == "T5EncoderModel":
+        return "lora_te3"
+    if component == "transformer":
+        return "lora_unet" if original else "lora_transformer"
+    if component == "text_encoder":
+        return "lora_te1" if numbered else "lora_te"
+    return component.replace("text_encoder_", "lora_te").replace("unet", "lora_unet")

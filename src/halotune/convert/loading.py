@@ -81,7 +81,7 @@ def load_lycoris(
     base = Base.of(model.get_base_model() if isinstance(model, PeftModel) else model)
     if prefix is not None and prefix not in source.groups:
         raise AdapterFileError(
-            file, f"no key begins with {prefix}_; there are {', '.join(source.groups)}.", remedy="Give one of these as prefix."
+            file, f"no key begins with {prefix}_; found: {source.prefixes}.", remedy="Give one of these, or none."
         )
     found = resolve(source, base, [prefix] if prefix is not None else best_prefixes(source, base))
     rest = left_out(source, [found], others=prefix is None)

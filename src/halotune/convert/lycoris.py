@@ -27,15 +27,16 @@ from .originals import Part
 File = str | PathLike[str]
 PEFT_PREFIX = "base_model.model."
 
-# prefix in files -> the models of a pipeline that it may stand for; none: it is any model's. With dots it is ComfyUI's.
+# prefix in files -> the model of a pipeline that it stands for: the first that the pipeline has. T5 is the third text
+# encoder of Stable Diffusion 3, and so numbered for FLUX too, where it is the second. The last six come with dots.
 PREFIXES: dict[str, tuple[str, ...]] = {
-    "lycoris": (),
+    "lycoris": ("unet", "transformer"),
     "lora_unet": ("unet", "transformer"),
     "lora_transformer": ("transformer",),
     "lora_te": ("text_encoder",),
     "lora_te1": ("text_encoder",),
     "lora_te2": ("text_encoder_2",),
-    "lora_te3": ("text_encoder_3",),
+    "lora_te3": ("text_encoder_3", "text_encoder_2"),
     "diffusion_model": ("unet", "transformer"),
     "unet": ("unet",),
     "transformer": ("transformer",),
@@ -58,6 +59,11 @@ class LycorisFile:
     method: Method
     groups: dict[str, Modules]
     metadata: dict[str, str]
+
+    @property
+    def prefixes(self) -> str:
+        """For messages."""
+        return ", ".join(p or "no known prefix" for p in self.groups)
 
     @property
     def form(self) -> LycorisForm:

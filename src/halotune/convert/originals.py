@@ -36,11 +36,6 @@ def original_names(class_name: str, outputs: Mapping[str, int]) -> dict[str, lis
     return {}
 
 
-def scripts_use_originals(class_name: str, outputs: Mapping[str, int]) -> bool:
-    """Whether sd-scripts trains this model under its original names: all but the UNets before SDXL."""
-    return class_name != "UNet2DConditionModel" or "add_embedding.linear_1" in outputs
-
-
 # -- Stable Diffusion's UNet
 
 _UNET_TOP = {

@@ -55,7 +55,10 @@ def _remedy(file: Path) -> str:
         return f"These subfolders hold one: {', '.join(inner)}; name it with subfolder=."
     other = sorted(p.name for p in file.parent.glob("*.safetensors") if p.name != WEIGHTS_NAME)
     if other:
-        return f"If {other[0]} is a LyCORIS or kohya file, load it with halotune.load_lycoris, or convert it: halotune convert."
+        return (
+            f"There is {', '.join(other[:3])}: a LyCORIS or kohya file is loaded with halotune.load_lycoris(model, file), or "
+            "converted by halotune convert."
+        )
     return "An adapter's folder holds adapter_config.json and adapter_model.safetensors."
 
 
