@@ -181,6 +181,27 @@ def test_names_with_dots_are_read(tmp_path: Path) -> None:
     assert torch.equal(halotune.load_lycoris(model.unload(), tmp_path / "dots.safetensors")(x), expected)
 
 
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+def test_projections_of_attention_come_back(tmp_path: Path) -> None:
+    model, x = randomize(get_peft_model(Attending(), LoHaConfig(r=2, target_modules=["attn"]))), torch.randn(2, 3, 6)
+    halotune.save_lycoris(model, tmp_path / "out.safetensors")
+    assert {key.split(".")[0] for key in load_file(tmp_path / "out.safetensors")} == {
+        "lycoris_attn_in_proj",
+        "lycoris_attn_out_proj",
+    }
+    expected = model(x)
+    again = halotune.load_lycoris(model.unload(), tmp_path / "out.safetensors", is_trainable=True)
+    torch.testing.assert_close(again(x), expected)
+
+
 def test_alpha_absent_or_zero_is_r(tmp_path: Path) -> None:
     file, x, plain = lycoris_file(tmp_path / "in.safetensors", alpha=3), Layers.sample(), Layers()
     outputs = []
@@ -202,6 +223,17 @@ def test_scalar_of_old_files_is_read_and_written_into_the_factor(tmp_path: Path)
     halotune.save_lycoris(model, tmp_path / "out.safetensors")
     assert not any("scalar" in key for key in load_file(tmp_path / "out.safetensors"))
     torch.testing.assert_close(halotune.load_lycoris(model.unload(), tmp_path / "out.safetensors")(x), expected)
+
+
+def test_a_model_that_is_no_peft_model(tmp_path: Path) -> None:
+    """A tuner's model, and a plain one that an adapter was put into."""
+    config = LoHaConfig(r=2, target_modules=["proj", "to_q"])
+    keys = {f"lycoris_{name}" for name in ("proj", "block_0_proj", "block_0_to_q")}
+    for i, model in enumerate(
+        (halotune.LoHaModel(Layers(), config, "default"), halotune.inject_adapter_in_model(config, Layers()))
+    ):
+        halotune.save_lycoris(model, tmp_path / f"{i}.safetensors")
+        assert {key.split(".")[0] for key in load_file(tmp_path / f"{i}.safetensors")} == keys
 
 
 def test_one_adapter_more(tmp_path: Path) -> None:

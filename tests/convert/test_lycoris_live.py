@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lycoris.wrapper import LycorisNetwork, create_lycoris_from_weights
 from torch import nn
 
 import halotune
@@ -17,6 +16,7 @@ from halotune.engine.inject import adapted_layers
 
 from .models import Layers, randomize, same
 
+wrapper = pytest.importorskip("lycoris.wrapper")
 ROWS = {"weight_decompose": True}
 CHANNELS = {"weight_decompose": True, "wd_on_out": False}
 KINDS = {
@@ -39,12 +39,12 @@ def quiet():
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 
 
-def network_on(model: nn.Module, **options) -> LycorisNetwork:
+def network_on(model: nn.Module, **options) -> nn.Module:
     """A LyCORIS network in training, with alpha ≠ r and ranks of convolutions of their own."""
-    ranks = {"lora_dim": 3, "conv_lora_dim": 2, "alpha": 5, "conv_alpha": 1.5}
-    network = LycorisNetwork(model, network_module="loha", warn_on_unmatched=False, **{**ranks, **options})
+    usual = {"network_module": "loha", "lora_dim": 3, "conv_lora_dim": 2, "alpha": 5, "conv_alpha": 1.5}
+    network = wrapper.LycorisNetwork(model, warn_on_unmatched=False, **{**usual, **options})
     network.apply_to()
-    return randomize(network)  # type: ignore[return-value]
+    return randomize(network)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,7 +83,7 @@ def test_our_adapters_compute_the_same_there(kind: str, tmp_path: Path) -> None:
     model = randomize(get_peft_model(copy.deepcopy(plain), config))
     file = tmp_path / "ours.safetensors"
     halotune.save_lycoris(model, file)
-    network, _ = create_lycoris_from_weights(1.0, str(file), plain)
+    network, _ = wrapper.create_lycoris_from_weights(1.0, str(file), plain)
     assert len(network.loras) == LAYERS
     network.apply_to()
     torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-5)
@@ -122,9 +122,7 @@ def test_gradients_are_theirs(kind: str, tmp_path: Path) -> None:
 def test_lora_both_ways(tmp_path: Path) -> None:
     plain, x = Layers(), Layers.sample()
     theirs = copy.deepcopy(plain)
-    network = LycorisNetwork(theirs, network_module="locon", lora_dim=3, conv_lora_dim=2, alpha=5, warn_on_unmatched=False)
-    network.apply_to()
-    randomize(network)
+    network = network_on(theirs, network_module="locon")
     network.save_weights(str(tmp_path / "their.safetensors"), None, {})
     model = halotune.load_lycoris(plain, tmp_path / "their.safetensors")
     assert isinstance(model.active_peft_config, LoraConfig)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.attention import AdaptedAttention
 from ..core.base import base_for, base_kind
 from ..core.errors import AdapterFileError, HalotuneError
 from ..core.files import locate, read_json
@@ -33,6 +34,7 @@ class Base:
         class_name, library: its class, and where that is.
         shapes: path -> shape, of every layer that can be adapted.
         paths: of all its modules.
+        keys: path -> path in PEFT's files, where that is another: attention's output projection lies in its base there.
         origin: its folder or hub id, where it has one.
     """
 
@@ -40,20 +42,23 @@ class Base:
     library: str
     shapes: Mapping[str, WeightShape]
     paths: tuple[str, ...]
+    keys: Mapping[str, str]
     origin: str | None = None
 
     @classmethod
     def of(cls, model: nn.Module, origin: str | None = None) -> Base:
         """Of a model, which may lie on the meta device, and may have adapters in it."""
-        shapes, paths = {}, []
+        shapes, paths, keys = {}, [], {}
         for path, module in visible_modules(model):
             if path:
                 paths.append(path)
+                if isinstance(module, (nn.MultiheadAttention, AdaptedAttention)):
+                    keys[f"{path}.out_proj"] = f"{path}.base_layer.out_proj"
                 if isinstance(module, AdaptedLayer):
                     shapes[path] = module.base.shape
                 elif base_kind(module) is not None:
                     shapes[path] = base_for(module).shape
-        return cls(type(model).__name__, type(model).__module__, shapes, tuple(paths), origin)
+        return cls(type(model).__name__, type(model).__module__, shapes, tuple(paths), keys, origin)
 
     @cached_property
     def originals(self) -> dict[str, list[Part]]:
@@ -106,7 +111,7 @@ def _entries(where: str | PathLike[str], name: str, subfolder: str = "") -> dict
     try:
         return read_json(locate(where, name, subfolder=subfolder or None))
     except AdapterFileError as e:
-        if "EntryNotFound" in type(e.__cause__).__name__:
+        if type(e.__cause__).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
             return None
         raise HalotuneError(f"{where}: no base model there ({e}).") from e
 

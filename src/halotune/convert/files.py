@@ -17,7 +17,9 @@ from ..engine.saving import write_adapter
 from ..engine.state import read_metadata, read_tensors, write_tensors
 from .base import COMPONENTS, Base, load_bases
 from .loading import check_names, check_output, left_out, read_lycoris
-from .lycoris import PREFIXES, Adapter, LycorisFile, Resolved, best_prefixes, is_lycoris, metadata_for, resolve, write
+from .lycoris import PEFT_PREFIX, PREFIXES, Adapter, LycorisFile, is_lycoris
+from .reading import Resolved, best_prefixes, resolve
+from .writing import metadata_for, write
 
 FORMATS = ("peft", "miss", "bone", "lycoris", "kohya")
 Adapters = dict[str, Adapter]  # model of a pipeline, or "" -> its adapter
@@ -116,7 +118,7 @@ def describe(adapter: Adapter) -> str:
     """Method, modules, ranks, and whatever else differs from the method's defaults."""
     config, method = adapter.config, method_of(adapter.config.peft_type)
     paths = {key.split(f".{method.prefix}")[0] for key in adapter.tensors if f".{method.prefix}" in key}
-    ranks = Counter(config.at(path.removeprefix("base_model.model.")).r for path in paths)
+    ranks = Counter(config.at(path.removeprefix(PEFT_PREFIX)).r for path in paths)
     shown = ", ".join(f"r = {r}" + (f" ({n} modules)" if len(ranks) > 1 else "") for r, n in ranks.most_common())
     plain = type(config)().to_dict()
     own = {k: v for k, v in config.to_dict().items() if k not in _BOOKKEEPING and v != plain.get(k)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -12,17 +13,11 @@ from torch import nn
 from ..core.errors import AdapterFileError, HalotuneError, warn
 from ..engine.model import AdapterSource, PeftModel
 from ..engine.state import config_of, get_peft_model_state_dict, read_metadata, read_tensors, write_tensors
+from ..engine.tuner import AdapterModel
 from .base import Base
-from .lycoris import (
-    Adapter,
-    LycorisFile,
-    Resolved,
-    best_prefixes,
-    metadata_for,
-    parse,
-    resolve,
-    write,
-)
+from .lycoris import PEFT_PREFIX, Adapter, LycorisFile, parse
+from .reading import Resolved, best_prefixes, resolve
+from .writing import metadata_for, write
 
 
 def read_lycoris(file: str | PathLike[str], prefix: str | None = None) -> LycorisFile:
@@ -78,7 +73,7 @@ def load_lycoris(
         AdapterFileError: what was found in the file, what was expected, and the remedy.
     """
     source = read_lycoris(file, prefix)
-    base = Base.of(model.get_base_model() if isinstance(model, PeftModel) else model)
+    base = Base.of(_base_model(model))
     if prefix is not None and prefix not in source.groups:
         raise AdapterFileError(
             file, f"no key begins with {prefix}_; found: {source.prefixes}.", remedy="Give one of these, or none."
@@ -101,7 +96,7 @@ def save_lycoris(
     adapter_name: str = "default",
     *,
     prefix: str = "lycoris",
-    names: str = "model",
+    names: Literal["model", "original"] = "model",
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
@@ -118,10 +113,17 @@ def save_lycoris(
     """
     check_names(names)
     found = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    adapter = Adapter(config_of(model, adapter_name), {k: t if dtype is None else t.to(dtype) for k, t in found.items()})
-    base = Base.of(model.get_base_model() if isinstance(model, PeftModel) else model)
-    tensors = write(adapter, prefix, base, original=names == "original")
+    inner = _base_model(model)
+    root = next((f"{n}." for n, m in model.named_modules() if m is inner and n), "")
+    own = {PEFT_PREFIX + k.removeprefix(root): t if dtype is None else t.to(dtype) for k, t in found.items()}
+    adapter = Adapter(config_of(model, adapter_name), own)
+    tensors = write(adapter, prefix, Base.of(inner), original=names == "original")
     write_tensors(tensors, check_output(file), {**metadata_for(adapter.config), **(metadata or {})})
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel` or a tuner's model; any other is its own."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model.model if isinstance(model, AdapterModel) else model
 
 
 def check_names(names: str) -> None:
