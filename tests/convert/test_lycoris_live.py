@@ -34,9 +34,22 @@ LAYERS = 8  # "proj" is the end of two names
 NO_SCALAR = [kind for kind, options in KINDS.items() if not options.get("use_scalar")]  # files hold it within hada_w1_a
 
 
+PRESET = {  # of the class: other tests may have left another there
+    "enable_conv": True,
+    "target_module": ["Linear", "Conv1d", "Conv2d"],
+    "target_name": [],
+    "exclude_name": [],
+    "module_algo_map": {},
+    "name_algo_map": {},
+    "lora_prefix": "lycoris",
+    "use_fnmatch": False,
+}
+
+
 @pytest.fixture(autouse=True)
-def quiet():
+def quiet() -> None:
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
+    wrapper.LycorisNetwork.apply_preset(PRESET)
 
 
 def network_on(model: nn.Module, **options) -> nn.Module:

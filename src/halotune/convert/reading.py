@@ -148,6 +148,7 @@ def _config(method: Method, base: Base, fields: Mapping[str, dict[str, Any]], fi
             )
     return method.config(
         **entries,
+        inference_mode=True,
         target_modules=_targets(list(fields), base.paths),
         base_model_name_or_path=base.origin,
         auto_mapping={"base_model_class": base.class_name, "parent_library": base.library},

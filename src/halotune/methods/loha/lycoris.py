@@ -5,7 +5,7 @@
 | `hada_w1_a` …, `hada_t1`, `hada_t2` | the same; a Conv1d's core is `(r, r, k)` there, `(r, r, k, 1)` in PEFT's files |
 | `alpha` `()`, of every module; with rs-scaling it holds `alpha √r`, so that `alpha / r` is the scale always | `alpha` |
 | `dora_scale` | `hada_dora_scale` |
-| `scalar` of old files; since version 2 it is multiplied into `hada_w1_a` on saving, and never read | `hada_scalar` |
+| `scalar` of old files; later versions multiply it into `hada_w1_a` on saving, and do not read it | `hada_scalar` |
 """
 
 from __future__ import annotations
