@@ -1,94 +1,26 @@
-"""halotune: HRA, LoHa and Bone/BAT adapters, as cheap as LoRA, under PEFT's API and file formats."""
+"""halotune: HRA, LoHa and Bone/BAT adapters, as cheap as LoRA, under PEFT's API and file formats.
 
-from . import methods as _methods  # noqa: F401  (fills the registry)
-from .convert import convert_adapter, load_lycoris, save_lycoris
-from .core.config import AdapterConfig, PeftType, TaskType
-from .core.config import AdapterConfig as PeftConfig
-from .core.errors import AdapterFileError, HalotuneError
-from .core.registry import methods as _registered
-from .engine.auto import (
-    AutoPeftModel,
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForFeatureExtraction,
-    AutoPeftModelForQuestionAnswering,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    AutoPeftModelForTokenClassification,
-)
-from .engine.hotswap import hotswap_adapter
-from .engine.merging import MergeReport
-from .engine.model import (
-    PeftModel,
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-    get_peft_model,
-    inject_adapter_in_model,
-)
-from .engine.preparing import parameter_groups, prepare_model_for_kbit_training
-from .engine.state import get_peft_model_state_dict, set_peft_model_state_dict
-from .engine.tuner import AdapterModel, tuner_class
-from .methods.bone import BoneConfig, MissConfig
-from .methods.hra import HRAConfig
-from .methods.loha import LoHaConfig
-from .methods.lora import LoraConfig
+The names are those of `halotune.api`, which needs torch: it is imported with the first of them that is asked for, so that
+`halotune --help` answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-HRAModel = tuner_class("HRA")
-LoHaModel = tuner_class("LOHA")
-BoneModel = tuner_class("BONE")
-MissModel = tuner_class("MISS")
-LoraModel = tuner_class("LORA")
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403  (it has an __all__)
+    from .api import __all__ as __all__
+else:  # out of a type checker's sight, which would take any misspelt name for good
 
-# Measured on the demo's task; û of HRA is scale-free, so its rate is an angle and needs no tuning with the width.
-DEFAULT_LEARNING_RATES: dict[str, float] = {k: v for m in _registered() for k, v in m.learning_rates.items()}
+    def __getattr__(name):
+        if name == "__all__" or not name.startswith("__"):  # the others are asked for by Python's own machinery
+            api = import_module(".api", __name__)
+            globals().update({public: getattr(api, public) for public in api.__all__}, __all__=api.__all__)
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
 
-__all__ = [
-    "DEFAULT_LEARNING_RATES",
-    "AdapterConfig",
-    "AdapterFileError",
-    "AdapterModel",
-    "AutoPeftModel",
-    "AutoPeftModelForCausalLM",
-    "AutoPeftModelForFeatureExtraction",
-    "AutoPeftModelForQuestionAnswering",
-    "AutoPeftModelForSeq2SeqLM",
-    "AutoPeftModelForSequenceClassification",
-    "AutoPeftModelForTokenClassification",
-    "BoneConfig",
-    "BoneModel",
-    "HRAConfig",
-    "HRAModel",
-    "HalotuneError",
-    "LoHaConfig",
-    "LoHaModel",
-    "LoraConfig",
-    "LoraModel",
-    "MergeReport",
-    "MissConfig",
-    "MissModel",
-    "PeftConfig",
-    "PeftModel",
-    "PeftModelForCausalLM",
-    "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
-    "PeftType",
-    "TaskType",
-    "convert_adapter",
-    "get_peft_model",
-    "get_peft_model_state_dict",
-    "hotswap_adapter",
-    "inject_adapter_in_model",
-    "load_lycoris",
-    "parameter_groups",
-    "prepare_model_for_kbit_training",
-    "save_lycoris",
-    "set_peft_model_state_dict",
-]
+    def __dir__():
+        return sorted({*globals(), *import_module(".api", __name__).__all__})

@@ -1,20 +1,46 @@
-"""The command line. Each subcommand registers itself here, and imports what it needs only when it runs."""
+"""The command line.
+
+Every command is a module with `add(commands)`, imported only where the command is the one asked for.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import io
+import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from . import __version__
 from .core.errors import HalotuneError
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["Parser"]
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+class Command(NamedTuple):
+    """A subcommand: the module that adds its parser, and its line in `halotune --help`."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "inspect": Command("inspect.command", "show a saved adapter layer by layer: sizes, ranks, rotation angles"),
+    "export": Command("export.command", "write an adapter as a LoRA; check who can read one"),
+    "convert": Command("convert.command", "convert adapters: PEFT, LyCORIS, kohya; Bone, MiSS"),
+    "merge": Command("apply.merge", "write an adapter into its base model, and save the whole"),
+    "generate": Command("apply.generate", "continue a prompt with an adapter"),
+    "chat": Command("apply.chat", "talk to a model with an adapter"),
+    "demo": Command("demo.command", "compare all methods on a real model, in minutes"),
+    "bench": Command("bench.command", "compare speed and memory with peft, lycoris-lora, LoRA"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,26 +50,29 @@ class Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-class Version(argparse.Action):
-    """Imports the library only when its version is wanted."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from . import __version__
-
-        print(f"halotune {__version__}")
-        parser.exit()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status: 0, 1 failed, 2 bad input, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no "→" must not end a run
+    try:
+        status = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
+        return 0
+
+
+def _run(argv: Sequence[str]) -> int:
     parser = Parser(prog="halotune", description="Fine-tune models with HRA, LoHa, Bone, BAT and LoRA adapters.")
-    parser.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
+    parser.add_argument("--version", action="version", version=f"halotune {__version__}", help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for register in COMMANDS:
-        register(commands)
+    for name, (module, text) in COMMANDS.items():
+        if name in argv[:1]:
+            import_module(f"{__package__}.{module}").add(commands)
+        else:
+            commands.add_parser(name, help=text)
     try:
         args = parser.parse_args(argv)
     except SystemExit as e:
@@ -52,14 +81,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return BAD_INPUT
     prog = getattr(args, "prog", parser.prog)
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"{prog}: warning: {message}\n"
     try:
         return args.run(args)
     except KeyboardInterrupt:
         return INTERRUPTED
     except HalotuneError as e:
         return _fail(prog, e, BAD_INPUT)
+    except BrokenPipeError:
+        raise
     except OSError as e:  # a full disk, a file that is gone: nothing that a traceback would explain
         return _fail(prog, e, FAILED)
+    except RuntimeError as e:
+        if type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here for its name
+            raise
+        return _fail(prog, e, FAILED)
+    finally:
+        warnings.formatwarning = usual
 
 
 def _fail(prog: str, error: Exception, status: int) -> int:
@@ -72,30 +111,6 @@ def require(extra: str, packages: Sequence[str]) -> None:
     missing = [p for p in packages if importlib.util.find_spec(p) is None]
     if missing:
         raise HalotuneError(f'{", ".join(missing)} not installed. Install with: pip install "halotune[{extra}]"')
-
-
-# Every command is a module `command` with `add(commands)`; what it needs to run, it imports when it runs.
-
-
-def _add_demo(commands: Commands) -> None:
-    from .demo.command import add
-
-    add(commands)
-
-
-def _add_bench(commands: Commands) -> None:
-    from .bench.command import add
-
-    add(commands)
-
-
-def _add_convert(commands: Commands) -> None:
-    from .convert.command import add
-
-    add(commands)
-
-
-COMMANDS: tuple[Callable[[Commands], None], ...] = (_add_demo, _add_bench, _add_convert)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .rows import Row, hardware, versions
 from .timing import Clock, saved_bytes
 
 SILENT = Watch()
+KERNELS = "kernels"
 INPUTS = 4  # sets of inputs that take turns, so that no step finds its input in a cache
 SEED = 0
 
@@ -86,9 +88,13 @@ def count(parameters: Sequence[nn.Parameter]) -> int:
 
 
 def run_step(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
-    """Forward, backward, AdamW and zero_grad, with the model's own loss."""
+    """Forward, backward, AdamW and zero_grad, with the model's own loss, step after step as in training.
+
+    On a GPU also the time of the kernels alone: where a step takes longer than those, the host launches them too slowly.
+    """
     started = time.monotonic()
     work, clock, family = Work.of(config), Clock(config.torch_device), config.preset.family
+    measures = ["step", KERNELS] if clock.cuda else ["step"]
     sizes = config.preset.shape, config.batch, config.sequence, config.torch_device, config.torch_dtype
     batches = [family.batch(*sizes) for _ in range(INPUTS)]
 
@@ -104,8 +110,15 @@ def run_step(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
                     optimizer.step()
                     optimizer.zero_grad()
 
-            times, peak = repeated(config, clock, lambda i: clock.laps(lambda: step(i)))
-            return Turn({"step": [t for (t,) in times]}, count(parameters), peak)
+            for i in range(config.warmup):
+                step(i)
+            gc.collect()  # off while timing; what the first steps left in cycles is no part of the peak
+            clock.forget_peak()
+            times = clock.laps(*(partial(step, config.warmup + i) for i in range(config.steps)))
+            peak, measured = clock.peak(), {"step": times}
+            if clock.cuda:
+                measured[KERNELS] = [clock.busy(lambda: step(0))]
+            return Turn(measured, count(parameters), peak)
 
     flowing = family.entry(work.base).register_forward_hook(lambda module, args, out: out.requires_grad_(True))
     try:
@@ -113,7 +126,7 @@ def run_step(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
             config,
             setting(config, work, config.batch, config.sequence),
             everyone(config),
-            ["step"],
+            measures,
             turn,
             watch,
             started,
@@ -218,6 +231,7 @@ def run_decode(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
     def turn(entry: Entry) -> Turn:
         with work.adapted(entry.contender) as model, torch.inference_mode():
             model.eval()
+            LIBRARIES[entry.contender.library].cache(model, config.weight_cache)
             parameters = trained(model)
             state: dict[str, Any] = {"input_ids": prompt, "past_key_values": None}
 
@@ -230,7 +244,8 @@ def run_decode(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
             times, peak = repeated(config, clock, lambda i: clock.laps(token))
             return Turn({"token": [t for (t,) in times]}, count(parameters), peak)
 
-    return race(config, setting(config, work, config.batch, config.prompt), everyone(config), ["token"], turn, watch, started)
+    about = {**setting(config, work, config.batch, config.prompt), "weight_cache_gib": config.weight_cache}
+    return race(config, about, everyone(config), ["token"], turn, watch, started)
 
 
 def run_merge(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:

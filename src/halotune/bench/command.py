@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
         "training step, one layer, decoding, merging, loading, or curves over rank and tokens of one layer. The "
         "contenders take turns in one process, so that their ratios hold though a machine's speed drifts."
     )
-    parser = commands.add_parser("bench", help="compare speed and memory with peft, lycoris-lora, LoRA", description=text)
+    parser = commands.add_parser("bench", description=text)
     flag = parser.add_argument
     cuda = torch.cuda.is_available()
     flag("kind", choices=list(BENCHES), metavar="|".join(BENCHES), help="what to measure")
@@ -60,6 +60,7 @@ def add(commands: Commands) -> None:
     flag("--time-limit", type=float, metavar="SECONDS", help="start no turn after that, and report what was measured")
     flag("--features", type=_features, default=(4096, 4096), metavar="INxOUT", help="of the layer (default: 4096x4096)")
     flag("--prompt", type=_count, default=16, metavar="N", help="tokens before decoding (default: 16)")
+    flag("--weight-cache", type=float, default=8.0, metavar="GIB", help="of our BAT and LoHa, to decode (default: 8; 0: none)")
     flag("--ranks", type=_counts, default=BenchConfig.ranks, metavar="LIST", help="of scaling (default: 2,4 … 256)")
     flag(
         "--token-counts",
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
         time_limit=args.time_limit,
         features=args.features,
         prompt=args.prompt,
+        weight_cache=args.weight_cache,
         ranks=args.ranks,
         token_counts=args.token_counts,
     )

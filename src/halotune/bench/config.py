@@ -43,6 +43,7 @@ class BenchConfig:
         time_limit: seconds after which no turn starts.
         features: inputs and outputs of the single layer.
         prompt: tokens in the cache before decoding starts.
+        weight_cache: GiB in which our BAT and dense LoHa may keep W' while decoding.
         ranks, token_counts: the points of the curves.
     """
 
@@ -61,6 +62,7 @@ class BenchConfig:
     time_limit: float | None = None
     features: tuple[int, int] = (4096, 4096)
     prompt: int = 16
+    weight_cache: float = 8.0
     ranks: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256)
     token_counts: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
 

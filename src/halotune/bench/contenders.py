@@ -71,6 +71,9 @@ class Library(ABC):
     @abstractmethod
     def wrap(self, base: nn.Module, contender: Contender, targets: Sequence[str]) -> nn.Module: ...
 
+    def cache(self, model: Any, gib: float) -> None:  # noqa: B027
+        """Let the model keep adapted weights between passes, where the library can."""
+
     @abstractmethod
     def unload(self, model: nn.Module) -> None: ...
 
@@ -126,6 +129,10 @@ class PeftApi(Library):
         config = getattr(self.api, self.classes[contender.method])
         options = scale.get(contender.method, {})
         return self.api.get_peft_model(base, config(r=r, target_modules=list(targets), **options))
+
+    def cache(self, model: Any, gib: float) -> None:
+        if self.package == "halotune":
+            model.cache_weights(gib)
 
     def unload(self, model: Any) -> None:
         model.unload()

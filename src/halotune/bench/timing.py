@@ -36,6 +36,14 @@ class Clock:
         events[-1].synchronize()
         return [a.elapsed_time(b) for a, b in pairwise(events)]
 
+    def busy(self, work: Callable[[], object]) -> float:
+        """Milliseconds that a CUDA device spends in kernels, whatever it waits for in between."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            work()
+            torch.cuda.synchronize(self.device)
+        kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return sum(e.self_device_time_total for e in kernels) / 1e3
+
     def forget_peak(self) -> None:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -6,16 +6,25 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..apply.flags import add_parser
+
 if TYPE_CHECKING:
     from ..cli import Commands
 
+DESCRIPTION = """
+Write an adapter in another format: PEFT's folders, LyCORIS and kohya files
+(LoHa, LoRA), Bone and MiSS. The source's format is recognised. Tensors are
+copied bit for bit; the base model's weights are not read.
+"""
+EXAMPLES = """
+halotune convert style.safetensors --to peft --base ./sdxl --output my-adapter
+halotune convert my-adapter --to kohya --base ./sdxl --output style.safetensors
+halotune convert my-bone --to miss --output my-miss
+"""
+
 
 def add(commands: Commands) -> None:
-    text = (
-        "Write an adapter in another format: PEFT's folders, LyCORIS and kohya files (LoHa, LoRA), Bone and MiSS. The source's "
-        "format is recognised. Tensors are copied bit for bit; the base model's weights are not read."
-    )
-    parser = commands.add_parser("convert", help="convert adapters: PEFT, LyCORIS, kohya; Bone, MiSS", description=text)
+    parser = add_parser(commands, "convert", DESCRIPTION, EXAMPLES)
     flag = parser.add_argument
     flag("source", metavar="SOURCE", help="a LyCORIS or kohya file, an adapter's folder, or a hub id")
     flag(

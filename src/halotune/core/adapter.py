@@ -13,7 +13,7 @@ does so at its own price; all must agree with `weight`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -62,6 +62,15 @@ class Adapter(nn.Module, ABC):
 
     factors_exist: ClassVar[bool] = True
 
+    def delta_rows(self, W: Tensor) -> Iterator[Tensor]:
+        """`weight(W) − W`, some rows at a time, top to bottom, in the dtype of the parameters."""
+        W = W.to(next(self.parameters()).dtype)
+        yield self.weight(W) - W
+
+    def reads_weight(self, op: Operator) -> bool:
+        """Whether a forward pass may ask `op` for its weight, which costs a quantized one dequantization."""
+        return False
+
     @property
     @abstractmethod
     def rank(self) -> int:
@@ -101,8 +110,8 @@ class Adapter(nn.Module, ABC):
         """
 
     def kin(self) -> Hashable:
-        """Adapters of one class, on weights of one shape, with parameters of one shape and equal `kin`, derive alike."""
-        return ()
+        """Adapters of one class, with parameters of the same shapes and equal `kin`, derive alike."""
+        return self.shape
 
     def derived(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What `derive` gives for this adapter, in `dtype`: as lent for this forward pass, or computed now."""
@@ -193,6 +202,9 @@ class WeightSide(Adapter):
     def weight(self, W: Tensor) -> Tensor:
         f, θ = self.transform()
         return f(W, *θ)
+
+    def reads_weight(self, op: Operator) -> bool:
+        return True
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
         x = x.to(compute_dtype(x))

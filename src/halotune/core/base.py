@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,6 @@ class Base(Operator):
     The module is always called as a module, so that its hooks (offload, quantization, tensor parallelism) fire.
     """
 
-    quantization: ClassVar[str | None] = None
-
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
 
@@ -32,6 +30,11 @@ class Base(Operator):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.module(x)
+
+    @property
+    def quantization(self) -> str | None:
+        """The format of a weight that is stored in few bits; None for floats."""
+        return None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -60,6 +63,15 @@ class Base(Operator):
             self.parameter.copy_(self.stored(W))
         else:
             hook.weights_map = Overlay({"weight": self.stored(W).to("cpu", self.dtype)}, hook.weights_map)
+
+    @property
+    def can_write(self) -> bool:
+        """Whether `write` is possible."""
+        return True
+
+    def as_float(self, W: Tensor, dtype: torch.dtype) -> nn.Module:
+        """The plain layer with the weight `W (out, in)`, in place of a quantized one."""
+        raise NotImplementedError
 
     def snapshot(self) -> Any:
         """What `restore` needs to undo a `write` bit for bit."""
@@ -150,12 +162,12 @@ class Linear(LinearLike):
         return self.tensor("weight")
 
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-        W, b = self.module.weight, self.module.bias
+        module = self.module
+        W, b = module._parameters.get("weight"), module._parameters.get("bias")
         frozen = type(W) is nn.Parameter and not W.requires_grad and (b is None or not b.requires_grad)
-        usual = type(self.module).forward is nn.Linear.forward and W.dtype is dtype and not W.is_meta
-        if torch.compiler.is_compiling() or not (frozen and usual and _bare(self.module)):
+        if not frozen or W.dtype is not dtype or W.is_meta:
             return None
-        return W, b
+        return (W, b) if type(module).forward is nn.Linear.forward and _bare(module) else None
 
     def stored(self, W: Tensor) -> Tensor:
         return W

@@ -88,12 +88,17 @@ class MergeRecord:
         return self.lost_norm / self.delta_norm if self.delta_norm else 0.0
 
     @property
+    def error(self) -> float:
+        """What was lost, relative to the weight."""
+        return self.lost_norm / self.weight_norm if self.weight_norm else self.lost_norm
+
+    @property
     def changed(self) -> float:
         """The share of the weights whose stored value changed."""
         return self.changed_weights / self.weights if self.weights else 0.0
 
     def to_dict(self) -> dict[str, float]:
-        return {"delta": self.delta, "lost": self.lost, "changed": self.changed}
+        return {"delta": self.delta, "lost": self.lost, "error": self.error, "changed": self.changed}
 
     @classmethod
     def measure(cls, before: Tensor, after: Tensor, stored: Tensor) -> MergeRecord:
@@ -133,25 +138,41 @@ class AdaptedLayer(StandIn):
         self.enabled = True
         self.quick: Quick | None = None  # set for the time of one forward pass of the model
         self.rows: Rows | None = None  # set for the time of one call with adapter_names
-        self._original: tuple[nn.Parameter, Tensor | None] | None = None
+        self._original: tuple[nn.Module, nn.Parameter, Any] | None = None  # module, weight, snapshot
 
     @property
     def base(self) -> Base:
         """The base layer as a linear operator."""
-        return self._kind(self.base_layer)
+        return self._kind(self._modules["base_layer"])  # type: ignore[arg-type]
 
     @property
     def merged(self) -> bool:
         return bool(self.merged_adapters)
 
+    def set_quick(self, quick: Quick | None) -> None:
+        """For the time of one forward pass."""
+        self.__dict__["quick"] = quick  # a module's own __setattr__ first looks whether this is a parameter
+
+    @property
+    def merged_into_floats(self) -> bool:
+        """Whether a plain layer stands in the place of a quantized one."""
+        return self._original is not None and self._original[0] is not self.base_layer
+
     def _running_names(self) -> list[str]:
         if not self.enabled or self.rows is not None:
             return []
-        return [n for n in self.active_adapters if n in self.adapters and n not in self.merged_adapters]
+        adapters: Any = self._modules["adapters"]
+        return [n for n in self.active_adapters if n in adapters._modules and n not in self.merged_adapters]
 
     def running(self) -> list[Adapter]:
         """The adapters that are active and not merged yet."""
-        return [self.adapters[n] for n in self._running_names()]  # type: ignore[misc]
+        adapters: Any = self._modules["adapters"]
+        return [adapters._modules[n] for n in self._running_names()]
+
+    @property
+    def unscaled(self) -> bool:
+        """Whether every adapter has its full strength."""
+        return all(scale == 1.0 for scale in self.scales.values())
 
     def operator(self) -> Operator:
         """The base with the running adapters."""
@@ -211,23 +232,30 @@ class AdaptedLayer(StandIn):
         return W
 
     @torch.no_grad()
-    def merge(self, names: list[str], *, keep: bool = True, untie: bool = False) -> MergeRecord:
+    def merge(
+        self, names: list[str], *, keep: bool = True, untie: bool = False, as_float: torch.dtype | None = None
+    ) -> MergeRecord:
         """Write the adapters into the stored weight.
 
         Args:
             names: adapters of this layer that are not merged yet, in the order in which they apply.
             keep: hold a snapshot for `unmerge`.
             untie: write to a parameter of this layer's own; the tied one stays as it is.
+            as_float: put a plain layer of this dtype in the place of a quantized one, instead of quantizing again.
         """
         base = self.base
+        untie = untie and not base.quantization  # writing gives a quantized layer a new parameter anyway
         before, after = base.weight().detach(), self.merged_weight(names)
         if keep and self._original is None:
-            self._original = base.parameter, None if untie else base.snapshot()
+            self._original = self.base_layer, base.parameter, None if untie else base.snapshot()
         before = before.clone()
-        if untie:
-            stored = base.parameter
-            self.base_layer.weight = nn.Parameter(stored.detach().clone(), requires_grad=stored.requires_grad)
-        self.base.write(after)
+        if as_float is not None and base.quantization:
+            self._put(base.as_float(after, as_float))
+        else:
+            if untie:
+                stored = base.parameter
+                self.base_layer.weight = nn.Parameter(stored.detach().clone(), requires_grad=stored.requires_grad)
+            self.base.write(after)
         self.merged_adapters = [*self.merged_adapters, *names]
         return MergeRecord.measure(before, after, self.base.weight().detach())
 
@@ -236,19 +264,23 @@ class AdaptedLayer(StandIn):
         """The stored weight as it was before any merge, in the base layer's own layout."""
         if self._original is None:
             return self.base.parameter
-        parameter, snapshot = self._original
+        _, parameter, snapshot = self._original
         return snapshot if isinstance(snapshot, Tensor) else parameter
 
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit."""
         if self._original is not None:
-            parameter, snapshot = self._original
+            module, parameter, snapshot = self._original
+            self._put(module)
             if snapshot is None:
                 self.base_layer.weight = parameter
             else:
                 self.base.restore(snapshot)
             self._original = None
         self.merged_adapters = []
+
+    def _put(self, module: nn.Module) -> None:
+        self.base_layer, self._kind = module, type(base_for(module))
 
     def extra_repr(self) -> str:
         return f"active={self.active_adapters}, merged={self.merged_adapters}" if self.adapters else ""

@@ -57,6 +57,11 @@ class Operator(ABC):
     def transient(self) -> bool:
         """Whether `weight()` makes a new tensor, to be made again rather than kept."""
 
+    @property
+    def opaque(self) -> bool:
+        """Whether `weight()` cannot be had."""
+        return False
+
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
         """`W (out, in)` and the bias, where `x Wᵀ + b` is all that a call on this dtype does and neither is trained."""
         return None
@@ -108,6 +113,10 @@ class Adapted(Operator):
     @property
     def transient(self) -> bool:
         return True
+
+    @property
+    def opaque(self) -> bool:
+        return self.inner.opaque
 
     def pad(self, x: Tensor) -> Tensor:
         return self.inner.pad(x)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     text = "Fine-tune a real pretrained encoder on real ratings of words with every method, and compare them."
-    parser = commands.add_parser("demo", help="compare all methods on a real model, in minutes", description=text)
+    parser = commands.add_parser("demo", description=text)
     parser.add_argument(
         "--method",
         action="append",

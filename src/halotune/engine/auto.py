@@ -12,7 +12,7 @@ from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..core.files import WEIGHTS_NAME, locate
 from .model import PeftModel
-from .state import embedding_keys, read_tensors
+from .state import embedding_keys, held_tensors, read_tensors
 
 
 class AutoPeftModel:
@@ -54,13 +54,14 @@ class AutoPeftModel:
                 f"{pretrained_model_name_or_path}: the configuration names no base model (base_model_name_or_path). Load the "
                 "base yourself and use PeftModel.from_pretrained(base, folder)."
             )
-        model = cls._base_class(config).from_pretrained(base, revision=config.revision, **kwargs)
+        model = cls.base_class(config).from_pretrained(base, revision=config.revision, **kwargs)
         tensors = read_tensors(locate(pretrained_model_name_or_path, WEIGHTS_NAME, **here))
-        _fit_vocabulary(model, {key: t.shape[0] for key, t in tensors.items() if t.dim() == 2})
+        fit_vocabulary(model, {key: t.shape[0] for key, t in tensors.items() if t.dim() == 2})
         return PeftModel.from_pretrained(model, pretrained_model_name_or_path, adapter_name, is_trainable, config, **here)
 
     @classmethod
-    def _base_class(cls, config: AdapterConfig) -> Any:
+    def base_class(cls, config: AdapterConfig) -> Any:
+        """The class that loads the base: of the adapter's task, or the one that it was trained on."""
         try:
             transformers = importlib.import_module("transformers")
         except ImportError:
@@ -82,9 +83,9 @@ class AutoPeftModel:
         return getattr(importlib.import_module(library), name)
 
 
-def _fit_vocabulary(model: nn.Module, rows: dict[str, int]) -> None:
+def fit_vocabulary(model: nn.Module, rows: dict[str, int]) -> None:
     """Resize the embeddings to those stored with the adapter, where their number differs."""
-    paths = [key.removesuffix(".weight") for key in embedding_keys(model, list(model.state_dict()))]
+    paths = [key.removesuffix(".weight") for key in embedding_keys(model, list(held_tensors(model)))]
     keys = [f"base_model.model.{path}{infix}.weight" for path in paths for infix in ("", ".base_layer")]
     stored = [rows[key] for key in keys if key in rows]
     if stored and model.get_input_embeddings().weight.shape[0] != stored[0]:  # type: ignore[operator]

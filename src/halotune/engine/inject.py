@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -202,13 +203,14 @@ def inject(
                 f"got {adapter.dropout:g}. Set the dropout to 0, or leave the module out with exclude_modules."
             )
         created[path] = layer, adapter.to(_parameter_dtype(base.dtype, autocast_adapter_dtype))
-        if not low_cpu_mem_usage:
-            adapter.start_from(base)
+    reading = _reading_quantized(created)
+    if not low_cpu_mem_usage:
+        for layer, adapter in created.values():
+            adapter.start_from(layer.base)
     whole = _whole_targets(modules, config)
     check_offloaded(modules, config, paths, whole)
-    if not low_cpu_mem_usage:
-        for notice in config.notices():
-            warn(notice)
+    for notice in [*([] if low_cpu_mem_usage else config.notices()), *reading]:
+        warn(notice)
     _warn_if_tied(model, [*paths, *whole])
     swap(model, _wrapped_attention(modules, created))
     wrappers: dict[nn.Module, nn.Module] = {}
@@ -252,6 +254,29 @@ def _leave_fused_paths(model: nn.Module, *, back: bool = False) -> None:
                 setattr(m, name, own if back else 0)
                 if back:
                     del m.__dict__["_halotune_fused"]
+
+
+def _reading_quantized(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> list[str]:
+    """What to say of adapters that need the weight itself, of layers that have it in few bits."""
+    found: list[tuple[str, Adapter, str]] = []
+    for path, (layer, adapter) in created.items():
+        base = layer.base
+        if not (base.quantization and adapter.reads_weight(base)):
+            continue
+        if base.opaque:
+            raise HalotuneError(
+                f"{path}: {type(adapter).__name__} is a map on the weight itself, and that of {base} cannot be read. Use a "
+                "method that calls the layer as it is (as HRA, LoHa, Bone and LoRA do), or load the base in floats."
+            )
+        found.append((path, adapter, base.quantization))
+    if not found:
+        return []
+    path, adapter, quantization = found[0]
+    return [
+        f"{type(adapter).__name__} with r={adapter.rank} may need the weight itself: {len(found)} quantized layers (such as "
+        f"{path}, {quantization}) are then dequantized, one at a time, in every forward and backward pass. Methods and ranks "
+        "with thin factors call the layer as it is."
+    ]
 
 
 def _parameter_dtype(base: torch.dtype, autocast: bool) -> torch.dtype:
@@ -379,15 +404,19 @@ def enable(model: nn.Module, on: bool) -> None:
 
 
 @contextmanager
-def per_sample(model: nn.Module, names: Sequence[str], batch: int | None = None) -> Iterator[None]:
+def per_sample(
+    model: nn.Module, names: Sequence[str], batch: int | None = None, modules: Sequence[Any] | None = None
+) -> Iterator[None]:
     """Inside, sample i of a batch goes through adapter `names[i]`, or through the base for `"__base__"`.
 
     Args:
         batch: the number of samples, where it is known.
+        modules: the layers with adapters, where they are no submodules of the model.
     """
     if batch is not None and len(names) != batch:
         raise HalotuneError(f"adapter_names: got {len(names)} names for a batch of {batch} samples. Give one name per sample.")
-    modules = [*adapted_layers(model).values(), *whole_modules(model).values()]
+    if modules is None:
+        modules = [*adapted_layers(model).values(), *whole_modules(model).values()]
     known = {n for m in modules for n in (m.adapters if isinstance(m, AdaptedLayer) else m.modules_to_save)}
     unknown = sorted(set(names) - known - {BASE})
     if unknown or not names:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.layer import AdaptedLayer, Quick
+from .caching import WeightCache
 
 
 class _Group:
@@ -23,30 +26,54 @@ class _Group:
 
     def __init__(self, adapters: list[Adapter], dtype: torch.dtype) -> None:
         self.adapters, self.dtype = adapters, dtype
+        homes = [
+            [(m._parameters, name) for m in a.modules() for name, p in m._parameters.items() if p is not None] for a in adapters
+        ]
+        self.slots = list(zip(*homes, strict=True))  # where the parameters are: they may be replaced
         self.kept: tuple[list[Tensor], list[tuple[Tensor, ...]]] | None = None
 
-    def lend(self) -> None:
-        slots = zip(*(a.parameters() for a in self.adapters), strict=True)
-        stacked = [torch.stack(parameters) for parameters in slots]
-        keeping = not (torch.is_grad_enabled() and any(t.requires_grad for t in stacked)) and _may_synchronize(stacked[0])
-        if keeping and self.kept is not None and all(map(torch.equal, self.kept[0], stacked)):
+    def read(self) -> list[Tensor]:
+        """The parameters now, those of all layers together."""
+        return [torch.stack([home[name] for home, name in slot]) for slot in self.slots]  # type: ignore[misc]
+
+    def lend(self, stacked: list[Tensor], again: bool) -> None:
+        """Lend to every adapter; `again`: what was kept."""
+        if again and self.kept is not None:
             shares = self.kept[1]
         else:
             derived = [t.to(self.dtype).unbind() for t in self.adapters[0].derive(*stacked)]
             shares = list(zip(*derived, strict=True))
-            self.kept = (stacked, shares) if keeping else None
+            self.kept = (stacked, shares) if _keeps(stacked) else None
         for adapter, share in zip(self.adapters, shares, strict=True):
             adapter.loan.lend(share, self.dtype)
 
 
-def _may_synchronize(t: Tensor) -> bool:
-    return not t.is_meta and not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+def _keeps(stacked: list[Tensor]) -> bool:
+    """Whether what is derived of these may be used in the next pass too."""
+    t = stacked[0]
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in stacked)
+    capturing = t.is_cuda and torch.cuda.is_current_stream_capturing()  # to compare is to synchronize
+    return not (recorded or t.is_meta or capturing)
+
+
+def _unchanged(groups: list[_Group], read: list[list[Tensor]]) -> list[bool]:
+    """Which groups' parameters are, number by number, those that were kept. The device is waited for once."""
+    known = [g.kept is not None and _keeps(stacked) for g, stacked in zip(groups, read, strict=True)]
+    flags = [
+        torch.stack([torch.ne(a, b).any() for a, b in zip(g.kept[0], stacked, strict=True)]).any()  # type: ignore[index]
+        for g, stacked, k in zip(groups, read, known, strict=True)
+        if k
+    ]
+    one_device = len({f.device for f in flags}) == 1
+    differ = iter(torch.stack(flags).tolist() if one_device else [bool(f) for f in flags])
+    return [k and not next(differ) for k in known]
 
 
 class Lending:
     """The hooks of one base model."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.cache = WeightCache()
         self.layers: list[AdaptedLayer] | None = None
         self.key: Hashable = None
         self.groups: list[_Group] = []
@@ -56,11 +83,15 @@ class Lending:
             model.register_forward_hook(self.after, always_call=True),
         ]
 
+    def find(self, model: nn.Module) -> list[AdaptedLayer]:
+        """The layers to lend to."""
+        return [m for m in model.modules() if isinstance(m, AdaptedLayer)]
+
     def before(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():  # a whole model in one graph: layers derive alone, and the compiler arranges it
             return
         if self.layers is None:
-            self.layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
+            self.layers = self.find(model)
             self.key = None
         running = [(layer, adapter) for layer in self.layers for adapter in layer.running()]
         autocast = _autocast_dtype(running)
@@ -68,10 +99,26 @@ class Lending:
         if key != self.key:
             self.key, self.groups = key, _grouped(running, autocast)
             self.alone = _alone(running) if autocast is None else []
-        for group in self.groups:
-            group.lend()
+        read = [group.read() for group in self.groups]
+        unchanged = _unchanged(self.groups, read)
+        for group, stacked, again in zip(self.groups, read, unchanged, strict=True):
+            group.lend(stacked, again)
+            if not again:
+                self.cache.forget(group.adapters)
         for layer, adapter, dtype in self.alone:
-            layer.quick = _quick(layer, adapter, dtype)
+            layer.set_quick(self._quick(layer, adapter, dtype))
+
+    def _quick(self, layer: AdaptedLayer, adapter: Adapter, dtype: torch.dtype) -> Quick | None:
+        """The layer's forward pass as one call, where it has no hooks to fire and no scale to apply."""
+        plain = layer.base.plain(dtype) if layer.unscaled else None
+        if plain is None:
+            return None
+        if self.cache.budget:
+            adapted = self.cache.weight(adapter, plain[0])
+            if adapted is not None:
+                return Quick(dtype, partial(F.linear, weight=adapted, bias=plain[1]), adapter.loan)
+        call = adapter.quick(plain, dtype)
+        return None if call is None else Quick(dtype, call, adapter.loan)
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -80,10 +127,11 @@ class Lending:
             for adapter in group.adapters:
                 adapter.loan.end()
         for layer, _, _ in self.alone:
-            layer.quick = None
+            layer.set_quick(None)
 
     def reset(self) -> None:
         """Layers were put in or taken out."""
+        self.cache.clear()
         self.layers, self.key, self.groups, self.alone = None, None, [], []
 
     def remove(self) -> None:
@@ -92,6 +140,7 @@ class Lending:
         self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
+        self.cache.clear()
         return {**self.__dict__, "layers": None, "key": None, "groups": [], "alone": []}
 
 
@@ -106,7 +155,7 @@ def _grouped(running: list[tuple[AdaptedLayer, Adapter]], autocast: torch.dtype 
         dtype = layer.base.dtype if autocast is None else autocast
         if dtype.is_floating_point and dtype.itemsize > 1:
             p = tuple(adapter.parameters())
-            key = (type(adapter), adapter.shape, adapter.kin(), tuple((t.shape, t.dtype, t.device) for t in p), dtype)
+            key = (type(adapter), adapter.kin(), tuple((t.shape, t.dtype, t.device) for t in p), dtype)
             groups.setdefault(key, []).append(adapter)
     return [_Group(adapters, key[-1]) for key, adapters in groups.items()]  # type: ignore[index]
 
@@ -114,11 +163,3 @@ def _grouped(running: list[tuple[AdaptedLayer, Adapter]], autocast: torch.dtype 
 def _alone(running: list[tuple[AdaptedLayer, Adapter]]) -> list[tuple[AdaptedLayer, Adapter, torch.dtype]]:
     count = Counter(layer for layer, _ in running)
     return [(layer, adapter, layer.base.dtype) for layer, adapter in running if count[layer] == 1]
-
-
-def _quick(layer: AdaptedLayer, adapter: Adapter, dtype: torch.dtype) -> Quick | None:
-    """The layer's forward pass as one call, where it has no hooks to fire and no scale to apply."""
-    if any(s != 1.0 for s in layer.scales.values()):
-        return None
-    call = adapter.quick(layer.base.plain(dtype), dtype)
-    return None if call is None else Quick(dtype, call, adapter.loan)

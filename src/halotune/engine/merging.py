@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from ..core.layer import AdaptedLayer, MergeRecord
 from .inject import adapted_layers, tied_parameters
 
 T = TypeVar("T")
+
+Requantize = Literal["requantize", "keep_float"]
 
 
 @dataclass
@@ -28,21 +31,27 @@ class MergeReport:
         return MergeRecord.total(list(self.layers.values()))
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"total": {…}, "layers": {name: {"delta": …, "lost": …, "changed": …}}}`, ready for JSON."""
+        """`{"total": {…}, "layers": {name: {"delta": …, "lost": …, "error": …, "changed": …}}}`, ready for JSON."""
         layers = {name: record.to_dict() for name, record in self.layers.items()}
         return {"total": self.total().to_dict(), "layers": layers}
 
     def __str__(self) -> str:
         """A table: one line a layer, and the total."""
         width = max([5, *map(len, self.layers)])
-        head = f"{'layer':<{width}}  {'|ΔW|/|W|':>9}  {'lost':>8}  {'changed':>8}"
+        head = f"{'layer':<{width}}  {'|ΔW|/|W|':>9}  {'lost':>8}  {'error':>9}  {'changed':>8}"
         rows = [*self.layers.items(), ("total", self.total())]
-        lines = [f"{n:<{width}}  {r.delta:>9.2e}  {r.lost:>8.2%}  {r.changed:>8.2%}" for n, r in rows]
+        lines = [f"{n:<{width}}  {r.delta:>9.2e}  {r.lost:>8.2%}  {r.error:>9.2e}  {r.changed:>8.2%}" for n, r in rows]
         return "\n".join([head, *lines])
 
 
 def merge(
-    model: nn.Module, names: list[str], *, keep: bool = True, safe: bool = True, progressbar: bool = False
+    model: nn.Module,
+    names: list[str],
+    *,
+    keep: bool = True,
+    safe: bool = True,
+    progressbar: bool = False,
+    quantized: Requantize = "requantize",
 ) -> MergeReport:
     """Write adapters into the weights of all layers that have them.
 
@@ -53,13 +62,18 @@ def merge(
         keep: hold snapshots, for `unmerge`.
         safe: check for values that are not finite.
         progressbar: show one on standard error.
+        quantized: what becomes of a quantized weight: quantized again, or replaced by floats.
     """
+    if quantized not in ("requantize", "keep_float"):
+        raise HalotuneError(f"quantized: expected 'requantize' or 'keep_float'; got {quantized!r}.")
+    as_float = _float_dtype(model) if quantized == "keep_float" else None
     layers = {path: layer for path, layer in adapted_layers(model).items() if _pending(layer, names)}
     for path, layer in layers.items():
-        _check_order(path, layer, _pending(layer, names))
+        check_order(path, layer, _pending(layer, names))
+        check_storage(path, layer, as_float)
     if safe:
         for path, layer in layers.items():
-            _check_finite(path, layer, _pending(layer, names))
+            check_finite(path, layer, _pending(layer, names))
     shared = {n for others in tied_parameters(model).values() for n in others}
     tied = {path for path in layers if f"{path}.base_layer.weight" in shared}
     report, done = MergeReport(), []
@@ -67,19 +81,32 @@ def merge(
         for path in tied:
             _untie(model, path, keep)
         for path, layer in _with_progress(layers.items(), progressbar):
-            done.append(layer)
-            report.layers[path] = layer.merge(_pending(layer, names), keep=keep, untie=path in tied)
+            kept = keep or layer.base.quantization is not None  # few bits more, and a failure can be undone
+            if kept:
+                done.append(layer)
+            report.layers[path] = layer.merge(_pending(layer, names), keep=kept, untie=path in tied, as_float=as_float)
     except BaseException:
-        for layer in done if keep else ():
+        for layer in done:
             layer.unmerge()
         _tie_again(model)
         raise
-    if report.total().lost > 0.5:
-        warn(
-            f"merging into {next(iter(layers.values())).base.dtype} lost {report.total().lost:.0%} of the adapter's delta to "
-            "rounding. Load the base in fp32 to merge without that loss."
-        )
+    _warn_of_loss(list(layers.values()), report.total())
     return report
+
+
+def _warn_of_loss(layers: list[AdaptedLayer], total: MergeRecord) -> None:
+    quantized = [layer.base.quantization for layer in layers if layer.base.quantization]
+    if quantized and total.lost > 0.1:
+        warn(
+            f"quantizing {len(quantized)} merged weights again ({quantized[0]}) left an error of {total.error:.2%} of the "
+            f"weights, beside a delta of {total.delta:.2%}. Merge with quantized='keep_float', or into a base in floats, to "
+            "avoid that."
+        )
+    if not quantized and total.lost > 0.5:
+        warn(
+            f"merging into {layers[0].base.dtype} lost {total.lost:.0%} of the adapter's delta to rounding. Load the base in "
+            "fp32 to merge without that loss."
+        )
 
 
 def unmerge(model: nn.Module) -> None:
@@ -93,7 +120,7 @@ def _pending(layer: AdaptedLayer, names: list[str]) -> list[str]:
     return [n for n in names if n in layer.adapters and n not in layer.merged_adapters]
 
 
-def _check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:
+def check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:
     """Merged adapters apply before the others: refuse where that would change what active ones compute."""
     waiting = [n for n in layer.active_adapters if n not in layer.merged_adapters]
     inside = [n for n in names if n in waiting]
@@ -106,8 +133,33 @@ def _check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:
     )
 
 
+def check_storage(path: str, layer: AdaptedLayer, as_float: torch.dtype | None) -> None:
+    """Refuse what is stored in a way that cannot be read, or not be written."""
+    base = layer.base
+    if base.opaque:
+        raise HalotuneError(
+            f"{path}: {base} can be called, but its weight cannot be read, so nothing can be merged into it. Nothing was "
+            "merged. Keep the adapter beside it, or load the base in floats to merge."
+        )
+    if as_float is None and not base.can_write:
+        raise HalotuneError(
+            f"{path}: {base} can be read, but not quantized again here. Nothing was merged. Merge with "
+            "quantized='keep_float', which puts float layers in the place of quantized ones."
+        )
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which a model computes: that of most of its own numbers that are plain floats."""
+    ours = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
+    count: Counter[torch.dtype] = Counter()
+    for p in model.parameters():
+        if type(p) is nn.Parameter and p.is_floating_point() and p.dtype.itemsize > 1 and id(p) not in ours:
+            count[p.dtype] += p.numel()
+    return max(count, key=count.__getitem__, default=torch.get_default_dtype())
+
+
 @torch.no_grad()
-def _check_finite(path: str, layer: AdaptedLayer, names: list[str]) -> None:
+def check_finite(path: str, layer: AdaptedLayer, names: list[str]) -> None:
     merged = layer.merged_weight(names).to(layer.base.dtype)
     if not torch.isfinite(merged).all():
         raise HalotuneError(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,14 @@ from ..core.registry import method_of
 from ..core.standin import StandIn
 from .hotswap import require_same
 from .inject import adapted_layers, per_sample
-from .merging import MergeReport
+from .merging import MergeReport, Requantize
 from .saving import parameter_count, save_adapters
 from .state import read_tensors, set_peft_model_state_dict
 from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .tuner import AdapterModel, tuner_class
+
+if TYPE_CHECKING:
+    from ..export.lora import ExportReport
 
 
 class PeftModel(StandIn):
@@ -75,7 +78,8 @@ class PeftModel(StandIn):
         config = copy.copy(config)
         if config.base_model_name_or_path is None:
             own = getattr(model, "config", None)
-            config.base_model_name_or_path = getattr(model, "name_or_path", None) or getattr(own, "_name_or_path", None) or None
+            name = getattr(model, "name_or_path", None) or getattr(own, "_name_or_path", None)
+            config.base_model_name_or_path = str(name) if name else None  # diffusers' may be a Path
         if self.heads:
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *self.heads]))
         return config
@@ -159,13 +163,14 @@ class PeftModel(StandIn):
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model is the base model. Merged adapters are taken out, and merged again afterwards."""
         merged = self.base_model.merged_adapters
+        floats = any(layer.merged_into_floats for layer in adapted_layers(self).values())
         self.base_model.disable_adapter_layers()
         try:
             yield
         finally:
             self.base_model.enable_adapter_layers()
             if merged:
-                self.base_model.merge_adapter(merged)
+                self.base_model.merge_adapter(merged, quantized="keep_float" if floats else "requantize")
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
@@ -181,19 +186,34 @@ class PeftModel(StandIn):
         """The sum of the active adapters' penalties, to be added to the loss; 0.0 where none has one."""
         return self.base_model.penalty()
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> MergeReport:
-        """Write adapters (the active ones) into the weights; `unmerge_adapter` restores them bit for bit."""
-        return self.base_model.merge_adapter(adapter_names, safe_merge)
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = True, quantized: Requantize = "requantize"
+    ) -> MergeReport:
+        """Write adapters (the active ones) into the weights; `unmerge_adapter` restores them bit for bit.
+
+        Args:
+            adapter_names: which, in the order in which they apply.
+            safe_merge: check all values before any weight changes.
+            quantized: quantized weights are quantized again, at a price that the report names, or replaced by floats.
+        """
+        return self.base_model.merge_adapter(adapter_names, safe_merge, quantized)
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights, bit for bit."""
         self.base_model.unmerge_adapter()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: list[str] | None = None,
+        quantized: Requantize = "requantize",
     ) -> Any:
-        """Write adapters (the active ones) into the weights for good, and return the plain model."""
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+        """Write adapters (the active ones) into the weights for good, and return the plain model.
+
+        The arguments are those of `merge_adapter`.
+        """
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names, quantized)
 
     def unload(self) -> Any:
         """Take all adapters out and return the plain model as it was."""
@@ -256,6 +276,42 @@ class PeftModel(StandIn):
             is_main_process=is_main_process,
             state_dict=None if state_dict is None else {k.removeprefix("base_model."): t for k, t in state_dict.items()},
             bone_as_miss=bone_as_miss,
+        )
+
+    def export(
+        self,
+        to: Literal["lora"],
+        folder: str | PathLike[str],
+        *,
+        adapter_name: str | Sequence[str] | None = None,
+        consumer: str = "peft",
+        rank: int | None = None,
+        component: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ExportReport:
+        """Write adapters as a LoRA that gives the same outputs, for programs that read nothing else.
+
+        HRA and Bone become a LoRA of their own rank, LoHa one of rank r²: exactly. One rank for all layers, `lora_alpha`
+        equal to it, the scale in B. BAT has full rank, so it needs `rank`.
+
+        Args:
+            to: "lora".
+            folder: made where it is missing.
+            adapter_name: an adapter, or several that apply in this order; None is the active ones. Their scales count.
+            consumer: who reads it: "peft", "halotune", "vllm", "sglang", "llama.cpp", "diffusers" or "comfyui". It decides
+                names and files, and which layers can be represented at all.
+            rank: cut every layer to this rank, at the least error; smaller ones are filled up with zeros.
+            component: for diffusers and ComfyUI, the model's name in the pipeline; None tells it from the model's class.
+            dtype: of the tensors; None is the adapter's.
+
+        Returns:
+            a report: rank and error of each layer; `print` it.
+
+        Raises:
+            HalotuneError: the consumer cannot represent the adapter; it names the layers and says why. Nothing is written.
+        """
+        return self.base_model.export(
+            to, folder, adapter_name=adapter_name, consumer=consumer, rank=rank, component=component, dtype=dtype
         )
 
     @classmethod

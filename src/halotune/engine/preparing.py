@@ -24,7 +24,7 @@ def prepare_model_for_kbit_training(
     """
     for p in model.parameters():
         p.requires_grad_(False)
-        if p.dtype in (torch.float16, torch.bfloat16) and type(p).__name__ != "Params4bit":
+        if p.dtype in (torch.float16, torch.bfloat16) and type(p) is nn.Parameter:  # quantized weights are of other types
             p.data = p.data.to(torch.float32)
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # transformers 5 and 4
     turn_on = next((getattr(model, n) for n in names if hasattr(model, n)), None)

@@ -52,7 +52,7 @@ def save_adapters(
     for name in names:
         found = get_peft_model_state_dict(tuner, state_dict, name, save_embedding_layers=save_embedding_layers)
         tensors = {f"base_model.{key}": t for key, t in found.items()}
-        config = _written(tuner, name)
+        config = written_config(tuner, name)
         as_miss = method_of(config.peft_type).twins.get("MISS")
         if bone_as_miss and as_miss:
             config, tensors = as_miss(config, tensors)
@@ -68,7 +68,7 @@ def write_adapter(
     write_card(folder / "README.md", config, sum(parameter_count(t) for t in tensors.values()))
 
 
-def _written(tuner: AdapterModel, name: str) -> AdapterConfig:
+def written_config(tuner: AdapterModel, name: str) -> AdapterConfig:
     """The configuration as it goes into a file: frozen, and with the base's class where no task names it."""
     config = copy.copy(tuner.peft_config[name])
     config.inference_mode = True

@@ -42,6 +42,16 @@ def config_of(model: nn.Module, name: str) -> AdapterConfig:
     return configs[name]
 
 
+def held_tensors(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
+    """The state dict as far as it is parameters and buffers. Quantized layers are left alone: asked for theirs, some repack
+    their weight in place (bitsandbytes on the CPU: to a wrong one).
+    """
+    out: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        nn.Module._save_to_state_dict(module, out, f"{path}." if path else "", keep_vars)
+    return out
+
+
 def _own_keys(state_keys: list[str], name: str) -> dict[str, str]:
     """File key -> key of the model's state dict, for the adapter's own tensors and its trained modules."""
     out = {}
@@ -95,7 +105,7 @@ def get_peft_model_state_dict(
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
     config = config_of(model, adapter_name)
-    tensors = model.state_dict() if state_dict is None else state_dict
+    tensors = held_tensors(model) if state_dict is None else state_dict
     merged = {f"{p}.base_layer.weight": layer for p, layer in adapted_layers(model).items() if layer.merged}
     tensors = {**tensors, **{key: layer.original_weight for key, layer in merged.items() if key in tensors}}
     keys = list(tensors)
@@ -164,7 +174,7 @@ def set_peft_model_state_dict(
             "unmerge_adapter() first."
         )
     tensors = _dropping_ignored(dict(peft_model_state_dict))
-    state = model.state_dict(keep_vars=True)
+    state = held_tensors(model, keep_vars=True)
     keys = list(state)
     expected = _own_keys(keys, adapter_name)
     biases = {k: k for k in _bias_keys(model, keys, adapter_name, getattr(config, "bias", "none"))}

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from functools import lru_cache
 from os import PathLike
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -31,8 +31,11 @@ from .inject import (
     whole_modules,
 )
 from .lending import Lending
-from .merging import MergeReport, merge, unmerge
+from .merging import MergeReport, Requantize, merge, unmerge
 from .saving import save_adapters
+
+if TYPE_CHECKING:
+    from ..export.lora import ExportReport
 
 
 class AdapterModel(StandIn):
@@ -91,6 +94,22 @@ class AdapterModel(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
+
+    def cache_weights(self, gib: float) -> None:
+        """In eval mode and without gradients, keep each layer's `W'` beside its W, up to this much memory.
+
+        Decoding then costs what the bare model costs, with the base untouched and adapters still to be switched. What is
+        kept is dropped when a parameter changes, in training, and with `gib=0`, which is the default.
+        """
+        if not gib >= 0:
+            raise HalotuneError(f"gib: expected the memory to use, 0 for none; got {gib}.")
+        self.lending.cache.clear()
+        self.lending.cache.budget = int(gib * 2**30)
+
+    @property
+    def cached_weights(self) -> tuple[int, int]:
+        """How many layers' `W'` are kept now, and their bytes."""
+        return len(self.lending.cache), self.lending.cache.used
 
     # -- adapters
 
@@ -218,6 +237,12 @@ class AdapterModel(StandIn):
         """Write the adapters in PEFT's format; the arguments of `PeftModel.save_pretrained`."""
         save_adapters(self, save_directory, **kwargs)
 
+    def export(self, to: str, folder: str | PathLike[str], **kwargs: Any) -> ExportReport:
+        """Write the adapters in another program's format; the arguments of `PeftModel.export`."""
+        from .exporting import export_adapters  # few need it, and `import halotune` stays light
+
+        return export_adapters(self, to, folder, **kwargs)
+
     # -- merging
 
     @property
@@ -226,16 +251,19 @@ class AdapterModel(StandIn):
         merged = {n for layer in adapted_layers(self.model).values() for n in layer.merged_adapters}
         return [n for n in self._merge_order if n in merged]
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> MergeReport:
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = True, quantized: Requantize = "requantize"
+    ) -> MergeReport:
         """Write adapters (the active ones) into the weights; `unmerge_adapter` restores them bit for bit.
 
         Adapters that are active and not merged still apply, after the merged ones. Values are checked before any
-        weight changes; `safe_merge=False` skips that.
+        weight changes; `safe_merge=False` skips that. A quantized weight is quantized again, at a price that the report
+        names, or with `quantized="keep_float"` replaced by floats until `unmerge_adapter`.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
         self._check_known(names)
         before = self.merged_adapters
-        self.merge_report = merge(self.model, names, safe=safe_merge)
+        self.merge_report = merge(self.model, names, safe=safe_merge, quantized=quantized)
         self._merge_order = list(dict.fromkeys([*before, *names]))
         return self.merge_report
 
@@ -244,15 +272,22 @@ class AdapterModel(StandIn):
         unmerge(self.model)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: list[str] | None = None,
+        quantized: Requantize = "requantize",
     ) -> nn.Module:
-        """Write adapters (the active ones) into the weights for good, and return the plain model."""
+        """Write adapters (the active ones) into the weights for good, and return the plain model.
+
+        A quantized weight is quantized again, or with `quantized="keep_float"` its layer becomes a float one.
+        """
         names = self.active_adapters if adapter_names is None else adapter_names
         self._check_known(names)
         already = [n for n in self.merged_adapters if n not in names]
         if already:
             raise HalotuneError(f"{already} are merged already but not among {names}. Call unmerge_adapter() first.")
-        self.merge_report = merge(self.model, names, keep=False, safe=safe_merge, progressbar=progressbar)
+        self.merge_report = merge(self.model, names, keep=False, safe=safe_merge, progressbar=progressbar, quantized=quantized)
         for wrapper in whole_modules(self.model).values():
             wrapper.active_adapters, wrapper.enabled = [n for n in names if n in wrapper.modules_to_save], True
         return self._release(trained=True)

@@ -4,12 +4,34 @@ from ...core.config import PeftType
 from ...core.registry import Method, register
 from .adapter import Bat, Bone, Miss, MissBat, create_bone, create_miss
 from .config import BoneConfig, MissConfig, as_bone, as_miss
+from .from_peft import BONE_FROM_PEFT, MISS_FROM_PEFT
+from .measures import MEASURES
 
-_RATES = {"BONE": 1e-3, "BAT": 1e-3}
-
-BONE = register(Method(PeftType.BONE.value, "bone_", BoneConfig, (Bone, Bat), create_bone, _RATES, {"MISS": as_miss}))
+BONE = register(
+    Method(
+        PeftType.BONE.value,
+        "bone_",
+        BoneConfig,
+        (Bone, Bat),
+        create_bone,
+        {"BONE": 1e-3, "BAT": 1e-3},
+        twins={"MISS": as_miss},
+        from_peft=BONE_FROM_PEFT,
+        measures=MEASURES,
+    )
+)
 MISS = register(
-    Method(PeftType.MISS.value, "miss_", MissConfig, (Miss, MissBat), create_miss, {"MISS": 1e-3}, {"BONE": as_bone})
+    Method(
+        PeftType.MISS.value,
+        "miss_",
+        MissConfig,
+        (Miss, MissBat),
+        create_miss,
+        {"MISS": 1e-3},
+        twins={"BONE": as_bone},
+        from_peft=MISS_FROM_PEFT,
+        measures=MEASURES,
+    )
 )
 
 __all__ = ["BONE", "MISS", "Bat", "Bone", "BoneConfig", "Miss", "MissBat", "MissConfig"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -145,6 +145,13 @@ class Bat(WeightSide):
 
     def transform(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         return ops.bat, (self.get_parameter(self.block),)
+
+    def delta_rows(self, W: Tensor) -> Iterator[Tensor]:
+        """One row of blocks at a time."""
+        blocks = self.get_parameter(self.block)
+        for rows, block in zip(W.split(self.r), blocks.split(1), strict=True):
+            rows = rows.to(blocks.dtype)
+            yield ops.bat(rows, block) - rows
 
 
 _Block = TypeVar("_Block", Bone, Bat)

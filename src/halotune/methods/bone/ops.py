@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.fused import Down, Rule
 from ...core.precision import exact
+from ...ops.dispatch import Op, triton_kernel
 
 
 def fold(x: Tensor, r: int) -> Tensor:
@@ -20,8 +19,36 @@ def fold(x: Tensor, r: int) -> Tensor:
     return x.unflatten(-1, (-1, r)).sum(-2)
 
 
+def _add_tiled(x: Tensor, z: Tensor, inplace: bool) -> Tensor:
+    r = z.shape[1]
+    whole = x.shape[1] // r * r
+    y = x if inplace else x.clone()
+    y[:, :whole].unflatten(-1, (-1, r)).add_(z.unsqueeze(-2))
+    if whole < x.shape[1]:
+        y[:, whole:].add_(z[:, : x.shape[1] - whole])
+    return y
+
+
+# The transpose of `fold`: `x[:, k] + z[:, k mod r]`, x `(n, in)`, z `(n, r)`; the result in the place of x, or new.
+add_tiled = Op(
+    "add_tiled",
+    _add_tiled,
+    like=lambda x, z, inplace: x.new_empty(x.shape),
+    kernels=[
+        triton_kernel(
+            "halotune.methods.bone.kernels",
+            "add_tiled",
+            refuses=lambda x, *_: None if x.stride(1) == 1 else f"the last dimension of x has stride {x.stride(1)}, not 1",
+            wins=lambda x, *_: x.is_cuda and x.numel() >= 1 << 20,  # on an H100 18 µs against 36 for 3072 x 3072 in bf16
+        )
+    ],
+)
+
+
 class FoldDown(Down):
-    """`z = fold(x)`; its transpose adds z to every piece of x."""
+    """`z = fold(x)`. Its gradient does not depend on x, so nothing of the size of x is kept."""
+
+    needs_x = False
 
     def __init__(self, r: int) -> None:
         self.r = r
@@ -29,12 +56,8 @@ class FoldDown(Down):
     def forward(self, x: Tensor, *θ: Tensor) -> Tensor:
         return fold(x, self.r)
 
-    def backward(self, dx: Tensor | None, dz: Tensor, x: Tensor, *θ: Tensor) -> tuple[Tensor, ...]:
-        if dx is not None:
-            whole = dx.shape[-1] // self.r * self.r
-            dx[:, :whole].unflatten(-1, (-1, self.r)).add_(dz.unsqueeze(-2))
-            dx[:, whole:].add_(dz[:, : dx.shape[-1] - whole])
-        return ()
+    def backward(self, dx: Tensor | None, dz: Tensor, x: Tensor | None, *θ: Tensor) -> tuple[Tensor | None, ...]:
+        return (None if dx is None else add_tiled(dx, dz, True),)
 
 
 def unfolding(r: int, n_in: int, like: Tensor) -> Tensor:
@@ -56,18 +79,39 @@ def bat(W: Tensor, blocks: Tensor) -> Tensor:
         return (product.view(n, r, -1, r) + B.unsqueeze(2)).view(W.shape)
 
 
+def _bat_kernel_refuses(W: Tensor, blocks: Tensor) -> str | None:
+    if not (W.is_contiguous() and blocks.is_contiguous()):
+        return "W and the blocks must be contiguous"
+    if W.dtype != blocks.dtype:
+        return f"W and the blocks differ in dtype: {W.dtype}, {blocks.dtype}"
+    if blocks.shape[-1] > 128:
+        return f"r = {blocks.shape[-1]} is above 128: a block no longer fits on the chip"
+    return None
+
+
+# `bat` without gradients: one pass over W, on an H100 20 µs against 62 for 3072 x 3072 in bf16.
+build_bat = Op(
+    "build_bat",
+    bat,
+    like=lambda W, blocks: W.new_empty(W.shape),
+    kernels=[
+        triton_kernel(
+            "halotune.methods.bone.kernels",
+            "bat",
+            refuses=_bat_kernel_refuses,
+            wins=lambda W, blocks: W.is_cuda and W.dtype.itemsize == 2 and blocks.shape[-1] % 16 == 0,
+        )
+    ],
+)
+
+
 class BatRule(Rule):
     """`bat` and its gradient `dB_i = Σ_j (W_ijᵀ G_ij + G_ij)`."""
 
     def build(self, W: Tensor, *θ: Tensor) -> Tensor:
-        return bat(W, θ[0])
+        return build_bat(W, θ[0])
 
-    def rebuild(self, W: Tensor, *θ: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    def pull(self, G: Tensor, W: Tensor, *θ: Tensor) -> tuple[Tensor, ...]:
         n, r, _ = θ[0].shape
-
-        def pull(G: Tensor) -> tuple[Tensor, ...]:
-            stacked = G.view(n, -1, r)
-            dB = torch.bmm(W.reshape(n, -1, r).mT, stacked)
-            return (dB + G.view(n, r, -1, r).sum(2),)
-
-        return bat(W, θ[0]), pull
+        dB = torch.bmm(W.reshape(n, -1, r).mT, G.view(n, -1, r))
+        return (dB + G.view(n, r, -1, r).sum(2),)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...core.fused import by_columns, first_order
 from ...core.precision import exact, exact_dtype
-from ...ops.dispatch import Op
+from ...ops.product import add_product
 
 
 def normalize(U: Tensor) -> Tensor:
@@ -73,22 +73,16 @@ def wy_factors(U: Tensor, gram_schmidt: bool) -> tuple[Tensor, Tensor]:
     with exact(U):
         Û = normalize(U)
         if gram_schmidt:
-            return Û, -(span_core(Û).mT @ Û.mT)
-        return Û, torch.linalg.solve_triangular(chain_core(Û).mT, -Û.mT, upper=False)
-
-
-def _rotate(x: Tensor, Û: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
-    z = torch.mm(x, Û)
-    return torch.addmm(x, z, N), z
-
-
-# `x + (x Û) N` and `z = x Û` for `x (n, in)`: the plain reference, and kernels where they win.
-rotation = Op("hra.rotation", _rotate)
+            N = -(span_core(Û).mT @ Û.mT)
+        else:
+            N = torch.linalg.solve_triangular(chain_core(Û).mT, -Û.mT, upper=False)
+        return by_columns(Û), N.contiguous()
 
 
 def rotate(x: Tensor, Û: Tensor, N: Tensor) -> Tensor:
     """`x + (x Û) N` over the last dimension, differentiable in everything."""
-    return _rotate(x.reshape(-1, x.shape[-1]), Û, N)[0].view(x.shape)
+    flat = x.reshape(-1, x.shape[-1])
+    return torch.addmm(flat, torch.mm(flat, Û), N).view(x.shape)
 
 
 class _ReflectedLinear(torch.autograd.Function):
@@ -97,25 +91,28 @@ class _ReflectedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, Û: Tensor, N: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        rotated, z = rotation(flat, Û, N)
+        z = torch.mm(flat, Û)
         ctx.save_for_backward(flat, W, z, Û, N)
         ctx.shape = x.shape
-        return F.linear(rotated, W, bias).view(*x.shape[:-1], -1)
+        return F.linear(add_product(flat, z, N, False), W, bias).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, W, z, Û, N = ctx.saved_tensors
         d = torch.mm(grad_outputs[0].reshape(-1, W.shape[0]), W)  # of the rotated input
         dz = torch.mm(d, N.t())
         dN = torch.mm(z.t(), d)
         dÛ = torch.mm(x.t(), dz)
-        dx = d.addmm_(dz, Û.t()).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        dx = add_product(d, dz, Û.t(), True).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return dx, None, None, dÛ, dN
 
 
 def reflected_linear(x: Tensor, W: Tensor, bias: Tensor | None, Û: Tensor, N: Tensor) -> Tensor:
     """`(x + (x Û) N) Wᵀ + b` for a frozen W: `Û (in, r)`, `N (r, in)`."""
+    if not torch.is_grad_enabled():
+        flat = x.reshape(-1, x.shape[-1])
+        return F.linear(add_product(flat, torch.mm(flat, Û), N, False), W, bias).view(*x.shape[:-1], -1)
     return _ReflectedLinear.apply(x, W, bias, Û, N)
 
 

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from ...core.adapter import Adapter, WeightSide, add_low_rank, weight_form
 from ...core.config import AdapterConfig
-from ...core.fused import MATRIX, dense_linear, thin_linear
+from ...core.fused import MATRIX, by_columns, dense_linear, thin_linear
 from ...core.operator import Operator, WeightShape
 from ...core.precision import compute_dtype, exact_dtype
 from . import ops
@@ -70,7 +70,7 @@ class LoHa(WeightSide):
             nn.init.zeros_(self.hada_scalar if self.scalar else self.hada_w2_b)
 
     def kin(self) -> Hashable:
-        return self.tucker, self.scalar, self.scaling
+        return self.shape, self.tucker, self.scalar, self.scaling
 
     @property
     def is_small(self) -> bool:
@@ -80,7 +80,10 @@ class LoHa(WeightSide):
     def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
         """The thin factors `B (…, out, r²)` and `A (…, r², in)` where they are small, else the halves."""
         halves = self.halves(*θ)
-        return ops.khatri_rao(*halves, s=self.scaling) if self.is_small else halves
+        if not self.is_small:
+            return halves
+        B, A = ops.khatri_rao(*halves, s=self.scaling)
+        return by_columns(B), A
 
     def halves(self, *θ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`A1 (…, out, r)`, `B1 (…, r, in)`, `A2`, `B2`, in fp32 or better."""
@@ -111,6 +114,9 @@ class LoHa(WeightSide):
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
         return ops.khatri_rao(*self.halves(*self.parameters()), s=self.scaling)
 
+    def reads_weight(self, op: Operator) -> bool:
+        return not (self.is_small or op.opaque)
+
     @property
     def dropout(self) -> float:
         return max(self.rank_dropout, self.module_dropout)
@@ -126,7 +132,7 @@ class LoHa(WeightSide):
             return quick(x)
         first, *others = self.derived(x.dtype)
         θ = (self._drop_rows(first), *others)
-        if self.is_small or self._thin_for(x):
+        if self.is_small or op.opaque or self._thin_for(x):
             return add_low_rank(x, x, op, θ if self.is_small else ops.khatri_rao(*θ, s=self.scaling), scale)  # type: ignore[arg-type]
         return weight_form(x, op, partial(ops.add_hadamard, s=self.scaling), θ, scale)
 
@@ -191,6 +197,9 @@ class DecomposedLoHa(LoHa):
 
     def factors(self, W: Tensor) -> None:
         return None
+
+    def reads_weight(self, op: Operator) -> bool:
+        return True
 
     def quick(self, plain: tuple[Tensor, Tensor | None] | None, dtype: torch.dtype) -> None:
         return None

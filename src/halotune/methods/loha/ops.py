@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ...core.fused import Rule
 from ...core.precision import exact, exact_dtype
+from ...ops.dispatch import Op, triton_kernel
 
 
 def add_hadamard(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> Tensor:
@@ -34,25 +33,55 @@ def decomposed_hadamard(
     return (V * factor.to(V.dtype)).flatten(1)
 
 
+def _pull(G: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dM1, dM2 = torch.mm(A2, B2).mul_(G), torch.mm(A1, B1).mul_(G)
+    return (dM1 @ B1.t()).mul_(s), (A1.t() @ dM1).mul_(s), (dM2 @ B2.t()).mul_(s), (A2.t() @ dM2).mul_(s)
+
+
+def _kernel_refuses(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> str | None:
+    if len({t.dtype for t in (W, A1, B1, A2, B2)}) > 1:
+        return f"the tensors differ in dtype: W is {W.dtype}, the factors are {A1.dtype}"
+    if A1.stride() != A2.stride() or B1.stride() != B2.stride():
+        return "the two halves are not laid out alike"
+    if A1.shape[1] > 128:
+        return f"r = {A1.shape[1]} is above 128: the factors' tiles no longer fit on the chip"
+    return None
+
+
+def _kernel_wins(W: Tensor, *_: object) -> bool:
+    return W.is_cuda and W.dtype.itemsize == 2
+
+
+_KERNELS = "halotune.methods.loha.kernels"
+
+# `add_hadamard` without gradients: one pass over W, on an H100 25 µs against 50 for 3072 x 3072 in bf16.
+build = Op(
+    "build_loha",
+    add_hadamard,
+    like=lambda W, *_: W.new_empty(W.shape),
+    kernels=[triton_kernel(_KERNELS, "hadamard", _kernel_refuses, _kernel_wins)],
+)
+
+# From `G = dL/dW'` the gradients of A1, B1, A2, B2: with `M_i = A_i B_i`, `dM1 = s G ∘ M2` and so on. No M is written.
+pull = Op(
+    "pull_loha",
+    _pull,
+    like=lambda G, *factors: tuple(t.new_empty(t.shape) for t in factors[:4]),
+    kernels=[triton_kernel(_KERNELS, "pull", _kernel_refuses, _kernel_wins)],
+)
+
+
 class HadamardRule(Rule):
-    """`add_hadamard` and its gradients: with `M_i = A_i B_i`, `dM1 = s G ∘ M2` and so on."""
+    """`add_hadamard` and its gradients."""
 
     def __init__(self, s: float) -> None:
         self.s = s
 
     def build(self, W: Tensor, *θ: Tensor) -> Tensor:
-        return add_hadamard(W, *θ, s=self.s)  # type: ignore[call-arg]
+        return build(W, *θ, self.s)
 
-    def rebuild(self, W: Tensor, *θ: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-        A1, B1, A2, B2 = θ
-        M1, M2 = torch.mm(A1, B1), torch.mm(A2, B2)
-
-        def pull(G: Tensor) -> tuple[Tensor, ...]:
-            dM1, dM2 = M2.mul_(G), M1.mul_(G)
-            thin = (dM1 @ B1.t(), A1.t() @ dM1, dM2 @ B2.t(), A2.t() @ dM2)
-            return tuple(t.mul_(self.s) for t in thin)
-
-        return torch.addcmul(W, M1, M2, value=self.s), pull
+    def pull(self, G: Tensor, W: Tensor, *θ: Tensor) -> tuple[Tensor, ...]:
+        return pull(G, *θ, self.s)
 
 
 def khatri_rao(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> tuple[Tensor, Tensor]:

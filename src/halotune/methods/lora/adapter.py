@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from ...core.adapter import Additive
 from ...core.config import AdapterConfig
+from ...core.fused import by_columns
 from ...core.operator import WeightShape
 from ...core.precision import exact_dtype
 from .config import LoraConfig
@@ -68,12 +69,12 @@ class Lora(Additive):
         self.lora_B.weight.flatten(1)[:, :k] = B / self.scaling
 
     def kin(self) -> Hashable:
-        return self.scaling
+        return self.scaling, self.shape
 
     def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
         """`s B (…, out, r)` and `A (…, r, in)`."""
         A, B = (t.to(exact_dtype(t.dtype)).flatten(-1 - len(self.shape.kernel)) for t in θ)
-        return self.scaling * B, A
+        return by_columns(self.scaling * B), A
 
     def thin(self, *derived: Tensor) -> tuple[Tensor, Tensor]:
         B, A = derived

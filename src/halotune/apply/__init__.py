@@ -1,0 +1,1 @@
+"""Saved adapters on their base models, from the command line: merge, generate, chat."""

@@ -1,0 +1,139 @@
+"""Who reads LoRA files, and what each can represent: one table. The rules that it checks are in `rules.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..core.attention import ProjectionBase
+from ..core.base import Convolution, TransposedLinear
+from ..core.errors import HalotuneError, closest
+from ..core.files import WEIGHTS_NAME
+from ..core.layer import AdaptedLayer
+
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """What one program reads of a LoRA.
+
+    Attributes:
+        convolutions: "no"; "plain": as peft wraps them, two convolutions without dilation and padded with zeros; "any".
+        attention: the projections of `torch.nn.MultiheadAttention`. peft 0.21 adds the output projection's LoRA twice.
+        transposed: transformers' `Conv1D`.
+        whole_modules: modules trained whole, and resized embeddings, beside the LoRA.
+        folder: a folder with `adapter_config.json`, in PEFT's names; else one file, in those of diffusers.
+        ranks: the ranks that it takes; () is any.
+        hint: how to serve; "{rank}" stands for the first of its ranks that suffices.
+    """
+
+    name: str
+    convolutions: Literal["no", "plain", "any"] = "no"
+    attention: bool = False
+    transposed: bool = True
+    whole_modules: bool = False
+    folder: bool = True
+    ranks: tuple[int, ...] = ()
+    hint: str = ""
+
+    @property
+    def file(self) -> str:
+        return WEIGHTS_NAME if self.folder else DIFFUSERS_NAME
+
+    def refusal(self, path: str, layer: AdaptedLayer, shared: bool) -> str | None:
+        """Why the adapter of this layer, at `path` in the model, is nothing that the consumer represents; or None.
+
+        Args:
+            shared: the model has the layer under several names.
+        """
+        base = layer.base
+        if shared and self.convolutions == "plain":
+            return "wraps a layer that has several names (peft does) at one of them only"
+        if not self.attention and (isinstance(base, ProjectionBase) or path.endswith(".base_layer.out_proj")):
+            return "reads no LoRA of torch.nn.MultiheadAttention, or reads it wrong"
+        if isinstance(base, TransposedLinear) and not self.transposed:
+            return "does not know that the weight of transformers' Conv1D is transposed"
+        if not isinstance(base, Convolution) or self.convolutions == "any":
+            return None
+        if self.convolutions == "no":
+            return "reads no LoRA of convolutions"
+        if any(d != 1 for d in base.module.dilation):
+            return f"ignores a convolution's dilation, which is {tuple(base.module.dilation)}"
+        if base.module.padding_mode != "zeros":
+            return f"ignores a convolution's padding mode, which is {base.module.padding_mode!r}"
+        return None
+
+    def blocks(self, layer: AdaptedLayer) -> int:
+        """How many blocks the factors of a layer fill: peft's form of a grouped convolution has one per group."""
+        return layer.base.shape.groups if self.convolutions == "plain" else 1
+
+    def fitting_rank(self, rank: int) -> int:
+        """The smallest rank that it takes and that is not below this one."""
+        if not self.ranks:
+            return rank
+        fitting = [r for r in self.ranks if r >= rank]
+        if not fitting:
+            raise HalotuneError(
+                f"{self.name} takes ranks up to {self.ranks[-1]}, and the LoRA that equals this adapter has rank {rank}. Give "
+                f"rank={self.ranks[-1]} or less: what is cut off is reported layer by layer."
+            )
+        return fitting[0]
+
+    def serving_hint(self, rank: int | None) -> str:
+        """What to add to "reads it", for a rank that it takes."""
+        return f"; {self.hint.format(rank=self.fitting_rank(rank))}" if self.hint and rank else ""
+
+    def key(self, path: str, factor: Literal["A", "B"], component: str) -> str:
+        """The key of a tensor in the file; `component` is a pipeline's, such as "unet"."""
+        if self.folder:
+            return f"base_model.model.{path}.lora_{factor}.weight"
+        if self.kohya_names(component):
+            return f"{kohya_name(path)}.lora_{'down' if factor == 'A' else 'up'}.weight"
+        return f"{component}.{path}.lora_{factor}.weight"
+
+    def kohya_names(self, component: str) -> bool:
+        """ComfyUI knows the attention of a UNet by kohya's names only (comfy/lora.py, model_lora_keys_unet)."""
+        return self.name == "comfyui" and component == "unet"
+
+
+def kohya_name(path: str) -> str:
+    """The name of a UNet's module, as kohya's scripts write it."""
+    return f"lora_unet_{path.replace('.', '_')}"
+
+
+# vLLM: MaxLoRARanks in vllm/config/lora.py.
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+CONSUMERS: dict[str, Consumer] = {
+    c.name: c
+    for c in (
+        Consumer("peft", convolutions="plain", whole_modules=True),
+        Consumer("halotune", convolutions="any", attention=True, whole_modules=True),
+        Consumer("vllm", ranks=_VLLM_RANKS, hint="serve with --max-lora-rank {rank}"),
+        Consumer("sglang"),
+        Consumer("llama.cpp", transposed=False),
+        Consumer("diffusers", convolutions="plain", folder=False),
+        Consumer("comfyui", convolutions="any", folder=False),
+    )
+}
+
+
+def consumer_named(name: str) -> Consumer:
+    if name in CONSUMERS:
+        return CONSUMERS[name]
+    near = closest(name.lower(), list(CONSUMERS), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise HalotuneError(f"consumer: expected one of {', '.join(CONSUMERS)}; got {name!r}.{hint}")
+
+
+def component_of(model_class: str) -> str:
+    """The pipeline's name of a model of this class: "unet", "transformer" or "text_encoder"."""
+    kinds = {"UNet": "unet", "Transformer": "transformer", "TextModel": "text_encoder", "Encoder": "text_encoder"}
+    found = next((component for part, component in kinds.items() if part in model_class), None)
+    if found is None:
+        raise HalotuneError(
+            f"component: cannot tell which part of a pipeline a {model_class} is. Give it: 'unet', 'transformer', "
+            "'text_encoder' …, its name in the pipeline."
+        )
+    return found

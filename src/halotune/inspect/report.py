@@ -1,0 +1,166 @@
+"""What `halotune inspect` prints and keeps: the heading, the table, the JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from ..apply.loading import Base, Saved
+from ..core.config import AdapterConfig
+from ..core.measures import Column
+from ..core.registry import method_of
+from .figures import Figures
+from .grid import modules
+
+FORMAT = 1
+UNKNOWN = "–"
+
+# Figures that every method has: the table's columns, as far as they are known.
+COMMON = (
+    Column("weight_norm", "‖W‖", "norm of the weight, ‖W‖"),
+    Column("delta_norm", "‖ΔW‖", "norm of the delta, ‖ΔW‖"),
+    Column("relative", "‖ΔW‖/‖W‖", "relative size of the delta, ‖ΔW‖ / ‖W‖", ".2e"),
+    Column("spectral_norm", "σ₁(ΔW)", "largest singular value of the delta"),
+    Column("effective_rank", "rank(ΔW)", "effective rank of the delta", ".2f"),
+)
+
+
+def value_of(layer: Figures, column: Column) -> float | None:
+    found = layer.own.get(column.key, getattr(layer, column.key, None))
+    return found if isinstance(found, (int, float)) else None
+
+
+def known_columns(saved: Saved, layers: Sequence[Figures]) -> list[Column]:
+    """The columns in which some layer has a figure."""
+    measures = method_of(saved.config.peft_type).measures
+    columns = [*COMMON, *(measures.columns if measures else ())]
+    return [c for c in columns if any(value_of(layer, c) is not None for layer in layers)]
+
+
+def heading(saved: Saved, base: Base | None, layers: Sequence[Figures]) -> str:
+    config = saved.config
+    method = method_of(config.peft_type).peft_type
+    rest = {k: t for k, t in saved.tensors.items() if f".{saved.prefix}" not in k}
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in saved.tensors.values()})
+    ranks = sorted({layer.rank for layer in layers})
+    targets = config.target_modules
+    shown = {
+        "rank": ", ".join(map(str, ranks)),
+        "targets": targets if isinstance(targets, str) else ", ".join(sorted(targets or [])),
+        "options": ", ".join(f"{k}={v!r}" for k, v in options(config).items()),
+        "task": str(getattr(config.task_type, "value", config.task_type) or ""),
+        "base": _base_line(config.base_model_name_or_path, base),
+        "size": f"{len(layers)} layers, {sum(layer.parameters for layer in layers):,} numbers",
+        "beside": f"{_listed(list(rest))} ({sum(t.numel() for t in rest.values()):,} numbers)" if rest else "",
+        "file": f"{saved.file.name}, {_bytes(saved.file.stat().st_size)}, {' and '.join(dtypes)}",
+    }
+    lines = [f"  {name:<8} {text}" for name, text in shown.items() if text]
+    return "\n".join([f"{method} adapter {saved.source}", *lines])
+
+
+def options(config: AdapterConfig) -> dict[str, Any]:
+    """The method's own fields that are set to something else than their default."""
+    common = {f.name for f in fields(AdapterConfig)}
+    return {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if f.name not in common and getattr(config, f.name) != _default(f)
+    }
+
+
+def _default(f: Field[Any]) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def _base_line(named: str | None, base: Base | None) -> str:
+    if base is None:
+        return f"{named or 'not named'}; not read: give --base to compare with its weights"
+    inside = f", {base.component}" if base.component else ""
+    dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
+    return f"{base.name}{inside} ({type(base.model).__name__}, {dtype})"
+
+
+def _bytes(n: int) -> str:
+    size, unit = next((n / 10**k, unit) for k, unit in ((9, "GB"), (6, "MB"), (3, "kB"), (0, "bytes")) if n >= 10**k)
+    return f"{size:.{2 if n >= 1000 else 0}f} {unit}"
+
+
+def _listed(names: list[str]) -> str:
+    shown = [name.removeprefix("base_model.model.") for name in names[:3]]
+    return ", ".join(shown) + (f", … {len(names)} tensors" if len(names) > 3 else "")
+
+
+def table(saved: Saved, layers: Sequence[Figures]) -> str:
+    """One line a layer, then the means of each kind of module."""
+    columns = known_columns(saved, layers)
+    kinds = any(layer.kind for layer in layers)
+    head = ["layer", *(["kind"] if kinds else []), "weight", "r", *(c.head for c in columns)]
+    body = [
+        [
+            layer.path,
+            *([layer.kind or ""] if kinds else []),
+            "×".join(str(side or "?") for side in layer.shape),
+            str(layer.rank),
+            *(_written(value_of(layer, c), c) for c in columns),
+        ]
+        for layer in layers
+    ]
+    means = [
+        [f"mean of {len(group)} {name}", *([""] if kinds else []), "", "", *(_written(_mean(group, c), c) for c in columns)]
+        for name, group in modules(layers).items()
+        if len(group) > 1
+    ]
+    left = 2 if kinds else 1
+    widths = [max(map(len, cells)) for cells in zip(head, *body, *means, strict=True)]
+
+    def line(cells: Iterable[str]) -> str:
+        padded = (f"{c:<{w}}" if i < left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+        return "  ".join(padded).rstrip()
+
+    rule = ["─" * w for w in widths]
+    return "\n".join(map(line, [head, rule, *body, *([rule, *means] if means else [])]))
+
+
+def _written(value: float | None, column: Column) -> str:
+    return UNKNOWN if value is None else format(value, column.form).rstrip(".")
+
+
+def _mean(layers: Sequence[Figures], column: Column) -> float | None:
+    known = [v for layer in layers if (v := value_of(layer, column)) is not None]
+    return sum(known) / len(known) if known else None
+
+
+def total(layers: Sequence[Figures]) -> dict[str, float | None]:
+    """The norms of all layers together."""
+    out: dict[str, float | None] = {}
+    for name in ("weight_norm", "delta_norm"):
+        values = [getattr(layer, name) for layer in layers]
+        out[name] = None if None in values else math.hypot(*values)
+    W, Δ = out["weight_norm"], out["delta_norm"]
+    return {**out, "relative_delta": Δ / W if W and Δ is not None else None}
+
+
+def closing(layers: Sequence[Figures]) -> str:
+    together = total(layers)
+    written = ", ".join(f"{name} {together[key]:.3g}" for key, name in _TOTALS.items() if together[key] is not None)
+    return f"all layers together: {written}" if written else ""
+
+
+_TOTALS = {"weight_norm": "‖W‖", "delta_norm": "‖ΔW‖", "relative_delta": "‖ΔW‖/‖W‖"}
+
+
+def as_json(saved: Saved, base: Base | None, layers: Sequence[Figures]) -> str:
+    document = {
+        "format": FORMAT,
+        "adapter": saved.source,
+        "base": base.name if base else None,
+        "config": saved.config.to_dict(),
+        "file_bytes": saved.file.stat().st_size,
+        "parameters": sum(layer.parameters for layer in layers),
+        "total": total(layers),
+        "layers": {layer.path: layer.to_dict() for layer in layers},
+    }
+    return json.dumps(document, indent=1, allow_nan=False)

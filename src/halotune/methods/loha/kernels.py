@@ -1,0 +1,104 @@
+"""Triton kernels of LoHa. Their references are in `ops.py`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...ops.kernels import dot
+from ...ops.launch import Launcher
+
+ROWS, COLS = 64, 128
+PULL_ROWS, PULL_COLS = 64, 64
+PROGRAMS = 264  # two for each multiprocessor of an H100
+
+
+@triton.jit
+def _hadamard(
+    w_ptr, a1_ptr, b1_ptr, a2_ptr, b2_ptr, out_ptr, m, n, w_row, w_col, a_row, a_col, b_row, b_col, s,
+    R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One tile of `W + s (A1 B1) ∘ (A2 B2)`: the products never leave the chip."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    ranks = tl.arange(0, RANK)  # r, filled up to what a matrix unit takes
+    at_a = rows[:, None] * a_row + ranks[None] * a_col
+    in_a = (rows[:, None] < m) & (ranks[None] < R)
+    at_b = ranks[:, None] * b_row + cols[None] * b_col
+    in_b = (ranks[:, None] < R) & (cols[None] < n)
+    a1, b1 = tl.load(a1_ptr + at_a, in_a, other=0.0), tl.load(b1_ptr + at_b, in_b, other=0.0)
+    a2, b2 = tl.load(a2_ptr + at_a, in_a, other=0.0), tl.load(b2_ptr + at_b, in_b, other=0.0)
+    delta = dot(a1, b1, INTERPRETED) * dot(a2, b2, INTERPRETED)
+    inside = (rows[:, None] < m) & (cols[None] < n)
+    w = tl.load(w_ptr + rows[:, None].to(tl.int64) * w_row + cols[None].to(tl.int64) * w_col, inside, other=0.0)
+    tl.store(out_ptr + rows[:, None].to(tl.int64) * n + cols[None], (w.to(tl.float32) + s * delta).to(w.dtype), inside)
+
+
+_launch_hadamard = Launcher(_hadamard, num_warps=4)
+
+
+def hadamard(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> Tensor:
+    """`W + s (A1 B1) ∘ (A2 B2)`: W read once, W' written once, rounded once."""
+    m, n = W.shape
+    r = A1.shape[1]
+    out = torch.empty(m, n, dtype=W.dtype, device=W.device)
+    grid = (triton.cdiv(m, ROWS), triton.cdiv(n, COLS), 1)
+    sizes = m, n, *W.stride(), *A1.stride(), *B1.stride(), float(s)
+    _launch_hadamard(grid, (W, A1, B1, A2, B2, out), *sizes, r, max(16, triton.next_power_of_2(r)), ROWS, COLS)
+    return out
+
+
+@triton.jit
+def _pull(
+    g_ptr, p1_ptr, q1_ptr, p2_ptr, q2_ptr, out_ptr, m, n, g_row, g_col, p_row, p_col, q_row, q_col, share, s,
+    R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """`ROWS` rows of `dP1 = s (G ∘ (P2 Q2ᵀ)) Q1` and of dP2, summed over a share of the columns of G."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    ranks = tl.arange(0, RANK)
+    at_p = rows[:, None] * p_row + ranks[None] * p_col
+    in_p = (rows[:, None] < m) & (ranks[None] < R)
+    p1, p2 = tl.load(p1_ptr + at_p, in_p, other=0.0), tl.load(p2_ptr + at_p, in_p, other=0.0)
+    d1 = tl.full((ROWS, RANK), 0.0, tl.float32)
+    d2 = tl.full((ROWS, RANK), 0.0, tl.float32)
+    for start in range(part * share, tl.minimum((part + 1) * share, n), COLS):
+        cols = start + tl.arange(0, COLS)
+        at_q = cols[:, None] * q_row + ranks[None] * q_col
+        in_q = (cols[:, None] < n) & (ranks[None] < R)
+        q1, q2 = tl.load(q1_ptr + at_q, in_q, other=0.0), tl.load(q2_ptr + at_q, in_q, other=0.0)
+        at_g = rows[:, None].to(tl.int64) * g_row + cols[None].to(tl.int64) * g_col
+        g = s * tl.load(g_ptr + at_g, (rows[:, None] < m) & (cols[None] < n), other=0.0).to(tl.float32)
+        m1 = dot(p1, tl.trans(q1), INTERPRETED)
+        m2 = dot(p2, tl.trans(q2), INTERPRETED)
+        d1 += dot((g * m2).to(q1.dtype), q1, INTERPRETED)
+        d2 += dot((g * m1).to(q2.dtype), q2, INTERPRETED)
+    at = part.to(tl.int64) * 2 * m * R + rows[:, None] * R + ranks[None]
+    tl.store(out_ptr + at, d1, in_p)
+    tl.store(out_ptr + at + m * R, d2, in_p)
+
+
+_launch_pull = Launcher(_pull, num_warps=4)
+
+
+def _pull_half(G: Tensor, P1: Tensor, Q1: Tensor, P2: Tensor, Q2: Tensor, s: float) -> Tensor:
+    """`s (G ∘ (P2 Q2ᵀ)) Q1` and `s (G ∘ (P1 Q1ᵀ)) Q2` `(2, m, r)`: G `(m, n)` read once, P `(m, r)`, Q `(n, r)`."""
+    m, n = G.shape
+    r = P1.shape[1]
+    blocks = triton.cdiv(m, PULL_ROWS)
+    parts = max(1, min(n // 512, PROGRAMS // blocks))
+    share = triton.cdiv(triton.cdiv(n, parts), PULL_COLS) * PULL_COLS
+    out = torch.empty(parts, 2, m, r, dtype=torch.float32, device=G.device)
+    sizes = m, n, *G.stride(), *P1.stride(), *Q1.stride(), share, float(s)
+    constants = r, max(16, triton.next_power_of_2(r)), PULL_ROWS, PULL_COLS
+    _launch_pull((blocks, parts, 1), (G, P1, Q1, P2, Q2, out), *sizes, *constants)
+    return (out.sum(0) if parts > 1 else out[0]).to(P1.dtype)
+
+
+def pull(G: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> tuple[Tensor, ...]:
+    """Gradients of A1, B1, A2, B2 from `G = dL/dW'`: G read twice, and nothing of its size written."""
+    dA1, dA2 = _pull_half(G, A1, B1.mT, A2, B2.mT, s).unbind()
+    dB1, dB2 = _pull_half(G.mT, B1.mT, A1, B2.mT, A2, s).unbind()
+    return dA1, dB1.mT, dA2, dB2.mT

@@ -1,0 +1,91 @@
+"""Every op that has a kernel, with arguments for it at odd shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halotune.methods.bone import ops as bone
+from halotune.methods.loha import ops as loha
+from halotune.ops.dispatch import Op
+from halotune.ops.product import add_product
+
+Make = Callable[..., Tensor]  # sizes -> random numbers
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    op: Op
+    arguments: Callable[[Make], tuple[Any, ...]]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def sliced(make: Make, n: int, d: int) -> Tensor:
+    """Rows that do not lie one after the other."""
+    return make(n, d + 5)[:, 2 : d + 2]
+
+
+def columns(make: Make, n: int, d: int) -> Tensor:
+    """Columns contiguous, rows not."""
+    return make(d, n).mT
+
+
+def halves(make: Make, m: int, n: int, r: int) -> tuple[Tensor, ...]:
+    return make(m, r), make(r, n), make(m, r), make(r, n)
+
+
+CASES = [
+    Case("product", add_product, lambda t: (t(37, 50), t(37, 5), t(5, 50), False)),
+    Case("product-in-place", add_product, lambda t: (t(70, 133), t(70, 17), t(17, 133), True)),
+    Case("product-strided", add_product, lambda t: (sliced(t, 66, 40), columns(t, 66, 3), columns(t, 3, 40), False)),
+    Case("product-strided-in-place", add_product, lambda t: (sliced(t, 66, 40), sliced(t, 66, 3), t(3, 40), True)),
+    Case("product-one-row", add_product, lambda t: (t(1, 7), t(1, 1), t(1, 7), False)),
+    Case("product-large-rank", add_product, lambda t: (t(9, 20), t(9, 128), t(128, 20), False)),
+    Case("tiled", bone.add_tiled, lambda t: (t(5, 24), t(5, 8), False)),
+    Case("tiled-remainder", bone.add_tiled, lambda t: (t(3, 23), t(3, 7), True)),
+    Case("tiled-wider-than-x", bone.add_tiled, lambda t: (t(3, 5), t(3, 7), False)),
+    Case("tiled-strided", bone.add_tiled, lambda t: (sliced(t, 4, 21), columns(t, 4, 6), False)),
+    Case("bat", bone.build_bat, lambda t: (t(24, 40), t(3, 8, 8))),
+    Case("bat-odd", bone.build_bat, lambda t: (t(21, 35), t(3, 7, 7))),
+    Case("bat-one-block", bone.build_bat, lambda t: (t(33, 33), t(1, 33, 33))),
+    Case("bat-long-rows", bone.build_bat, lambda t: (t(4, 260), t(2, 2, 2))),
+    Case("loha", loha.build, lambda t: (t(37, 50), *halves(t, 37, 50, 5), 0.7)),
+    Case("loha-wide", loha.build, lambda t: (t(3, 140), *halves(t, 3, 140, 17), 2.0)),
+    Case(
+        "loha-strided",
+        loha.build,
+        lambda t: (t(37, 50), columns(t, 37, 5), columns(t, 5, 50), columns(t, 37, 5), columns(t, 5, 50), 1.0),
+    ),
+    Case("loha-pull", loha.pull, lambda t: (t(37, 50), *halves(t, 37, 50, 5), 0.7)),
+    Case("loha-pull-parts", loha.pull, lambda t: (t(70, 1100), *halves(t, 70, 1100, 3), 0.5)),
+    Case("loha-pull-transposed", loha.pull, lambda t: (columns(t, 33, 65), *halves(t, 33, 65, 16), 1.5)),
+]
+
+
+def tensors(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def error(result: Any, exact: Any) -> float:
+    """The relative error of the worst of the results."""
+    pairs = zip(tensors(result), tensors(exact), strict=True)
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+
+
+def copied(arguments: tuple[Any, ...], dtype: torch.dtype | None = None) -> tuple[Any, ...]:
+    """For an op that may overwrite them; strides are kept."""
+
+    def one(a: Any) -> Any:
+        if not isinstance(a, Tensor):
+            return a
+        storage = torch.empty(a.untyped_storage().nbytes() // a.itemsize, dtype=dtype or a.dtype, device=a.device)
+        return storage.as_strided(a.shape, a.stride(), a.storage_offset()).copy_(a)
+
+    return tuple(one(a) for a in arguments)

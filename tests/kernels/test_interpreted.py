@@ -1,0 +1,69 @@
+"""Every kernel in Triton's interpreter, on the CPU: it computes what its reference defines, at odd shapes."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+import torch
+
+from halotune.ops.dispatch import Kernel, backend
+
+from .cases import CASES, copied, error, tensors
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels run on it, in test_on_gpu.py")
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    pytest.importorskip("triton", reason="triton is made for Linux alone")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read where a kernel is defined, on import
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_exact_as_plain_torch(case, dtype):
+    torch.manual_seed(sum(map(ord, case.name)))
+    arguments = case.arguments(lambda *sizes: torch.randn(*sizes, dtype=dtype))
+    exact = case.op.reference(*copied(arguments, torch.float64))
+    plain = case.op.reference(*copied(arguments))
+    with backend("triton"), warnings.catch_warnings():
+        warnings.simplefilter("error")  # a kernel that refuses would leave plain torch to be compared with itself
+        given = copied(arguments)
+        assert case.op.chosen(*given) is case.op.kernels[0].run
+        result = case.op(*given)
+    for ours, theirs in zip(tensors(result), tensors(plain), strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    eps = torch.finfo(dtype).eps
+    assert error(result, exact) <= 1.5 * error(plain, exact) + eps / 4
+
+
+def test_refusals_are_said():
+    x, z, B = torch.randn(8, 8), torch.randn(8, 2), torch.randn(2, 8)
+    op = CASES[0].op
+    with backend("triton"):
+        with pytest.warns(UserWarning, match="add_product: the triton kernel cannot run here: the last dimension"):
+            assert torch.equal(op(x.t(), z, B, False), torch.addmm(x.t(), z, B))
+        with pytest.warns(UserWarning, match="there is none for torch.float64"):
+            op(x.double(), z.double(), B.double(), False)
+        os.environ["TRITON_INTERPRET"] = "0"
+        with pytest.warns(UserWarning, match="needs a CUDA device, and the tensor is on cpu"):
+            op(x, z, B, False)
+
+
+def test_nothing_runs_unasked_on_a_cpu():
+    for case in CASES:
+        arguments = case.arguments(lambda *sizes: torch.randn(*sizes, dtype=torch.bfloat16))
+        assert case.op.chosen(*arguments) is case.op.reference
+
+
+def test_every_kernel_has_cases():
+    """A kernel that is added must be added there."""
+    import halotune.methods.bone.kernels as bone
+    import halotune.methods.loha.kernels as loha
+    import halotune.ops.kernels as product
+
+    launchers = {n for m in (product, bone, loha) for n in vars(m) if n.startswith("_launch")}
+    assert launchers == {"_launch", "_launch_bat", "_launch_add_tiled", "_launch_hadamard", "_launch_pull"}
+    assert {type(k) for case in CASES for k in case.op.kernels} == {Kernel}

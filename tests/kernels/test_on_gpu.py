@@ -1,0 +1,153 @@
+"""Every kernel on a GPU: as exact as plain torch in the same dtype, alone and in a whole training step."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, get_peft_model
+from halotune.methods.bone import ops as bone
+from halotune.methods.loha import ops as loha
+from halotune.ops.dispatch import backend
+from halotune.ops.product import add_product
+
+from .cases import CASES, Case, columns, copied, error, halves, sliced, tensors
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: kernels at the sizes they are made for"),
+]
+
+LARGE = [
+    Case("large-product", add_product, lambda t: (t(1031, 3056), t(1031, 24), columns(t, 24, 3056), False)),
+    Case("large-product-strided", add_product, lambda t: (sliced(t, 700, 3000), t(700, 100), t(100, 3000), True)),
+    Case("large-tiled", bone.add_tiled, lambda t: (t(1000, 5003), t(1000, 64), True)),
+    Case("large-bat", bone.build_bat, lambda t: (t(960, 1472), t(15, 64, 64))),
+    Case("large-loha", loha.build, lambda t: (t(1111, 2050), *halves(t, 1111, 2050, 33), 0.3)),
+    Case("large-pull", loha.pull, lambda t: (t(1111, 2050), *halves(t, 1111, 2050, 33), 0.3)),
+    Case("large-pull-wide", loha.pull, lambda t: (t(96, 8192), *halves(t, 96, 8192, 8), 0.3)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+def test_as_exact_as_plain_torch(case, dtype):
+    torch.manual_seed(sum(map(ord, case.name)))
+    arguments = case.arguments(lambda *sizes: torch.randn(*sizes, dtype=dtype, device="cuda"))
+    exact = case.op.reference(*copied(arguments, torch.float64))
+    plain = case.op.reference(*copied(arguments))
+    with backend("triton"):
+        given = copied(arguments)
+        assert case.op.chosen(*given) is case.op.kernels[0].run
+        result = case.op(*given)
+        again = case.op(*copied(arguments))  # by the kept launch
+    for ours, theirs, twice in zip(tensors(result), tensors(plain), tensors(again), strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        assert torch.equal(ours, twice)
+    if dtype is torch.float32:  # another order of summation: nothing is rounded in between that could be saved
+        assert error(result, exact) <= 2 * error(plain, exact) + torch.finfo(dtype).eps
+    else:
+        assert error(result, exact) <= 1.5 * error(plain, exact) + torch.finfo(dtype).eps / 4
+
+
+CONFIGS = {
+    "hra": HRAConfig(r=8, target_modules="all-linear"),
+    "hra-gs": HRAConfig(r=6, apply_GS=True, init_weights=False, target_modules="all-linear"),
+    "loha-thin": LoHaConfig(r=4, alpha=4, target_modules="all-linear"),
+    "loha-dense": LoHaConfig(r=48, alpha=24, target_modules="all-linear"),
+    "bone": BoneConfig(r=48, target_modules="all-linear"),
+    "bat": BoneConfig(r=32, init_weights="bat", target_modules="all-linear"),
+    "lora": LoraConfig(r=16, lora_alpha=8, target_modules="all-linear"),
+}
+
+
+def adapted(config, dtype=torch.bfloat16) -> nn.Module:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(1024, 2048), nn.Tanh(), nn.Linear(2048, 1024, bias=False)).to("cuda", dtype)
+    model = get_peft_model(base, config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.normal_(0, 0.05)
+    return model
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    x = x.detach().requires_grad_()
+    y = model(x)
+    y.square().mean().backward()
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_training_step_is_as_exact(name):
+    model = adapted(CONFIGS[name])
+    x = torch.randn(4, 384, 1024, device="cuda", dtype=torch.bfloat16)
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    ours = gradients(model, x)
+    with backend("reference"):
+        plain = gradients(twins[0], x)
+        exact = gradients(twins[1].double(), x.double())
+    for a, b, c in zip(ours, plain, exact, strict=True):
+        assert error(a, c) <= 1.5 * error(b, c) + torch.finfo(torch.bfloat16).eps / 4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_in_a_cuda_graph(name):
+    """Captured forward and backward, replayed on new inputs and new parameters."""
+    if name == "hra-gs":
+        pytest.skip("torch.linalg.eigh synchronises, which a capture forbids")
+    model = adapted(CONFIGS[name])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    x = torch.randn(600, 1024, device="cuda", dtype=torch.bfloat16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            model(x).float().square().mean().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    for p in trained:
+        p.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(x)
+        y.float().square().mean().backward()
+    with torch.no_grad():
+        x.normal_()
+        for p in trained:
+            p.mul_(1.5)
+            p.grad.zero_() if p.grad is not None else None
+    graph.replay()
+    torch.cuda.synchronize()
+    captured = [y.clone(), *(p.grad.clone() for p in trained)]
+    for p in trained:
+        p.grad = None
+    z = model(x)
+    z.float().square().mean().backward()
+    for a, b in zip(captured, [z, *(p.grad for p in trained)], strict=True):
+        assert error(a, b.double()) < 2e-2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_grad_scaler_in_fp16(name):
+    model = adapted(CONFIGS[name], torch.float16)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    optimizer, scaler = torch.optim.AdamW(trained, lr=1e-2), torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    losses = []
+    x, target = torch.randn(2, 64, 1024, device="cuda", dtype=torch.float16), torch.randn(64, 1024, device="cuda")
+    for _ in range(8):
+        loss = (model(x).float() - target).square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        assert torch.isfinite(norm) and norm > 0
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
