@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "methods": {"core", "ops"},
     "export": {"core"},
     "engine": {"core", "export"},
+    "convert": {"apply", "cli", "core", "engine"},
     "quant": {"core"},
     "integrations": {"engine", "core"},
     "bridge": {"engine", "core"},

@@ -2,6 +2,7 @@
 
 from . import quant as _quant  # noqa: F401  (registers quantized layers)
 from .bridge import slow_down, speed_up
+from .convert import convert_adapter, load_lycoris, save_lycoris
 from .core.config import AdapterConfig, PeftType, TaskType
 from .core.config import AdapterConfig as PeftConfig
 from .core.errors import AdapterFileError, HalotuneError
@@ -80,12 +81,15 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "TaskType",
+    "convert_adapter",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
     "inject_adapter_in_model",
+    "load_lycoris",
     "parameter_groups",
     "prepare_model_for_kbit_training",
+    "save_lycoris",
     "set_peft_model_state_dict",
     "slow_down",
     "speed_up",

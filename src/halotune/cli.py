@@ -34,6 +34,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "inspect": Command("inspect.command", "show a saved adapter layer by layer: sizes, ranks, rotation angles"),
     "export": Command("export.command", "write an adapter as a LoRA; check who can read one"),
+    "convert": Command("convert.command", "convert adapters: PEFT, LyCORIS, kohya; Bone, MiSS"),
     "merge": Command("apply.merge", "write an adapter into its base model, and save the whole"),
     "generate": Command("apply.generate", "continue a prompt with an adapter"),
     "chat": Command("apply.chat", "talk to a model with an adapter"),

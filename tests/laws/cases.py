@@ -64,12 +64,28 @@ VARIANTS = [
         4,
         needs_kernel=True,
     ),
+    Variant("loha-rs-r2", LoHaConfig(r=2, alpha=3, use_rslora=True, target_modules=["layer"]), 4),
+    Variant("loha-scalar-r2", LoHaConfig(r=2, alpha=3, use_scalar=True, target_modules=["layer"]), 4),
+    Variant("loha-dora-r5", LoHaConfig(r=5, alpha=2, weight_decompose=True, target_modules=["layer"]), None, dense=True),
+    Variant(
+        "loha-dora-in-r5",
+        LoHaConfig(r=5, alpha=2, weight_decompose=True, wd_on_out=False, use_scalar=True, target_modules=["layer"]),
+        None,
+        dense=True,
+    ),
+    Variant(
+        "loha-dora-tucker-r5",
+        LoHaConfig(r=5, alpha=2, weight_decompose=True, use_effective_conv2d=True, target_modules=["layer"]),
+        None,
+        dense=True,
+        needs_kernel=True,
+    ),
     Variant("bone-r3", BoneConfig(r=3, target_modules=["layer"]), 3),
     Variant("bone-r7", BoneConfig(r=7, target_modules=["layer"]), 7),  # divides no input: the remainder
     Variant("bat-r3", BoneConfig(r=3, init_weights="bat", target_modules=["layer"]), None, dense=True),
     Variant("miss-r7", MissConfig(r=7, target_modules=["layer"]), 7),
     Variant("miss-bat-r3", MissConfig(r=3, init_weights="bat", target_modules=["layer"]), None, dense=True),
-    Variant("miss-mini-r7", MissConfig(r=7, mini_r=3, init_weights="mini", target_modules=["layer"]), 7),
+    Variant("miss-mini-r7", MissConfig(r=7, mini_r=3, init_weights="mini", target_modules=["layer"]), 3),
     Variant("lora-r2", LoraConfig(r=2, lora_alpha=5, target_modules=["layer"]), 2),
     Variant("rslora-r3", LoraConfig(r=3, lora_alpha=4, use_rslora=True, target_modules=["layer"]), 3),
 ]
@@ -127,6 +143,8 @@ class Case:
         """A base with one active adapter, somewhere in training or (`trained=False`) at its start."""
         layer = AdaptedLayer(self.module())
         layer.add("default", self.adapter(layer.base.shape, trained=trained))
+        if not trained:
+            layer.adapters["default"].start_from(layer.base)
         layer.active_adapters = ["default"]
         return layer
 

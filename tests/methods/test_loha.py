@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from halotune import LoHaConfig, get_peft_model
+import halotune
+from halotune import HalotuneError, LoHaConfig, get_peft_model
 from halotune.core.layer import AdaptedLayer
 from halotune.core.operator import WeightShape
 from halotune.methods.loha import LoHa, ops
+from halotune.methods.loha.adapter import create_loha
 
 
 def halves(n_out=7, n_in=11, r=3):
@@ -203,3 +205,65 @@ def test_dropout_compiles_whole():
     torch.compiler.reset()
     y = torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(5, 11, dtype=torch.float64))
     assert y.isfinite().all()
+
+
+# -- what LyCORIS has beyond peft
+
+
+@pytest.mark.parametrize("on_out", [True, False], ids=["rows", "channels"])
+def test_weight_decomposition_starts_at_the_lengths_of_the_base(on_out):
+    """In a model, where the engine makes the adapter: so that it is the base's function, and W' keeps the lengths."""
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(24, 5))
+    x = torch.randn(2, 4, 4, 4)
+    before, weight = model(x), model[0].weight.detach().clone()
+    config = LoHaConfig(r=2, weight_decompose=True, wd_on_out=on_out, target_modules=["0", "2"])
+    wrapped = get_peft_model(model, config)
+    torch.testing.assert_close(wrapped(x), before)
+    adapter = model[0].adapters["default"]
+    dims = (1, 2, 3) if on_out else (0, 2, 3)
+    assert adapter.hada_dora_scale.shape == ((6, 1, 1, 1) if on_out else (1, 2, 1, 1))
+    torch.testing.assert_close(adapter.hada_dora_scale, torch.linalg.vector_norm(weight, dim=dims, keepdim=True))
+    with torch.no_grad():
+        nn.init.normal_(adapter.hada_w2_b)
+        lengths = torch.linalg.vector_norm(adapter.weight(weight.flatten(1)).view_as(weight), dim=dims, keepdim=True)
+    torch.testing.assert_close(lengths, adapter.hada_dora_scale.detach())
+    groups = halotune.parameter_groups(wrapped, weight_decay=0.1)
+    assert any(p is adapter.hada_dora_scale for p in groups[1]["params"]) and groups[1]["weight_decay"] == 0
+
+
+def test_a_row_of_zeros_stays_zero():
+    adapter = create_loha(WeightShape(3, 4), LoHaConfig(r=2, weight_decompose=True))
+    W = torch.randn(3, 4)
+    W[1] = 0
+    W.requires_grad_()
+    adapter.weight(W).sum().backward()
+    assert not adapter.weight(W)[1].any()
+    assert W.grad.isfinite().all() and all(p.grad.isfinite().all() for p in adapter.parameters())
+
+
+def test_rs_scaling_and_the_scalar_are_factors_of_the_delta():
+    W = torch.zeros(5, 6)
+    plain = create_loha(WeightShape(5, 6), LoHaConfig(r=4, alpha=3, init_weights=False))
+    rs = create_loha(WeightShape(5, 6), LoHaConfig(r=4, alpha=3, use_rslora=True, use_scalar=True, init_weights=False))
+    rs.load_state_dict({**plain.state_dict(), "hada_scalar": torch.tensor(0.5)})
+    torch.testing.assert_close(rs.weight(W), plain.weight(W) * 0.5 * 4**0.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"weight_decompose": True, "module_dropout": 0.1}, r"module_dropout: is not defined .* got 0\.1\. Use rank_dropout"),
+        ({"wd_on_out": False}, "wd_on_out: means nothing without weight_decompose=True"),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_each_other(fields, message):
+    with pytest.raises(HalotuneError, match=message):
+        LoHaConfig(**fields)
+
+
+def test_files_say_of_it_only_what_is_set():
+    beyond = {"use_rslora", "use_scalar", "weight_decompose", "wd_on_out"}
+    assert not beyond & LoHaConfig().to_dict().keys()
+    config = LoHaConfig(use_scalar=True, weight_decompose=True, wd_on_out=False)
+    assert LoHaConfig.from_dict(config.to_dict()) == config

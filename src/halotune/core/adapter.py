@@ -53,6 +53,9 @@ class Adapter(nn.Module, ABC):
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
         """Apply the operator with weight `W + scale (weight(W) − W)`, `W` being that of `op`."""
 
+    def start_from(self, op: Operator) -> None:
+        """Finish the initialisation with what depends on the weight of the operator, read only where it is needed."""
+
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
         """`B (out, k)`, `A (k, in)` with `weight(W) − W == B A` exactly; None where only a full-rank delta is."""
         return None

@@ -35,7 +35,8 @@ def locate(model_id: str | PathLike[str], filename: str, *, subfolder: str | Non
             return file
         raise AdapterFileError(file, "there is no such file.", remedy=_remedy(file))
     if folder.is_file():
-        raise AdapterFileError(folder, "is a file.", remedy="Give the folder that holds it.")
+        remedy = "Give the folder that holds it; a LyCORIS or kohya file is read by halotune.load_lycoris(model, file)."
+        raise AdapterFileError(folder, "is a file.", remedy=remedy)
     if os.path.isabs(folder) or len(folder.parts) != 2 or str(model_id).startswith((".", "~")):
         raise AdapterFileError(
             folder, "there is no such folder.", remedy="Give an adapter's folder, or a hub id 'user/repository'."
@@ -52,6 +53,12 @@ def _remedy(file: Path) -> str:
     inner = sorted(p.parent.name for p in file.parent.glob(f"*/{file.name}"))
     if inner:
         return f"These subfolders hold one: {', '.join(inner)}; name it with subfolder=."
+    other = sorted(p.name for p in file.parent.glob("*.safetensors") if p.name != WEIGHTS_NAME)
+    if other:
+        return (
+            f"There is {', '.join(other[:3])}: a LyCORIS or kohya file is loaded with halotune.load_lycoris(model, file), or "
+            "converted by halotune convert."
+        )
     return "An adapter's folder holds adapter_config.json and adapter_model.safetensors."
 
 

@@ -13,8 +13,11 @@ from .adapter import Adapter
 from .base import Base
 from .config import AdapterConfig
 from .errors import HalotuneError, closest
+from .lycoris import LycorisForm
 from .measures import Measures
 from .operator import WeightShape
+
+Rewrite = Callable[[Any, dict[str, Tensor]], tuple[AdapterConfig, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Method:
         adapters: every adapter class that `create` may return.
         create: a new adapter for a weight's shape and a configuration already resolved for that module.
         learning_rates: kind of adapter -> the default learning rate.
-        as_miss: rewrites a configuration and its tensors in the names of MiSS, for methods that have them.
+        twins: other methods that have the same adapter -> rewrites a configuration and its tensors in that one's names.
+        lycoris: how LyCORIS writes it, for methods that LyCORIS has.
         from_peft: how a live layer of peft's is run as one of ours, for methods that gain by it.
         measures: how its saved adapters are looked at; without it, with their base model only.
     """
@@ -52,7 +56,8 @@ class Method:
     adapters: tuple[type[Adapter], ...]
     create: Callable[[WeightShape, AdapterConfig], Adapter]
     learning_rates: Mapping[str, float] = field(default_factory=dict)
-    as_miss: Callable[[Any, dict[str, Tensor]], tuple[AdapterConfig, dict[str, Tensor]]] | None = None
+    twins: Mapping[str, Rewrite] = field(default_factory=dict)
+    lycoris: LycorisForm | None = None
     from_peft: FromPeft | None = None
     measures: Measures | None = None
 

@@ -204,6 +204,9 @@ def inject(
             )
         created[path] = layer, adapter.to(_parameter_dtype(base.dtype, autocast_adapter_dtype))
     reading = _reading_quantized(created)
+    if not low_cpu_mem_usage:
+        for layer, adapter in created.values():
+            adapter.start_from(layer.base)
     whole = _whole_targets(modules, config)
     check_offloaded(modules, config, paths, whole)
     for notice in [*([] if low_cpu_mem_usage else config.notices()), *reading]:

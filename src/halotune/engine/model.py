@@ -389,7 +389,14 @@ class PeftModel(StandIn):
             key_mapping: regular expression -> replacement, applied to the file's keys.
             kwargs: `subfolder`; `revision`, `token`, `cache_dir` … of the hub; `ignore_mismatched_sizes`.
         """
-        source = _Source.read(model_id, config, is_trainable, key_mapping, **kwargs)
+        source = AdapterSource.read(model_id, config, is_trainable, key_mapping, **kwargs)
+        return cls.from_source(model, source, adapter_name, autocast_adapter_dtype)
+
+    @classmethod
+    def from_source(
+        cls, model: nn.Module, source: AdapterSource, adapter_name: str = "default", autocast_adapter_dtype: bool = True
+    ) -> PeftModel:
+        """`from_pretrained` for an adapter that was read already."""
         wrapper = PEFT_CLASSES.get(str(source.config.task_type and TaskType(source.config.task_type).value), PeftModel)
         if cls is not PeftModel:
             wrapper = cls
@@ -419,27 +426,31 @@ class PeftModel(StandIn):
 
         The arguments are those of `from_pretrained`; `torch_device` is where its parameters go.
         """
-        source = _Source.read(model_id, None, is_trainable, key_mapping, **kwargs)
-        new = adapter_name not in self.peft_config
-        if new:
-            self.add_adapter(adapter_name, source.config, source.complete, autocast_adapter_dtype)
-        else:
-            require_same(self.peft_config[adapter_name], source.config, adapter_name, model_id)
-        try:
-            result = self._load(source, adapter_name, autocast_adapter_dtype)
-        except BaseException:
-            if new:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    self.delete_adapter(adapter_name)
-            raise
+        source = AdapterSource.read(model_id, None, is_trainable, key_mapping, **kwargs)
+        result = self.add_source(source, adapter_name, autocast_adapter_dtype)
         if torch_device is not None:
             for layer in adapted_layers(self).values():
                 if adapter_name in layer.adapters:
                     layer.adapters[adapter_name].to(torch_device)
         return result
 
-    def _load(self, source: _Source, name: str, autocast: bool) -> Any:
+    def add_source(self, source: AdapterSource, adapter_name: str, autocast_adapter_dtype: bool = True) -> Any:
+        """`load_adapter` for an adapter that was read already."""
+        new = adapter_name not in self.peft_config
+        if new:
+            self.add_adapter(adapter_name, source.config, source.complete, autocast_adapter_dtype)
+        else:
+            require_same(self.peft_config[adapter_name], source.config, adapter_name, source.file)
+        try:
+            return self._load(source, adapter_name, autocast_adapter_dtype)
+        except BaseException:
+            if new:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    self.delete_adapter(adapter_name)
+            raise
+
+    def _load(self, source: AdapterSource, name: str, autocast: bool) -> Any:
         return set_peft_model_state_dict(
             self,
             source.tensors,
@@ -450,7 +461,7 @@ class PeftModel(StandIn):
         )
 
 
-class _Source:
+class AdapterSource:
     """An adapter's configuration and tensors, as read."""
 
     def __init__(self, file: Path, config: AdapterConfig, tensors: dict[str, Tensor], complete: bool) -> None:
@@ -472,7 +483,7 @@ class _Source:
         subfolder: str | None = None,
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
-    ) -> _Source:
+    ) -> AdapterSource:
         config = copy.copy(config or AdapterConfig.from_pretrained(model_id, subfolder=subfolder, **kwargs))
         config.inference_mode = not is_trainable
         file = locate(model_id, WEIGHTS_NAME, subfolder=subfolder, **kwargs)

@@ -70,10 +70,17 @@ def save_adapter(
     found = get_peft_model_state_dict(tuner, state_dict, name, save_embedding_layers=save_embedding_layers)
     tensors = {f"base_model.{key}": t for key, t in found.items()}
     config = written_config(tuner, name)
-    as_miss = method_of(config.peft_type).as_miss
+    as_miss = method_of(config.peft_type).twins.get("MISS")
     if bone_as_miss and as_miss:
         config, tensors = as_miss(config, tensors)
-    write_tensors(tensors, folder / WEIGHTS_NAME)
+    write_adapter(folder, config, tensors)
+
+
+def write_adapter(
+    folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one adapter in PEFT's format: its tensors (and `metadata` beside them), its configuration and a card."""
+    write_tensors(tensors, folder / WEIGHTS_NAME, metadata)
     config.save_pretrained(folder)
     write_card(folder / CARD_NAME, config, sum(parameter_count(t) for t in tensors.values()))
 

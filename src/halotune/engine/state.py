@@ -221,12 +221,13 @@ def _check_keys(
 ) -> None:
     extra = [k for k in tensors if k not in expected and k not in biases and k not in optional]
     missing = [k for k in expected if k not in tensors]
-    if extra and any(k.startswith(("lora_unet_", "lora_te", "lycoris_")) for k in extra):
+    if extra and any(k.startswith(("lora_unet_", "lora_transformer_", "lora_te", "lycoris_")) for k in extra):
         raise AdapterFileError(
             file,
             "the names are those of kohya and LyCORIS, not of PEFT.",
             key=extra[0],
-            remedy="Convert the file to PEFT's names first; nothing was loaded.",
+            remedy="Convert it (halotune convert FILE --to peft --base MODEL --output FOLDER), or load it with "
+            "halotune.load_lycoris(model, file). Nothing was loaded.",
         )
     if extra or missing:
         first = (extra or missing)[0]
@@ -339,6 +340,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not tensors:
         raise AdapterFileError(file, "holds no tensor.", remedy="Save the adapter again.")
     return tensors
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The strings stored beside the tensors of a safetensors file that `read_tensors` can read."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return {k: v for k, v in (opened.metadata() or {}).items() if k != "format"}
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -3,7 +3,7 @@
 from ...core.config import PeftType
 from ...core.registry import Method, register
 from .adapter import Bat, Bone, Miss, MissBat, create_bone, create_miss
-from .config import BoneConfig, MissConfig, as_miss
+from .config import BoneConfig, MissConfig, as_bone, as_miss
 from .from_peft import BONE_FROM_PEFT, MISS_FROM_PEFT
 from .measures import MEASURES
 
@@ -15,7 +15,7 @@ BONE = register(
         (Bone, Bat),
         create_bone,
         {"BONE": 1e-3, "BAT": 1e-3},
-        as_miss=as_miss,
+        twins={"MISS": as_miss},
         from_peft=BONE_FROM_PEFT,
         measures=MEASURES,
     )
@@ -28,6 +28,7 @@ MISS = register(
         (Miss, MissBat),
         create_miss,
         {"MISS": 1e-3},
+        twins={"BONE": as_bone},
         from_peft=MISS_FROM_PEFT,
         measures=MEASURES,
     )

@@ -71,6 +71,16 @@ class Bone(Additive):
         """The delta is linear in D, so blocks of one r add."""
         return _sum_of_blocks(adapters, weights) if how == "linear" else None
 
+    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rank r; of rank `mini_r` in the mini form, where that is less: `B = [I I …]ᵀ`, `A = tile(blockᵀ)`."""
+        block = self.get_parameter(self.block)
+        r, columns = block.shape
+        if columns >= r:
+            return self.thin(*self.exact())
+        block = block.to(exact_dtype(block.dtype))
+        B = ops.unfolding(columns, self.shape.out_features, block).mT
+        return B, block.mT.repeat(1, -(-self.shape.in_features // r))[:, : self.shape.in_features]
+
     def thin(self, *derived: Tensor) -> tuple[Tensor, Tensor]:
         (D,) = derived
         return D.mT, ops.unfolding(self.r, self.shape.in_features, D)

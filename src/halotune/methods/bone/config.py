@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ...core.config import AdapterConfig, PeftType
+from ...core.errors import HalotuneError
 
 
 @dataclass(kw_only=True)
@@ -86,3 +87,17 @@ def as_miss(config: BoneConfig, tensors: dict[str, Tensor]) -> tuple[MissConfig,
     if config.bias == "bone_only":
         entries["bias"] = "MiSS_only"
     return MissConfig(**entries), {key.replace("bone_block", "miss_block"): t for key, t in tensors.items()}
+
+
+def as_bone(config: MissConfig, tensors: dict[str, Tensor]) -> tuple[BoneConfig, dict[str, Tensor]]:
+    """The same adapter in the names of Bone, which peft up to 0.18 reads. Its dropout, which Bone lacks, is left out.
+
+    Raises:
+        HalotuneError: Bone has no mini form.
+    """
+    if config.init_weights == "mini":
+        raise HalotuneError('MiSS: init_weights="mini" has no form in Bone. Keep it as MiSS.')
+    entries = {f.name: getattr(config, f.name) for f in fields(BoneConfig) if f.name != "peft_type"}
+    if config.bias == "MiSS_only":
+        entries["bias"] = "bone_only"
+    return BoneConfig(**entries), {key.replace("miss_block", "bone_block"): t for key, t in tensors.items()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ...core.adapter import WeightSide, add_low_rank, weight_form
+from ...core.adapter import Adapter, WeightSide, add_low_rank, weight_form
 from ...core.config import AdapterConfig
 from ...core.fused import MATRIX, by_columns, dense_linear, thin_linear
 from ...core.operator import Operator, WeightShape
@@ -26,6 +26,8 @@ class LoHa(WeightSide):
     `hada_w1_a (r, out)`, `hada_w1_b (r, channels)` and a core `hada_t1 (r, r, k…)`, the same for 2; the core and `w_b`
     together are a flat half's B.
 
+    With `use_scalar` ΔW has one more factor, `hada_scalar ()`.
+
     Small ranks are applied as thin factors of rank r², large ones as `W + ΔW`, whichever costs less for the shapes at
     hand. Source: FedPara, arXiv 2108.06098.
     """
@@ -35,9 +37,9 @@ class LoHa(WeightSide):
     hada_w2_a: nn.Parameter
     hada_w2_b: nn.Parameter
 
-    def __init__(self, shape: WeightShape, r: int, scaling: float, tucker: bool = False) -> None:
+    def __init__(self, shape: WeightShape, r: int, scaling: float, tucker: bool = False, scalar: bool = False) -> None:
         super().__init__(shape)
-        self.r, self.scaling, self.tucker = r, scaling, tucker
+        self.r, self.scaling, self.tucker, self.scalar = r, scaling, tucker, scalar
         self.rank_dropout = self.module_dropout = 0.0
         self.rule = ops.HadamardRule(scaling)
         n_out, n_in = shape.out_features, shape.in_channels if tucker else shape.in_features
@@ -47,12 +49,14 @@ class LoHa(WeightSide):
             self.register_parameter(f"hada_w{i}_b", nn.Parameter(torch.empty(r, n_in)))
             if tucker:
                 self.register_parameter(f"hada_t{i}", nn.Parameter(torch.empty(r, r, *core)))
+        if scalar:
+            self.hada_scalar = nn.Parameter(torch.ones(()))
 
     @classmethod
     def create(cls, shape: WeightShape, config: AdapterConfig) -> Self:
         assert isinstance(config, LoHaConfig)
         tucker = config.use_effective_conv2d and math.prod(shape.kernel) > 1
-        adapter = cls(shape, config.r, config.alpha / config.r, tucker)
+        adapter = cls(shape, config.r, config.scaling, tucker, config.use_scalar)
         adapter.rank_dropout, adapter.module_dropout = config.rank_dropout, config.module_dropout
         adapter.reset(config.init_weights)
         return adapter
@@ -60,12 +64,13 @@ class LoHa(WeightSide):
     @torch.no_grad()
     def reset(self, identity: bool) -> None:
         for p in self.parameters():
-            nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+            if p.dim():
+                nn.init.kaiming_uniform_(p, a=math.sqrt(5))
         if identity:
-            nn.init.zeros_(self.hada_w2_b)
+            nn.init.zeros_(self.hada_scalar if self.scalar else self.hada_w2_b)
 
     def kin(self) -> Hashable:
-        return self.shape, self.tucker, self.scaling
+        return self.shape, self.tucker, self.scalar, self.scaling
 
     @property
     def is_small(self) -> bool:
@@ -84,7 +89,10 @@ class LoHa(WeightSide):
         """`A1 (…, out, r)`, `B1 (…, r, in)`, `A2`, `B2`, in fp32 or better."""
         dtype = exact_dtype(θ[0].dtype)
         n = len(θ) // 2
-        return (*self._half(*(t.to(dtype) for t in θ[:n])), *self._half(*(t.to(dtype) for t in θ[n:])))
+        A1, B1 = self._half(*(t.to(dtype) for t in θ[:n]))
+        if self.scalar:
+            A1 = A1 * θ[-1].to(dtype)[..., None, None]
+        return A1, B1, *self._half(*(t.to(dtype) for t in θ[n : 2 * n]))
 
     def _half(self, a: Tensor, b: Tensor, core: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return (a, b) if core is None else (a.mT, ops.tucker_rows(core, b, len(self.shape.kernel)))
@@ -103,7 +111,7 @@ class LoHa(WeightSide):
     def transform(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         return partial(ops.add_hadamard, s=self.scaling), self.halves(*self.parameters())
 
-    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
         return ops.khatri_rao(*self.halves(*self.parameters()), s=self.scaling)
 
     def reads_weight(self, op: Operator) -> bool:
@@ -145,3 +153,63 @@ class LoHa(WeightSide):
             return dense_linear(x, W, bias, self.rule, *derived)
 
         return call
+
+
+class DecomposedLoHa(LoHa):
+    """`W' = m ∘ V / ‖V‖`, `V = W + (alpha / r) (A1 B1) ∘ (A2 B2)`: the rows of V, or its input channels, take the length m.
+
+    One parameter more than LoHa has: `hada_dora_scale` m, `(out, 1 …)`, or `(1, channels, 1 …)` for lengths of channels, with
+    a dimension for each of the kernel's. It starts at the lengths of W. Gradients flow through `‖V‖` too.
+    """
+
+    hada_dora_scale: nn.Parameter
+
+    scale_free = ("hada_dora_scale",)  # W itself would decay with it
+    factors_exist = False
+    on_out = True
+
+    @classmethod
+    def create(cls, shape: WeightShape, config: AdapterConfig) -> Self:
+        assert isinstance(config, LoHaConfig)
+        adapter = super().create(shape, config)
+        adapter.on_out = config.wd_on_out
+        size = (shape.out_features, 1) if adapter.on_out else (1, shape.in_channels)
+        adapter.hada_dora_scale = nn.Parameter(torch.ones(*size, *(1 for _ in shape.kernel)))
+        return adapter
+
+    @torch.no_grad()
+    def start_from(self, op: Operator) -> None:
+        m = self.hada_dora_scale
+        W = op.weight().to(exact_dtype(m.dtype)).unflatten(1, (self.shape.in_channels, -1))
+        m.copy_(torch.linalg.vector_norm(W, dim=(1, 2) if self.on_out else (0, 2)).view_as(m))
+
+    def kin(self) -> Hashable:
+        return self.on_out, super().kin()
+
+    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
+        return *self.halves(*θ[:-1]), θ[-1].to(exact_dtype(θ[-1].dtype))
+
+    def _map(self) -> Callable[..., Tensor]:
+        return partial(ops.decomposed_hadamard, s=self.scaling, channels=self.shape.in_channels, on_out=self.on_out)
+
+    def transform(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+        return self._map(), self.derive(*self.parameters())
+
+    def factors(self, W: Tensor) -> None:
+        return None
+
+    def reads_weight(self, op: Operator) -> bool:
+        return True
+
+    def quick(self, plain: tuple[Tensor, Tensor | None] | None, dtype: torch.dtype) -> None:
+        return None
+
+    def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
+        x = x.to(compute_dtype(x))
+        first, *others = self.derived(x.dtype)
+        return weight_form(x, op, self._map(), (self._drop_rows(first), *others), scale)
+
+
+def create_loha(shape: WeightShape, config: AdapterConfig) -> Adapter:
+    assert isinstance(config, LoHaConfig)
+    return (DecomposedLoHa if config.weight_decompose else LoHa).create(shape, config)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.fused import Rule
-from ...core.precision import exact
+from ...core.precision import exact, exact_dtype
 from ...ops.dispatch import Op, triton_kernel
 
 
@@ -15,6 +15,22 @@ def add_hadamard(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: f
     with exact(W):
         A1, B1, A2, B2 = (t.to(W.dtype) for t in (A1, B1, A2, B2))
         return torch.addcmul(W, A1 @ B1, A2 @ B2, value=s)
+
+
+def decomposed_hadamard(
+    W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, m: Tensor, s: float, channels: int, on_out: bool
+) -> Tensor:
+    """`m ∘ V / (‖V‖ + ε)`, `V = W + s (A1 B1) ∘ (A2 B2)` `(out, in)`: every row of V, or every input channel, takes length m.
+
+    Args:
+        m: as many numbers as V has rows, or channels.
+        channels: of the input (of one group of it); a convolution's `in` is `channels · k…`.
+        on_out: the lengths are those of rows.
+    """
+    V = add_hadamard(W, A1, B1, A2, B2, s).unflatten(1, (channels, -1))
+    norm = torch.linalg.vector_norm(V, dim=(1, 2) if on_out else (0, 2), keepdim=True, dtype=exact_dtype(V.dtype))
+    factor = m.reshape(norm.shape) / (norm + torch.finfo(norm.dtype).eps)
+    return (V * factor.to(V.dtype)).flatten(1)
 
 
 def _pull(G: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

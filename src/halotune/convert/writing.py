@@ -1,0 +1,82 @@
+"""An adapter as a LyCORIS file's modules."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..core.config import AdapterConfig
+from ..core.errors import HalotuneError
+from ..core.lycoris import LycorisForm
+from ..core.registry import method_of, methods
+from .base import Base
+from .lycoris import PEFT_PREFIX, Adapter
+from .rows import stack
+
+
+def write(adapter: Adapter, prefix: str, base: Base | None = None, original: bool = False) -> dict[str, Tensor]:
+    """An adapter's tensors under LyCORIS' keys.
+
+    Args:
+        prefix: as in `PREFIXES`, or any other.
+        base: its shapes and original names.
+        original: use the names of the model's authors, and their stacked layers.
+
+    Raises:
+        HalotuneError: it holds what a LyCORIS file cannot.
+    """
+    config, method = adapter.config, method_of(adapter.config.peft_type)
+    if method.lycoris is None:
+        known = ", ".join(m.peft_type for m in methods() if m.lycoris)
+        raise HalotuneError(f"LyCORIS has no {method.peft_type} as it is here; its files hold {known}.")
+    form = method.lycoris
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in adapter.tensors.items():
+        found = re.fullmatch(rf"(?:{re.escape(PEFT_PREFIX)})?(.+)\.({method.prefix}.+)", key)
+        if found is None:
+            raise HalotuneError(f"{key}: LyCORIS files hold adapters alone, no biases and no modules trained whole.")
+        modules.setdefault(found[1].replace(".base_layer.", "."), {})[found[2]] = tensor
+    theirs: dict[str, dict[str, Tensor]] = {}
+    for path, own in modules.items():
+        try:
+            theirs[path] = form.write(config.at(path), own, base.shapes.get(path) if base else None)
+        except HalotuneError as e:
+            raise HalotuneError(f"{path}: {e}") from e
+    named = _joined(form, theirs, base) if original and base else theirs
+    out: dict[str, Tensor] = {}
+    for path, own in named.items():
+        for name, tensor in own.items():
+            key = f"{prefix}_{path.replace('.', '_')}.{name}"
+            if key in out:
+                raise HalotuneError(f"{key}: two modules get this name, which LyCORIS cannot tell apart.")
+            out[key] = tensor
+    return out
+
+
+def _joined(form: LycorisForm, modules: Mapping[str, dict[str, Tensor]], base: Base) -> dict[str, dict[str, Tensor]]:
+    """Modules under their original names; layers that are stacked there become one."""
+    out: dict[str, dict[str, Tensor]] = {}
+    left = dict(modules)
+    for name, parts in base.originals.items():
+        there = [p for p in parts if p.path in left]
+        if there:
+            out[name] = stack(form, name, parts, left)
+            for p in parts:
+                left.pop(p.path, None)
+    return {**out, **left}
+
+
+def metadata_for(config: AdapterConfig) -> dict[str, str]:
+    """What user interfaces show of a file: kohya's names for rank, scale and method."""
+    entries = config.to_dict()
+    alpha = entries.get("alpha", entries.get("lora_alpha", config.r))
+    algo = method_of(config.peft_type).peft_type.lower()
+    return {
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_dim": str(config.r),
+        "ss_network_alpha": str(alpha),
+        "ss_network_args": json.dumps({"algo": algo}),
+    }
