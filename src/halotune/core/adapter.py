@@ -140,6 +140,13 @@ class InputSide(Adapter):
     def rotate(self, x: Tensor, transpose: bool = False) -> Tensor:
         """`x Qᵀ` over the last dimension (`x Q` if `transpose`), in the dtype of `x`."""
 
+    @abstractmethod
+    def thin(self, W: Tensor, *derived: Tensor) -> tuple[Tensor, Tensor]:
+        """`B (out, k)`, `A (k, in)` with `W Q − W == B A`, from what was derived."""
+
+    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        return self.thin(W, *self.exact())
+
     def weight(self, W: Tensor) -> Tensor:
         with exact(W):
             return self.rotate(W, transpose=True)
@@ -150,9 +157,8 @@ class InputSide(Adapter):
         if quick is not None:
             return quick(x)
         if not op.shape.is_linear:  # patches of an image cannot be rotated before they are cut
-            factors = self.factors(op.weight().to(x.device))  # offloaded weights may be elsewhere
-            assert factors is not None
-            return add_low_rank(x, x, op, factors, scale)
+            W = op.weight().to(x.device)  # offloaded weights may be elsewhere
+            return add_low_rank(x, x, op, self.thin(W, *self.derived(x.dtype)), scale)
         rotated = self.rotate(x)
         return op(rotated if scale == 1.0 else torch.lerp(x, rotated, scale))
 
