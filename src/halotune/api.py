@@ -2,7 +2,8 @@
 
 from . import quant as _quant  # noqa: F401  (registers quantized layers)
 from .bridge import slow_down, speed_up
-from .convert import convert_adapter, load_lycoris, save_lycoris
+from .convert.files import convert_adapter
+from .convert.loading import load_lycoris, save_lycoris
 from .core.config import AdapterConfig, PeftType, TaskType
 from .core.config import AdapterConfig as PeftConfig
 from .core.errors import AdapterFileError, HalotuneError
