@@ -204,6 +204,7 @@ def test_gradient_checkpointing(config: Any, reentrant: bool) -> None:
     assert agree(gradients(ours), expected, 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own compiler does it
 @every
 def test_compiled_in_one_graph(config: Any) -> None:
     targets = {"target_modules": ["0", "1"]}

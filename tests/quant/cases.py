@@ -127,10 +127,13 @@ OPAQUE = Base("packed", PackedLinear, 0.2)
 BASES = [*READABLE, OPAQUE]
 
 VARIANTS = [
-    *(v for v in FLOAT_VARIANTS if not v.needs_kernel),
+    *(v for v in FLOAT_VARIANTS if not v.needs_kernel and "scalar" not in v.name),  # one number is lost in the noise
     Variant("loha-r16", LoHaConfig(r=16, alpha=4, target_modules=["layer"]), 256, dense=True),
 ]
-NEED_WEIGHT = {v.name for v in VARIANTS if v.name == "loha-r16" or "bat" in v.name}  # at this size, for these inputs
+WHOLE = ("bat", "dora")  # these have no form but a weight
+NEED_WEIGHT = {
+    v.name for v in VARIANTS if v.name == "loha-r16" or any(w in v.name for w in WHOLE)
+}  # at this size, for these inputs
 ONE_EACH = [v for v in VARIANTS if v.name in ("hra-r4", "loha-r5", "bone-r7", "bat-r3", "miss-mini-r7", "lora-r2")]
 
 
@@ -171,7 +174,7 @@ class Case:
 def grid(bases: Iterable[Base] = BASES, variants: Iterable[Variant] = VARIANTS) -> pytest.MarkDecorator:
     """Every method on every format; BAT on a layer that can only be called is refused, and not here."""
     cells = itertools.product(variants, bases)
-    cases = [Case(v, b) for v, b in cells if b is not OPAQUE or "bat" not in v.name]
+    cases = [Case(v, b) for v, b in cells if b is not OPAQUE or not any(w in v.name for w in WHOLE)]
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.id)
 
 
