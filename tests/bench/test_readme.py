@@ -1,0 +1,38 @@
+"""The README's table of costs is what the benchmark measured, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+NAMES = {
+    "HRA r8": "ours:hra-r8",
+    "HRA r32": "ours:hra-r32",
+    "LoHa r8": "ours:loha-r8",
+    "LoHa r32": "ours:loha-r32",
+    "Bone r64": "ours:bone-r64",
+    "BAT r64": "ours:bat-r64",
+    "LoRA r32": "ours:lora-r32",
+    "peft's LoRA r32": "peft:lora-r32",
+}
+
+
+def measured() -> dict[tuple[str, str, str], dict]:
+    """(targets, contender, measure) -> row."""
+    runs = json.loads((ROOT / "benchmarks" / "results" / "h100-step.json").read_text(encoding="utf-8"))["runs"]
+    return {(row["setting"]["targets"], row["contender"], row["measure"]): row for run in runs for row in run["rows"]}
+
+
+def test_every_figure_of_the_table():
+    rows = measured()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = {m[1].strip(): m[2] for m in re.finditer(r"^\| ([^|]+) \|(( [\d.]+ \|){6})$", text, re.M)}
+    assert found.keys() == NAMES.keys()
+    for name, cells in found.items():
+        expected = []
+        for targets in ("qv", "all-linear"):
+            kernels, step = (rows[targets, NAMES[name], m] for m in ("kernels", "step"))
+            expected += [kernels["ratios"]["frozen"]["median"], step["ratios"]["frozen"]["median"], step["peak_to_frozen"]]
+        assert cells.split(" | ") == f" {' | '.join(f'{e:.2f}' for e in expected)} |".split(" | "), name
