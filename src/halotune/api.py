@@ -33,6 +33,7 @@ from .engine.model import (
 from .engine.preparing import parameter_groups, prepare_model_for_kbit_training
 from .engine.state import get_peft_model_state_dict, set_peft_model_state_dict
 from .engine.tuner import AdapterModel, tuner_class
+from .integrations import peft as _peft  # noqa: F401  (lets other libraries know our types)
 from .methods.bone import BoneConfig, MissConfig
 from .methods.hra import HRAConfig
 from .methods.loha import LoHaConfig

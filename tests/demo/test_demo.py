@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -154,7 +155,9 @@ def test_sigint_ends_a_real_run(encoder: str) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert err == "" and "Interrupted" in out and "✓" in out
+    # transformers imports torchao and bitsandbytes where they are installed, and these log what they miss
+    said = [line for line in err.splitlines() if not re.match(r"Failed to load |W\d{4} .*torch/utils/_pytree", line)]
+    assert said == [] and "Interrupted" in out and "✓" in out
     assert set(metrics()) <= set(adapters()) and "hra" in metrics()
 
 

@@ -71,6 +71,19 @@ def test_trainer(opt: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(again), logits(model))
 
 
+def test_trainer_goes_on_where_it_stopped(llama: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("A mirror turns the world\nTwo mirrors turn the world\n" * 12)
+    options = {"model": str(llama), "penalty": 1e-2}
+    for epochs in (1, 3):
+        model, trainer = example("trainer")["main"](str(texts), output=str(tmp_path / "stopped"), epochs=epochs, **options)
+    log = trainer.state.log_history
+    assert trainer.state.global_step == 9 == sum("loss" in entry for entry in log) == sum("penalty" in e for e in log)
+    assert [entry["loss"] for entry in log if "loss" in entry][-1] < 0.9 * log[0]["loss"]
+    assert {p.name for p in (tmp_path / "stopped").glob("*.safetensors")} == {"adapter_model.safetensors"}
+    assert only_adapters_train(model) and trainer.state.best_model_checkpoint is not None
+
+
 def test_a_target_that_opt_lacks_is_named(opt: Path) -> None:
     """PEFT's page trains OPT with Llama's name of the output projection."""
     from transformers import AutoModelForCausalLM

@@ -23,6 +23,7 @@ def by_hand(W: Tensor, exact: Tensor, stored: Tensor) -> dict[str, float]:
     return {
         "delta": float(delta.norm() / W.norm()),
         "lost": float((stored - exact).norm() / delta.norm()),
+        "error": float((stored - exact).norm() / W.norm()),
         "changed": float((stored != W).double().mean()),
     }
 
@@ -57,14 +58,15 @@ def test_report_as_a_dict_and_as_a_table(plain: MLP):
     model.set_adapter(["a", "b"])
     report = model.merge_adapter()
     entries = json.loads(json.dumps(report.to_dict()))
-    assert entries["total"] == report.total().to_dict() and entries["total"].keys() == {"delta", "lost", "changed"}
+    assert entries["total"] == report.total().to_dict() and entries["total"].keys() == {"delta", "lost", "error", "changed"}
     assert entries["layers"] == {path: record.to_dict() for path, record in report.layers.items()}
 
     head, *rows, total = str(report).splitlines()
-    assert head.split() == ["layer", "|ΔW|/|W|", "lost", "changed"]
+    assert head.split() == ["layer", "|ΔW|/|W|", "lost", "error", "changed"]
     assert [row.split()[0] for row in rows] == list(layers(model))
     for row, record in zip([*rows, total], [*report.layers.values(), report.total()], strict=True):
-        _, delta, lost, changed = row.split()
+        _, delta, lost, error, changed = row.split()
+        assert float(error) == pytest.approx(record.error, rel=1e-2)
         assert float(delta) == pytest.approx(record.delta, rel=1e-2)
         assert float(lost.rstrip("%")) == pytest.approx(100 * record.lost, abs=1e-2)
         assert float(changed.rstrip("%")) == pytest.approx(100 * record.changed, abs=1e-2)
@@ -84,7 +86,7 @@ def test_each_merge_reports_its_own_step(plain: MLP):
         after_b = layers(model)[path].adapters["b"].weight(after_a)
         assert record.delta_norm == pytest.approx(float((after_b - after_a).norm()), rel=1e-9)
     nothing = model.merge_adapter(["a", "b"])
-    assert nothing.layers == {} and nothing.total().to_dict() == {"delta": 0, "lost": 0, "changed": 0}
+    assert nothing.layers == {} and nothing.total().to_dict() == {"delta": 0, "lost": 0, "error": 0, "changed": 0}
     assert str(MergeReport()).splitlines()[-1].startswith("total")
 
 

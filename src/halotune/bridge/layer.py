@@ -13,7 +13,7 @@ from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer
 from ..core.precision import compute_dtype
 from ..core.registry import Method, method_of, methods
-from ..engine.merging import check_finite, check_order, check_storage
+from ..engine.merging import check_order, check_storage
 from .classes import InFront
 
 _said: set[str] = set()
@@ -186,7 +186,7 @@ class FastLayer(InFront):
             return
         check_order(twin.path, twin, names)
         check_storage(twin.path, twin, as_float=None)
-        check_finite(twin.path, twin, names)
+        twin.check_finite(names, twin.path)
         if left := [n for n in twin.active_adapters if n not in (*names, *twin.merged_adapters)]:
             say_once(f"{left} stay active beside the merged adapters and are applied; peft drops them.")
         if twin.tied:

@@ -140,6 +140,13 @@ class InputSide(Adapter):
     def rotate(self, x: Tensor, transpose: bool = False) -> Tensor:
         """`x Qᵀ` over the last dimension (`x Q` if `transpose`), in the dtype of `x`."""
 
+    @abstractmethod
+    def thin(self, W: Tensor, *derived: Tensor) -> tuple[Tensor, Tensor]:
+        """`B (out, k)`, `A (k, in)` with `W Q − W == B A`, from what was derived."""
+
+    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        return self.thin(W, *self.exact())
+
     def weight(self, W: Tensor) -> Tensor:
         with exact(W):
             return self.rotate(W, transpose=True)
@@ -150,9 +157,8 @@ class InputSide(Adapter):
         if quick is not None:
             return quick(x)
         if not op.shape.is_linear:  # patches of an image cannot be rotated before they are cut
-            factors = self.factors(op.weight())
-            assert factors is not None
-            return add_low_rank(x, x, op, factors, scale)
+            W = op.weight().to(x.device)  # offloaded weights may be elsewhere
+            return add_low_rank(x, x, op, self.thin(W, *self.derived(x.dtype)), scale)
         rotated = self.rotate(x)
         return op(rotated if scale == 1.0 else torch.lerp(x, rotated, scale))
 
@@ -222,7 +228,8 @@ def weight_form(x: Tensor, op: Operator, f: Callable[..., Tensor], θ: tuple[Ten
     """`op` applied to `x` with `W + scale (f(W, *θ) − W)`: the dense form, with nothing of size `W` kept for backward."""
     dtype = compute_dtype(x)
     scaled = f if scale == 1.0 else _Scaled(f, scale)
-    x, W = x.to(dtype), op.weight().to(dtype)
+    x = x.to(dtype)
+    W = op.weight().to(x)  # the device too: it may be offloaded
     if torch.compiler.is_compiling() or op.hooked:  # the compiler decides itself what to keep; hooks see a plain call
         return op.with_weight(x, scaled(W, *θ))
     x = op.pad(x)
@@ -257,7 +264,7 @@ class _WeightForm(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, kept, *θ = ctx.saved_tensors
         need_x, need_W, _, _, *need_θ = ctx.needs_input_grad
-        W = ctx.op.weight().to(x.dtype) if kept is None else kept
+        W = ctx.op.weight().to(x) if kept is None else kept
         leaves = [t.detach().requires_grad_(need) for t, need in zip((W, *θ), (need_W, *need_θ), strict=True)]
         with torch.enable_grad():
             adapted = ctx.f(*leaves)

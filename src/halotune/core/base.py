@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import HalotuneError
-from .offload import Overlay, offload_hook
+from .offload import Overlay, is_offloaded, offload_hook
 from .operator import Operator, WeightShape, add_product
 
 
@@ -80,11 +80,13 @@ class Base(Operator):
 
     @torch.no_grad()
     def restore(self, snapshot: Any) -> None:
-        if isinstance(snapshot, Tensor):
-            self.parameter.copy_(snapshot)
+        """Put back what `snapshot` gave, also where the module was offloaded, or brought back, in between."""
+        hook = offload_hook(self.module) if self.parameter.is_meta else None
+        if hook is None:
+            self.parameter.copy_(snapshot if isinstance(snapshot, Tensor) else snapshot["weight"])
+        elif isinstance(snapshot, Tensor):
+            hook.weights_map = Overlay({"weight": snapshot.to("cpu")}, hook.weights_map)
         else:
-            hook = offload_hook(self.module)
-            assert hook is not None
             hook.weights_map = snapshot
 
     def tensor(self, name: str) -> Any:
@@ -105,7 +107,7 @@ class Base(Operator):
 
     @property
     def hooked(self) -> bool:
-        return not _bare(self.module) and offload_hook(self.module) is None
+        return not _bare(self.module) and not is_offloaded(self.module)
 
     def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
         if not self.hooked:
@@ -113,7 +115,7 @@ class Base(Operator):
         return torch.func.functional_call(self.module, {"weight": self.stored(W)}, (x,))
 
     def add_bias(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y + self._broadcast(self.bias.to(y.dtype))
+        return y if self.bias is None else y + self._broadcast(self.bias.to(y))
 
     def _broadcast(self, bias: Tensor) -> Tensor:
         return bias

@@ -17,6 +17,7 @@ from .errors import HalotuneError
 from .operator import Adapted, Operator
 from .precision import exact_dtype
 from .standin import StandIn
+from .tunerlayer import TunerLayer
 
 
 class Quick(NamedTuple):
@@ -103,7 +104,7 @@ class MergeRecord:
     @classmethod
     def measure(cls, before: Tensor, after: Tensor, stored: Tensor) -> MergeRecord:
         """`before` and `stored` in the base's dtype, `after` as computed."""
-        before, stored = before.to(after.dtype), stored.to(after.dtype)
+        before, stored = before.to(after), stored.to(after)
         return cls(
             float(before.norm()),
             float((after - before).norm()),
@@ -119,7 +120,7 @@ class MergeRecord:
         return cls(W, D, L, sum(r.weights for r in records), sum(r.changed_weights for r in records))
 
 
-class AdaptedLayer(StandIn):
+class AdaptedLayer(TunerLayer, StandIn):
     """`base_layer` with named adapters. The active ones compose as functions, in order: `W -> F2(F1(W))`.
 
     Where `merged_adapters` is not empty the stored weight holds those already, and a snapshot of the original is kept.
@@ -162,7 +163,8 @@ class AdaptedLayer(StandIn):
         if not self.enabled or self.rows is not None:
             return []
         adapters: Any = self._modules["adapters"]
-        return [n for n in self.active_adapters if n in adapters._modules and n not in self.merged_adapters]
+        waiting = [n for n in self.active_adapters if n in adapters._modules and n not in self.merged_adapters]
+        return [n for n in waiting if self.scales[n] != 0.0]
 
     def running(self) -> list[Adapter]:
         """The adapters that are active and not merged yet."""
@@ -207,6 +209,7 @@ class AdaptedLayer(StandIn):
             raise HalotuneError(f"adapter {name!r} is merged, so its scale is fixed. Call unmerge_adapter() first.")
         if name in self.scales:
             self.scales[name] = float(scale)
+            self.quick = None  # diffusers scales inside a forward pass
 
     def add(self, name: str, adapter: Adapter) -> None:
         self.adapters[name] = adapter
@@ -225,24 +228,48 @@ class AdaptedLayer(StandIn):
     def merged_weight(self, names: list[str]) -> Tensor:
         """The weight with these adapters applied in order, in fp32 or better; nothing is written."""
         W = self.base.weight().detach()
-        W = W.to(exact_dtype(W.dtype))
+        here = next((p.device for n in names for p in self.adapters[n].parameters()), W.device)  # W may be offloaded
+        W = W.to(here, exact_dtype(W.dtype))
         for name in names:
             adapted = self.adapters[name].weight(W)  # type: ignore[operator]
             W = adapted if self.scales[name] == 1.0 else torch.lerp(W, adapted, self.scales[name])
         return W
 
     @torch.no_grad()
+    def check_finite(self, names: list[str], path: str = "an adapted layer") -> None:
+        """Raises where merging these adapters would write values that are not finite."""
+        merged = self.merged_weight(names).to(self.base.dtype)
+        if not torch.isfinite(merged).all():
+            raise HalotuneError(
+                f"{path}: merging {', '.join(names)} gives {int((~torch.isfinite(merged)).sum())} values that are not finite "
+                f"in {self.base.dtype}. Nothing was merged. Check the adapter for NaN, or load the base in fp32."
+            )
+
+    @torch.no_grad()
     def merge(
-        self, names: list[str], *, keep: bool = True, untie: bool = False, as_float: torch.dtype | None = None
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        keep: bool = True,
+        untie: bool = False,
+        as_float: torch.dtype | None = None,
     ) -> MergeRecord:
-        """Write the adapters into the stored weight.
+        """Write adapters into the stored weight: those of this layer that are not merged yet.
 
         Args:
-            names: adapters of this layer that are not merged yet, in the order in which they apply.
+            adapter_names: in the order in which they apply; None is the active ones.
+            safe_merge: refuse values that are not finite.
             keep: hold a snapshot for `unmerge`.
             untie: write to a parameter of this layer's own; the tied one stays as it is.
             as_float: put a plain layer of this dtype in the place of a quantized one, instead of quantizing again.
         """
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = [n for n in wanted if n in self.adapters and n not in self.merged_adapters]
+        if not names:
+            return MergeRecord.total([])
+        if safe_merge:
+            self.check_finite(names)
         base = self.base
         untie = untie and not base.quantization  # writing gives a quantized layer a new parameter anyway
         before, after = base.weight().detach(), self.merged_weight(names)

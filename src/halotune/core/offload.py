@@ -1,4 +1,8 @@
-"""Weights that accelerate keeps on the CPU or on disk, with the module's own tensor on the meta device."""
+"""Weights that are away while their module does not run.
+
+accelerate keeps them on the CPU or on disk, with the module's own tensor on the meta device. diffusers' group offloading
+moves the module's own tensors, for the time of a call.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,36 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def _accelerate_hooks(module: nn.Module) -> list[Any]:
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
 def offload_hook(module: nn.Module) -> Any | None:
     """The hook that brings the module's weights to where it runs, or None."""
-    hook = getattr(module, "_hf_hook", None)
-    for h in getattr(hook, "hooks", [hook]):
+    for h in _accelerate_hooks(module):
         if getattr(h, "offload", False) and getattr(h, "weights_map", None) is not None:
             return h
     return None
+
+
+GROUP_OFFLOADING = "group_offloading"  # diffusers' name of its hook
+
+
+def group_hook(module: nn.Module) -> Any | None:
+    """The hook of diffusers' group offloading on this module itself, or None."""
+    registry = getattr(module, "_diffusers_hook", None)
+    return None if registry is None else registry.get_hook(GROUP_OFFLOADING)
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    return offload_hook(module) is not None or group_hook(module) is not None
+
+
+def moves_when_called(model: nn.Module) -> bool:
+    """Whether a model comes to its device in one piece, when its `forward` is called (accelerate's `CpuOffload`)."""
+    whole = any(type(h).__name__ == "CpuOffload" for h in _accelerate_hooks(model))  # by name: accelerate is optional
+    return whole or group_hook(model) is not None
 
 
 class Overlay(Mapping[str, Tensor]):

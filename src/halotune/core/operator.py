@@ -106,7 +106,7 @@ class Adapted(Operator):
         return self.adapter(x, self.inner, self.scale)
 
     def weight(self) -> Tensor:
-        W = self.inner.weight()
+        W = self.inner.weight().to(next(self.adapter.parameters()).device)  # offloaded weights may be elsewhere
         adapted = self.adapter.weight(W)
         return adapted if self.scale == 1.0 else torch.lerp(W, adapted, self.scale)
 

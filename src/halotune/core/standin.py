@@ -6,6 +6,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+# accelerate and diffusers hang these on a module that they hook; another module's hook is none of this one's.
+HOOKS = frozenset({"_hf_hook", "_old_forward", "_diffusers_hook"})
+
 
 class StandIn(nn.Module):
     """A module in the place of a submodule, `_stands_for`: attributes that it lacks are the submodule's."""
@@ -13,9 +16,10 @@ class StandIn(nn.Module):
     _stands_for: ClassVar[str]
 
     def __getattr__(self, name: str) -> Any:
+        own = nn.Module.__getattr__  # not super(): a subclass may have a second base, which looks further itself
         try:
-            return super().__getattr__(name)
+            return own(self, name)
         except AttributeError:
-            if name == self._stands_for or name.startswith("__"):
+            if name == self._stands_for or name in HOOKS or name.startswith("__"):
                 raise
-            return getattr(super().__getattr__(self._stands_for), name)
+            return getattr(own(self, self._stands_for), name)

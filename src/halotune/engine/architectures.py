@@ -101,7 +101,7 @@ _TRANSFORMERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 _DIFFUSERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         """
-        UNet2DModel UNet2DConditionModel UNet3DConditionModel UNetMotionModel UNetSpatioTemporalConditionModel
+        ControlNetModel UNet2DModel UNet2DConditionModel UNet3DConditionModel UNetMotionModel UNetSpatioTemporalConditionModel
         AudioLDM2UNet2DConditionModel I2VGenXLUNet Kandinsky3UNet StableCascadeUNet PriorTransformer
         Transformer2DModel DiTTransformer2DModel PixArtTransformer2DModel SD3Transformer2DModel
         FluxTransformer2DModel Flux2Transformer2DModel ChromaTransformer2DModel AuraFlowTransformer2DModel

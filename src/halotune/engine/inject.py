@@ -344,12 +344,28 @@ def eject(model: nn.Module, *, trained: bool) -> None:
     Args:
         trained: keep the active trained copies of `modules_to_save`; else the originals.
     """
-    inner: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in adapted_layers(model).values()}
-    for wrapper in whole_modules(model).values():
-        inner[wrapper] = wrapper.current if trained else wrapper.original_module
-    inner.update({m: m.base_layer for m in model.modules() if isinstance(m, AdaptedAttention)})
-    swap(model, inner)
+    swap(model, _bases(model, trained=trained))
     _leave_fused_paths(model, back=True)
+
+
+@contextmanager
+def taken_out(model: nn.Module) -> Iterator[None]:
+    """Inside, the model holds its own modules alone, with the weights that they have now: merged adapters stay in them."""
+    bases = _bases(model, trained=any(layer.merged for layer in adapted_layers(model).values()))
+    swap(model, bases)
+    try:
+        yield
+    finally:
+        swap(model, {base: wrapper for wrapper, base in bases.items()})
+
+
+def _bases(model: nn.Module, *, trained: bool) -> dict[nn.Module, nn.Module]:
+    """Each wrapper -> the module that it stands for."""
+    bases: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in adapted_layers(model).values()}
+    for wrapper in whole_modules(model).values():
+        bases[wrapper] = wrapper.current if trained else wrapper.original_module
+    bases.update({m: m.base_layer for m in model.modules() if isinstance(m, AdaptedAttention)})
+    return bases
 
 
 # -- which adapters are active, and what is trained
@@ -387,9 +403,7 @@ def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None
     for path, wrapper in wholes.items():
         wrapper.check(names, path)
     for layer in adapted_layers(model).values():
-        layer.active_adapters = [n for n in names if n in layer.adapters]
-        for n, adapter in layer.adapters.items():
-            adapter.requires_grad_(trainable and n in names)
+        layer.set_adapter(names, inference_mode=not trainable)
     for wrapper in wholes.values():
         wrapper.active_adapters = [n for n in names if n in wrapper.modules_to_save]
         for n, module in wrapper.modules_to_save.items():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..core.adapter import Adapter
 from ..core.layer import AdaptedLayer, Quick
+from ..core.offload import moves_when_called
 from .caching import WeightCache
 
 
@@ -89,6 +90,8 @@ class Lending:
 
     def before(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():  # a whole model in one graph: layers derive alone, and the compiler arranges it
+            return
+        if moves_when_called(model):  # that is after this hook: layers derive alone, where they run
             return
         if self.layers is None:
             self.layers = self.find(model)

@@ -73,7 +73,7 @@ def merge(
         check_storage(path, layer, as_float)
     if safe:
         for path, layer in layers.items():
-            check_finite(path, layer, _pending(layer, names))
+            layer.check_finite(_pending(layer, names), path)
     shared = {n for others in tied_parameters(model).values() for n in others}
     tied = {path for path in layers if f"{path}.base_layer.weight" in shared}
     report, done = MergeReport(), []
@@ -156,16 +156,6 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
         if type(p) is nn.Parameter and p.is_floating_point() and p.dtype.itemsize > 1 and id(p) not in ours:
             count[p.dtype] += p.numel()
     return max(count, key=count.__getitem__, default=torch.get_default_dtype())
-
-
-@torch.no_grad()
-def check_finite(path: str, layer: AdaptedLayer, names: list[str]) -> None:
-    merged = layer.merged_weight(names).to(layer.base.dtype)
-    if not torch.isfinite(merged).all():
-        raise HalotuneError(
-            f"{path}: merging {', '.join(names)} gives {int((~torch.isfinite(merged)).sum())} values that are not finite "
-            f"in {layer.base.dtype}. Nothing was merged. Check the adapter for NaN, or load the base in fp32."
-        )
 
 
 def _untie(model: nn.Module, path: str, keep: bool) -> None:

@@ -6,10 +6,11 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -21,8 +22,12 @@ from ..core.errors import AdapterFileError, HalotuneError
 from ..core.files import WEIGHTS_NAME, locate
 from ..core.registry import method_of
 from ..core.standin import StandIn
+from .card import CARD_NAME, mark_card
 from .hotswap import require_same
-from .inject import adapted_layers, per_sample
+from .hub import upload
+from .inject import adapted_layers, paths_in_state_dict, per_sample
+from .inplace import add_in_place
+from .introduction import introduce
 from .merging import MergeReport, Requantize
 from .saving import parameter_count, save_adapters
 from .state import read_tensors, set_peft_model_state_dict
@@ -47,9 +52,10 @@ class PeftModel(StandIn):
     _stands_for = "base_model"
 
     heads: ClassVar[tuple[str, ...]] = ()  # modules that the task trains whole
+    _hf_peft_config_loaded: ClassVar[bool] = True  # without it transformers' Trainer refuses a quantized base
 
     def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> Self:
-        return super().__new__(_with_signature_of(cls, type(model)))  # type: ignore[arg-type]
+        return super().__new__(_class_for(_public(cls), type(model), introduce()))  # type: ignore[arg-type]
 
     def __init__(
         self,
@@ -59,7 +65,7 @@ class PeftModel(StandIn):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not super(): a type of another library, taken on in `_class_for`, must not set anything up
         if isinstance(model, (PeftModel, AdapterModel)):
             raise HalotuneError(
                 f"the model is a {type(model).__name__} already. Use add_adapter for a second adapter, or unload() first."
@@ -107,6 +113,12 @@ class PeftModel(StandIn):
             return generate(*args, **kwargs)
         with per_sample(self, adapter_names, self._batch_size(args, kwargs)):
             return generate(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Trade time for memory; transformers' own arguments."""
+        base: Any = self.get_base_model()
+        base.gradient_checkpointing_enable(*args, **kwargs)
+        _let_checkpointing_reach(base)
 
     # -- the parts
 
@@ -162,15 +174,8 @@ class PeftModel(StandIn):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model is the base model. Merged adapters are taken out, and merged again afterwards."""
-        merged = self.base_model.merged_adapters
-        floats = any(layer.merged_into_floats for layer in adapted_layers(self).values())
-        self.base_model.disable_adapter_layers()
-        try:
+        with self.base_model.disable_adapter():
             yield
-        finally:
-            self.base_model.enable_adapter_layers()
-            if merged:
-                self.base_model.merge_adapter(merged, quantized="keep_float" if floats else "requantize")
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
@@ -314,6 +319,50 @@ class PeftModel(StandIn):
             to, folder, adapter_name=adapter_name, consumer=consumer, rank=rank, component=component, dtype=dtype
         )
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload adapter",
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the adapters and upload them in one commit.
+
+        Args:
+            repo_id: `user/repository`; it is made where it is missing.
+            commit_message: the commit's first line.
+            commit_description: the rest of it.
+            private: whether a new repository is private; None is the account's default.
+            token: of the hub; None is the one that is logged in.
+            revision: the branch.
+            create_pr: open a pull request instead of committing to the branch.
+            kwargs: for `save_pretrained`.
+
+        Returns:
+            huggingface_hub's `CommitInfo`.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            return upload(
+                Path(folder),
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                commit_description=commit_description,
+            )
+
+    def create_or_update_model_card(self, output_dir: str | PathLike[str]) -> None:
+        """Say in a folder's card that it holds adapters; trainers call this after they have written a card of their own."""
+        mark_card(Path(output_dir) / CARD_NAME, self.active_peft_config)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -407,7 +456,6 @@ class PeftModel(StandIn):
             source.tensors,
             name,
             source.ignore_mismatched_sizes,
-            source.complete,
             file=source.file,
             keep_dtype=not autocast,
         )
@@ -468,21 +516,21 @@ def _let_checkpointing_reach(model: nn.Module) -> None:
         model.enable_input_require_grads()  # type: ignore[operator]
 
 
-# -- one class per base class, for the signature of `forward`: trainers read it to tell which columns a model takes
+# -- one class per base class. Trainers read the signature of its `forward` to tell which columns a model takes, and test
+# for the type of another library
 
 
 @cache
-def _with_signature_of(cls: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
+def _class_for(cls: type[PeftModel], base: type[nn.Module], types: tuple[type, ...]) -> type[PeftModel]:
     def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
         return PeftModel.forward(self, *args, **kwargs)
 
-    try:
+    own: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_public": cls}
+    with suppress(TypeError, ValueError):  # a forward without a signature
         forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):  # a forward without one
-        return cls
-    forward.__doc__ = base.forward.__doc__
-    own = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "_public": cls}
-    return type(cls.__name__, (cls,), own)
+        forward.__doc__ = base.forward.__doc__
+        own["forward"] = forward
+    return type(cls.__name__, (cls, *types), own)
 
 
 def _public(cls: type[PeftModel]) -> type[PeftModel]:
@@ -490,7 +538,7 @@ def _public(cls: type[PeftModel]) -> type[PeftModel]:
 
 
 def _blank(cls: type[PeftModel], base: type[nn.Module]) -> PeftModel:
-    return object.__new__(_with_signature_of(cls, base))
+    return object.__new__(_class_for(cls, base, introduce()))
 
 
 # -- tasks
@@ -584,10 +632,9 @@ def inject_adapter_in_model(
     Args:
         state_dict: adapt the modules that its keys name, instead of `target_modules`; it is not loaded.
     """
-    tuner = tuner_class(str(method_of(peft_config.peft_type).peft_type))(
-        model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
-    )
-    model.peft_config = {**getattr(model, "peft_config", {}), **tuner.peft_config}  # type: ignore[assignment]
+    paths = None if state_dict is None else paths_in_state_dict(model, state_dict)
+    tuner = add_in_place(model, adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage, paths=paths)
+    tuner.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return model
 
 

@@ -1,16 +1,18 @@
-"""What cannot be adapted or trained of a model that accelerate offloads: refused before anything is changed."""
+"""Models that accelerate or diffusers offload: what cannot be adapted or trained of them, and where adapters stay."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..core.attention import AdaptedAttention
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..core.layer import AdaptedLayer
-from ..core.offload import offload_hook
+from ..core.offload import GROUP_OFFLOADING, group_hook, offload_hook
 
 
 def check_offloaded(
@@ -59,3 +61,50 @@ def _stored(module: nn.Module) -> nn.Module:
 
 def _holds(outer: str, inner: str) -> bool:
     return inner == outer or not outer or inner.startswith(f"{outer}.")
+
+
+class StayingAdapters:
+    """Lets adapters stay where they run, in a model that was offloaded layer by layer after they were put in.
+
+    They are small, and read outside their own calls: in a merge, into a file, by the adapter after them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.parts: list[nn.Module] | None = None
+        self.handle = model.register_forward_pre_hook(self.before)
+
+    def before(self, model: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.bring()
+
+    def bring(self) -> None:
+        """Take offloading off the adapters' parameters; at each call of the model, so it must cost nothing."""
+        if self.parts is None:
+            layers = [m for m in self.model.modules() if isinstance(m, AdaptedLayer)]
+            self.parts = [m for layer in layers for m in layer.adapters.modules() if m._parameters]
+        for part in self.parts:
+            if "forward" in part.__dict__:
+                _release(part)
+
+    def reset(self) -> None:
+        """Layers were put in or taken out."""
+        self.parts = None
+
+    def remove(self) -> None:
+        self.handle.remove()
+        self.reset()
+
+
+def _release(part: nn.Module) -> None:
+    if (hook := offload_hook(part)) is not None:
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(part)
+        part.to(hook.execution_device)
+    elif (hook := group_hook(part)) is not None:
+        hook.group.onload_()
+        if hook.group.stream is not None:
+            hook.group.stream.synchronize()
+        part._diffusers_hook.remove_hook(GROUP_OFFLOADING, recurse=False)  # type: ignore[union-attr, operator]
+    del part.forward  # both leave the class's own there

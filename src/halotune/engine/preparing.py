@@ -1,4 +1,4 @@
-"""Making a model ready to be trained with adapters."""
+"""What training with adapters needs of a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .inject import adapted_layers
 
@@ -49,6 +49,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         (kept if id(p) in free or p.dim() < 2 else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [g for g in groups if g["params"]]
+
+
+def penalty(model: nn.Module) -> Tensor | float:
+    """The sum of the active adapters' penalties, to be added to the loss once per optimizer step; 0.0 where none has one.
+
+    Args:
+        model: a `PeftModel`, or any module with adapters somewhere in it.
+    """
+    total: Tensor | float = 0.0
+    for layer in adapted_layers(model).values():
+        for name in layer.active_adapters:
+            term = layer.adapters[name].penalty()  # type: ignore[operator]
+            if term is not None:
+                total = total.to(term.device) + term if isinstance(total, Tensor) else term
+    return total
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -14,7 +14,7 @@ from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..core.files import WEIGHTS_NAME
 from ..core.registry import method_of
-from .card import write_card
+from .card import CARD_NAME, write_card
 from .state import get_peft_model_state_dict, write_tensors
 
 if TYPE_CHECKING:
@@ -50,13 +50,30 @@ def save_adapters(
     if not is_main_process:
         return
     for name in names:
-        found = get_peft_model_state_dict(tuner, state_dict, name, save_embedding_layers=save_embedding_layers)
-        tensors = {f"base_model.{key}": t for key, t in found.items()}
-        config = written_config(tuner, name)
-        as_miss = method_of(config.peft_type).twins.get("MISS")
-        if bone_as_miss and as_miss:
-            config, tensors = as_miss(config, tensors)
-        write_adapter(folder if name == "default" else folder / name, config, tensors)
+        here = folder if name == "default" else folder / name
+        save_adapter(
+            tuner, name, here, save_embedding_layers=save_embedding_layers, state_dict=state_dict, bone_as_miss=bone_as_miss
+        )
+
+
+def save_adapter(
+    tuner: AdapterModel,
+    name: str,
+    folder: Path,
+    *,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+    state_dict: Mapping[str, Tensor] | None = None,
+    bone_as_miss: bool = False,
+) -> None:
+    """Write one adapter into the folder itself."""
+    tuner.staying.bring()
+    found = get_peft_model_state_dict(tuner, state_dict, name, save_embedding_layers=save_embedding_layers)
+    tensors = {f"base_model.{key}": t for key, t in found.items()}
+    config = written_config(tuner, name)
+    as_miss = method_of(config.peft_type).twins.get("MISS")
+    if bone_as_miss and as_miss:
+        config, tensors = as_miss(config, tensors)
+    write_adapter(folder, config, tensors)
 
 
 def write_adapter(
@@ -65,7 +82,7 @@ def write_adapter(
     """Write one adapter in PEFT's format: its tensors (and `metadata` beside them), its configuration and a card."""
     write_tensors(tensors, folder / WEIGHTS_NAME, metadata)
     config.save_pretrained(folder)
-    write_card(folder / "README.md", config, sum(parameter_count(t) for t in tensors.values()))
+    write_card(folder / CARD_NAME, config, sum(parameter_count(t) for t in tensors.values()))
 
 
 def written_config(tuner: AdapterModel, name: str) -> AdapterConfig:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,8 +31,11 @@ from .inject import (
     train_biases,
     whole_modules,
 )
+from .introduction import introduce
 from .lending import Lending
 from .merging import MergeReport, Requantize, merge, unmerge
+from .offloading import StayingAdapters
+from .preparing import penalty
 from .saving import save_adapters
 
 if TYPE_CHECKING:
@@ -66,11 +70,13 @@ class AdapterModel(StandIn):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         super().__init__()
+        introduce()
         self.model = model
         self.peft_config: dict[str, AdapterConfig] = {}
         self.active_adapters: list[str] = []
         self.merge_report: MergeReport | None = None
         self._merge_order: list[str] = []
+        self.staying = StayingAdapters(model)
         self.lending = Lending(model)
         configs = {adapter_name: peft_config} if isinstance(peft_config, AdapterConfig) else dict(peft_config)
         paths = None if state_dict is None else paths_in_state_dict(model, state_dict)
@@ -89,7 +95,7 @@ class AdapterModel(StandIn):
                 remove(model, name)
             for p, flag in flags:
                 p.requires_grad_(flag)
-            self.lending.remove()
+            self._remove_hooks()
             raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +139,7 @@ class AdapterModel(StandIn):
             autocast_adapter_dtype=autocast_adapter_dtype,
             paths=paths,
         )
-        self.lending.reset()
+        self._changed()
         if not self.peft_config:
             freeze(self.model)
         self.peft_config[adapter_name] = config = copy.copy(config)
@@ -161,13 +167,18 @@ class AdapterModel(StandIn):
         if adapter_name in self.merged_adapters:
             self.unmerge_adapter()
         remove(self.model, adapter_name)
-        self.lending.reset()
+        self._changed()
         del self.peft_config[adapter_name]
         self.active_adapters = [n for n in self.active_adapters if n != adapter_name]
         if not self.active_adapters and self.peft_config:
             first = next(iter(self.peft_config))
             warn(f"the active adapter {adapter_name!r} was deleted; {first!r} is active now.")
-            self.set_adapter(first)
+            self.set_adapter(first, inference_mode=self.peft_config[first].inference_mode)
+
+    def _changed(self) -> None:
+        """Adapters were put in or taken out."""
+        self.staying.reset()
+        self.lending.reset()
 
     def _check_known(self, names: list[str]) -> None:
         unknown = [n for n in names if n not in self.peft_config]
@@ -226,12 +237,7 @@ class AdapterModel(StandIn):
 
     def penalty(self) -> Tensor | float:
         """The sum of the active adapters' penalties, for the loss; 0.0 where none has one."""
-        total: Tensor | float = 0.0
-        for layer in adapted_layers(self.model).values():
-            for name in layer.active_adapters:
-                term = layer.adapters[name].penalty()  # type: ignore[operator]
-                total = total if term is None else total + term
-        return total
+        return penalty(self.model)
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Write the adapters in PEFT's format; the arguments of `PeftModel.save_pretrained`."""
@@ -243,13 +249,26 @@ class AdapterModel(StandIn):
 
         return export_adapters(self, to, folder, **kwargs)
 
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model is the base model. Merged adapters are taken out, and merged again afterwards."""
+        merged = self.merged_adapters
+        floats = any(layer.merged_into_floats for layer in adapted_layers(self.model).values())
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.enable_adapter_layers()
+            if merged:
+                self.merge_adapter(merged, quantized="keep_float" if floats else "requantize")
+
     # -- merging
 
     @property
     def merged_adapters(self) -> list[str]:
         """Their names, in the order in which they were merged."""
         merged = {n for layer in adapted_layers(self.model).values() for n in layer.merged_adapters}
-        return [n for n in self._merge_order if n in merged]
+        return [n for n in dict.fromkeys([*self._merge_order, *sorted(merged)]) if n in merged]
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = True, quantized: Requantize = "requantize"
@@ -263,6 +282,7 @@ class AdapterModel(StandIn):
         names = self.active_adapters if adapter_names is None else adapter_names
         self._check_known(names)
         before = self.merged_adapters
+        self.staying.bring()
         self.merge_report = merge(self.model, names, safe=safe_merge, quantized=quantized)
         self._merge_order = list(dict.fromkeys([*before, *names]))
         return self.merge_report
@@ -287,6 +307,7 @@ class AdapterModel(StandIn):
         already = [n for n in self.merged_adapters if n not in names]
         if already:
             raise HalotuneError(f"{already} are merged already but not among {names}. Call unmerge_adapter() first.")
+        self.staying.bring()
         self.merge_report = merge(self.model, names, keep=False, safe=safe_merge, progressbar=progressbar, quantized=quantized)
         for wrapper in whole_modules(self.model).values():
             wrapper.active_adapters, wrapper.enabled = [n for n in names if n in wrapper.modules_to_save], True
@@ -299,9 +320,13 @@ class AdapterModel(StandIn):
 
     def _release(self, *, trained: bool) -> nn.Module:
         eject(self.model, trained=trained)
-        self.lending.remove()
+        self._remove_hooks()
         self.peft_config, self.active_adapters = {}, []
         return self.model
+
+    def _remove_hooks(self) -> None:
+        self.staying.remove()
+        self.lending.remove()
 
 
 @lru_cache

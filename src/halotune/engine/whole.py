@@ -9,6 +9,7 @@ from torch import nn
 
 from ..core.errors import HalotuneError
 from ..core.layer import Rows
+from ..core.standin import HOOKS
 
 
 class WholeModule(nn.Module):
@@ -61,6 +62,6 @@ class WholeModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original_module", "modules_to_save") or name.startswith("__"):
+            if name in ("original_module", "modules_to_save") or name in HOOKS or name.startswith("__"):
                 raise
             return getattr(self.current, name)

@@ -86,8 +86,8 @@ class HRA(InputSide):
     def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: ops.reflected_linear(x, W, bias, *derived)
 
-    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        Û, N = self.exact()
+    def thin(self, W: Tensor, *derived: Tensor) -> tuple[Tensor, Tensor]:
+        Û, N = derived
         return W @ N.mT.to(W.dtype), Û.mT
 
     @property

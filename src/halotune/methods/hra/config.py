@@ -20,8 +20,8 @@ class HRAConfig(AdapterConfig):
         init_weights: True starts as the identity (even r; independent orthonormal vectors under Gram–Schmidt), False
             at random.
         bias: which biases are trained: `"none"`, `"all"`, or `"hra_only"`, those of the adapted layers.
-        orthogonality_weight: λ of the penalty `λ Σ_layers ‖I − ÛᵀÛ‖²`, which `model.penalty()` returns. The paper tries
-            1e-5 to 1e-3.
+        orthogonality_weight: λ of the penalty `λ Σ_layers ‖I − ÛᵀÛ‖²`, which `model.penalty()` returns for your loss, and
+            `halotune.integrations.transformers.AdapterTrainer` adds to its own. The paper tries 1e-5 to 1e-3.
         orthogonality_norm: `"squared"`, as in the paper, or `"unsquared"`, as in its authors' code.
     """
 

@@ -1,0 +1,1 @@
+"""halotune inside other libraries: one module for each."""
