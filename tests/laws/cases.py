@@ -206,6 +206,11 @@ def trained_parameters(module: nn.Module) -> list[Tensor]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
+def arrays(*tensors: Tensor) -> list[Tensor]:
+    """Without lone numbers, whose gradient is one sum that may cancel to next to nothing: no measure of rounding."""
+    return [t for t in tensors if t.dim()]
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     """`‖a − b‖ / ‖b‖`, in float64."""
     a, b = a.detach().double(), b.detach().double()

@@ -17,6 +17,7 @@ from .cases import (
     Case,
     Model,
     Variant,
+    arrays,
     grid,
     make_adapter,
     matrix,
@@ -278,11 +279,6 @@ def test_the_definition_ignores_autocast(case: Case):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype == W.dtype
         assert torch.equal(a, b)
-
-
-def arrays(*tensors):
-    """Without lone numbers, whose gradient is one sum that may cancel to next to nothing: no measure of rounding."""
-    return [t for t in tensors if t.dim()]
 
 
 @pairs(torch.float32, some_bases("linear", "conv2d-strided"))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from halotune import HalotuneError
 from halotune.core.layer import AdaptedLayer
 
-from ..laws.cases import make_adapter, relative, trained_parameters
+from ..laws.cases import arrays, make_adapter, relative, trained_parameters
 from .cases import NEED_WEIGHT, ONE_EACH, OPAQUE, READABLE, VARIANTS, Case, grid, matrix, same, some, stored_tensors
 
 
@@ -29,7 +29,7 @@ def definition(layer: AdaptedLayer, x: torch.Tensor, names: list[str]) -> torch.
 
 
 def assert_gradients_agree(y, expected, inputs, limit):
-    probe = torch.randn_like(expected)
+    probe, inputs = torch.randn_like(expected), arrays(*inputs)
     ours = torch.autograd.grad(y, inputs, probe.to(y.dtype))
     for a, b in zip(ours, torch.autograd.grad(expected, inputs, probe), strict=True):
         assert relative(a, b) < limit
