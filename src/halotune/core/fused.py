@@ -101,6 +101,10 @@ class Rule(ABC):
         """`W' (out, in)`, in the dtype of W."""
 
     @abstractmethod
+    def rebuild(self, W: Tensor, *θ: Tensor) -> Tensor:
+        """`build` once more, in backward, by calls that say so (`Op.again`)."""
+
+    @abstractmethod
     def pull(self, G: Tensor, W: Tensor, *θ: Tensor) -> tuple[Tensor, ...]:
         """The gradients of θ from `G = dL/dW'`, which may be overwritten."""
 
@@ -118,7 +122,7 @@ class _DenseLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, W, *θ = ctx.saved_tensors
         dy = grad_outputs[0].reshape(-1, W.shape[0])
-        dx = torch.mm(dy, ctx.rule.build(W, *θ)).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        dx = torch.mm(dy, ctx.rule.rebuild(W, *θ)).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, *ctx.rule.pull(torch.mm(dy.t(), x), W, *θ)
 
 

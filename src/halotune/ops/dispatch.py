@@ -52,19 +52,26 @@ class Op:
     kernels: list[Kernel] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        schema = torch.library.infer_schema(self.reference, mutates_args=())
+        self.may_be_inplace = "inplace" in schema
+        self.node, self.node_again = (self._register(name, schema) for name in (self.name, f"{self.name}_again"))
+
+    def _register(self, name: str, schema: str) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             result = self.chosen(*args)(*args)
             return tuple(t.clone() for t in result) if isinstance(result, tuple) else result  # results may not share memory
 
-        schema = torch.library.infer_schema(self.reference, mutates_args=())
-        torch.library.custom_op(f"halotune::{self.name}", run, mutates_args=(), schema=schema).register_fake(self.like)
-        self.node = getattr(torch.ops.halotune, self.name)
-        self.may_be_inplace = "inplace" in schema
+        torch.library.custom_op(f"halotune::{name}", run, mutates_args=(), schema=schema).register_fake(self.like)
+        return getattr(torch.ops.halotune, name)
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.node(*args[:-1], False) if self.may_be_inplace else self.node(*args)
         return self.chosen(*args)(*args)
+
+    def again(self, *args: Any) -> Any:
+        """A call that repeats an earlier one: the compiler, which sees both, must not keep the first result for it."""
+        return self.node_again(*args) if torch.compiler.is_compiling() else self(*args)
 
     def chosen(self, *args: Any) -> Callable[..., Any]:
         """The implementation that a call with these arguments runs."""

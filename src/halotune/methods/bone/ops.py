@@ -111,6 +111,9 @@ class BatRule(Rule):
     def build(self, W: Tensor, *θ: Tensor) -> Tensor:
         return build_bat(W, θ[0])
 
+    def rebuild(self, W: Tensor, *θ: Tensor) -> Tensor:
+        return build_bat.again(W, θ[0])
+
     def pull(self, G: Tensor, W: Tensor, *θ: Tensor) -> tuple[Tensor, ...]:
         n, r, _ = θ[0].shape
         dB = torch.bmm(W.reshape(n, -1, r).mT, G.view(n, -1, r))

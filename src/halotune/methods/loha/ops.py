@@ -80,6 +80,9 @@ class HadamardRule(Rule):
     def build(self, W: Tensor, *θ: Tensor) -> Tensor:
         return build(W, *θ, self.s)
 
+    def rebuild(self, W: Tensor, *θ: Tensor) -> Tensor:
+        return build.again(W, *θ, self.s)
+
     def pull(self, G: Tensor, W: Tensor, *θ: Tensor) -> tuple[Tensor, ...]:
         return pull(G, *θ, self.s)
 
