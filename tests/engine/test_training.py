@@ -185,6 +185,31 @@ def test_a_step_is_seen_by_the_next_pass(name):
 
 
 @every
+def test_an_optimizer_in_eight_bits(name):
+    """bitsandbytes writes to parameters without a trace in their version counter."""
+    optim = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").optim
+    model = model_of(name).float()
+    optimizer = optim.AdamW8bit(trained(model), lr=1e-2, min_8bit_size=1)
+    x = batch(1).float()
+    losses = []
+    for _ in range(5):
+        with torch.no_grad():
+            before = model(x)  # what is derived here is kept, as in evaluation
+        loss = loss_of(model(x))
+        loss.backward()
+        versions = [p._version for p in trained(model)]
+        optimizer.step()
+        assert versions == [p._version for p in trained(model)]
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        with torch.no_grad():
+            after = model(x)
+        assert not torch.equal(after, before)
+        torch.testing.assert_close(after, copy.deepcopy(model)(x), rtol=1e-5, atol=1e-6)
+    assert losses[-1] < losses[0]
+
+
+@every
 def test_clipping_sees_the_whole_gradient(name):
     model = model_of(name)
     one_batch(model)

@@ -148,6 +148,6 @@ def test_grad_scaler_in_fp16(name):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert all(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
