@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..core.errors import AdapterFileError, HalotuneError, warn
-from ..engine.model import AdapterSource, PeftModel
+from ..engine.model import PeftModel
+from ..engine.source import AdapterSource
 from ..engine.state import config_of, get_peft_model_state_dict, read_metadata, read_tensors, write_tensors
 from ..engine.tuner import AdapterModel
 from .base import Base

@@ -15,7 +15,7 @@ from ..core.errors import HalotuneError
 from ..core.layer import AdaptedLayer
 from ..core.precision import exact_dtype
 from ..core.registry import method_of
-from .inject import adapted_layers, visible_modules
+from .inject import adapted_layers, public_path, visible_modules
 from .targets import shortest_suffixes
 
 How = Literal["linear", "cat", "lora"]
@@ -48,7 +48,7 @@ def combine(
         config = configs[names[0]].combined(r)
     first = configs[names[0]]
     config.task_type, config.base_model_name_or_path = first.task_type, first.base_model_name_or_path
-    visible = {p: p.replace(".base_layer.", ".") for p in layers}  # attention's output projection lies in its base
+    visible = {p: public_path(p) for p in layers}
     config.rank_pattern = {f"^{re.escape(visible[p])}": a.rank for p, a in combined.items() if a.rank != r}
     for p, adapter in combined.items():
         _check_described(config, visible[p], layers[p], adapter)

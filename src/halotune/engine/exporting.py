@@ -21,7 +21,7 @@ from ..export.header import METADATA_KEY, Header
 from ..export.lora import ExportReport, as_lora
 from ..export.rules import RULES, check
 from .card import write_card
-from .inject import visible_modules
+from .inject import public_path, visible_modules
 from .saving import parameter_count, written_config
 from .state import get_peft_model_state_dict, vocabulary_differs, write_tensors
 from .targets import shortest_suffixes
@@ -81,7 +81,7 @@ def _exportable(tuner: AdapterModel, names: Sequence[str], consumer: Consumer) -
     for path, layer in layers.items():
         reason = consumer.refusal(path, layer, shared=sum(layer is other for other in layers.values()) > 1)
         if reason:
-            refused.setdefault(reason, []).append(_visible(path))
+            refused.setdefault(reason, []).append(public_path(path))
     if refused:
         shown = "; ".join(f"it {reason}: {', '.join(paths)}" for reason, paths in refused.items())
         raise HalotuneError(
@@ -94,11 +94,6 @@ def _exportable(tuner: AdapterModel, names: Sequence[str], consumer: Consumer) -
 def _every_name(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     """Adapted layers under all their names, as a state dict has them: one that two modules share comes twice."""
     return [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, AdaptedLayer)]
-
-
-def _visible(path: str) -> str:
-    """The path before anything was wrapped: attention's output projection lies in its base."""
-    return path.replace(".base_layer.", ".")
 
 
 def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], consumer: Consumer) -> dict[str, Tensor]:
@@ -128,7 +123,7 @@ def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], consumer: Co
 
 def _lora_config(tuner: AdapterModel, names: Sequence[str], layers: Mapping[str, AdaptedLayer], rank: int) -> AdapterConfig:
     like = written_config(tuner, names[0])
-    targets = shortest_suffixes([_visible(path) for path in layers], [n for n, _ in visible_modules(tuner.model)])
+    targets = shortest_suffixes([public_path(path) for path in layers], [n for n, _ in visible_modules(tuner.model)])
     whole = sorted({m for n in names for m in tuner.peft_config[n].modules_to_save or []})
     return method_of("LORA").config.from_dict(
         {

@@ -27,6 +27,11 @@ from .whole import WholeModule
 _HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "qa_outputs"})
 
 
+def public_path(path: str) -> str:
+    """A layer's path as configurations and reports name it: attention's output projection lies in its base layer."""
+    return path.replace(".base_layer.", ".")
+
+
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Every adapted layer, by its path in `model`."""
     return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLayer)}

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..core.config import AdapterConfig, TaskType
-from ..core.errors import AdapterFileError, HalotuneError
-from ..core.files import WEIGHTS_NAME, locate
+from ..core.errors import HalotuneError
 from ..core.registry import method_of
 from ..core.standin import StandIn
 from .card import CARD_NAME, mark_card
@@ -30,7 +29,8 @@ from .inplace import add_in_place
 from .introduction import introduce
 from .merging import MergeReport, Requantize
 from .saving import parameter_count, save_adapters
-from .state import read_tensors, set_peft_model_state_dict
+from .source import AdapterSource
+from .state import set_peft_model_state_dict
 from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .tuner import AdapterModel, tuner_class
 
@@ -459,52 +459,6 @@ class PeftModel(StandIn):
             file=source.file,
             keep_dtype=not autocast,
         )
-
-
-class AdapterSource:
-    """An adapter's configuration and tensors, as read."""
-
-    def __init__(self, file: Path, config: AdapterConfig, tensors: dict[str, Tensor], complete: bool) -> None:
-        self.file, self.config, self.tensors = file, config, tensors
-        self.complete = complete  # every parameter comes from the file, so none needs to be initialised
-
-    @property
-    def ignore_mismatched_sizes(self) -> bool:
-        return not self.complete
-
-    @classmethod
-    def read(
-        cls,
-        model_id: str | PathLike[str],
-        config: AdapterConfig | None,
-        is_trainable: bool,
-        key_mapping: Mapping[str, str] | None,
-        *,
-        subfolder: str | None = None,
-        ignore_mismatched_sizes: bool = False,
-        **kwargs: Any,
-    ) -> AdapterSource:
-        config = copy.copy(config or AdapterConfig.from_pretrained(model_id, subfolder=subfolder, **kwargs))
-        config.inference_mode = not is_trainable
-        file = locate(model_id, WEIGHTS_NAME, subfolder=subfolder, **kwargs)
-        tensors = _renamed(read_tensors(file), key_mapping, file)
-        return cls(file, config, tensors, complete=not ignore_mismatched_sizes)
-
-
-def _renamed(tensors: dict[str, Tensor], mapping: Mapping[str, str] | None, file: Path) -> dict[str, Tensor]:
-    import re
-
-    out: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        new = key
-        for pattern, replacement in (mapping or {}).items():
-            new, n = re.subn(pattern, replacement, new)
-            if n:
-                break
-        if new in out:
-            raise AdapterFileError(file, f"key_mapping gives {new} twice.", key=key, remedy="Make the mapping one to one.")
-        out[new] = tensor
-    return out
 
 
 def _let_checkpointing_reach(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ from .inject import (
     freeze,
     inject,
     paths_in_state_dict,
+    public_path,
     remove,
     train_biases,
     whole_modules,
@@ -223,7 +224,7 @@ class AdapterModel(StandIn):
         config, combined = combine(self.model, self.peft_config, adapters, weights, combination_type)
         self.add_adapter(adapter_name, config, low_cpu_mem_usage=True, paths=list(combined))
         for path, layer in adapted_layers(self.model).items():
-            path = path.replace(".base_layer.", ".")
+            path = public_path(path)
             if path in combined:
                 like = next(layer.adapters[n] for n in adapters if n in layer.adapters)
                 p = next(like.parameters())
