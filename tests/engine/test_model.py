@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import types
+import warnings
 
 import pytest
 import torch
@@ -207,6 +208,28 @@ def test_penalty_is_the_sum_over_layers() -> None:
     assert model.penalty().item() == pytest.approx(expected.item(), rel=1e-5)
     model.penalty().backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def test_a_penalty_that_nobody_adds_is_missed() -> None:
+    config = HRAConfig(r=4, target_modules="all-linear", orthogonality_weight=1e-3)
+
+    def train(model: PeftModel, passes: int, *, add: bool = False) -> list[str]:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(passes):
+                loss = model(torch.randn(2, 8)).sum()
+                (loss + model.penalty() if add else loss).backward()
+        return [str(w.message) for w in said if "penalty" in str(w.message)]
+
+    def wrapped(config: HRAConfig) -> PeftModel:
+        return get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+
+    said = train(wrapped(config).train(), 100)
+    assert len(said) == 1 and "model.penalty()" in said[0] and "AdapterTrainer" in said[0]
+    assert not train(wrapped(config).train(), 100, add=True)
+    assert not train(wrapped(config).train(), 20)  # several passes may make a step
+    assert not train(wrapped(config).eval(), 100)
+    assert not train(wrapped(HRAConfig(r=4, target_modules="all-linear")).train(), 100)
 
 
 def test_parameter_groups_decay_what_has_a_scale() -> None:

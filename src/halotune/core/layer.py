@@ -128,6 +128,8 @@ class AdaptedLayer(TunerLayer, StandIn):
 
     _stands_for = "base_layer"
 
+    penalty_taken = False  # whether somebody has asked for its adapters' penalty
+
     def __init__(self, base_layer: nn.Module, name: str = "") -> None:
         super().__init__()
         self._kind = type(base_for(base_layer, name))

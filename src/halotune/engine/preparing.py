@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import warn
 from .inject import adapted_layers
 
 
@@ -62,8 +63,22 @@ def penalty(model: nn.Module) -> Tensor | float:
         for name in layer.active_adapters:
             term = layer.adapters[name].penalty()  # type: ignore[operator]
             if term is not None:
+                layer.penalty_taken = True
                 total = total.to(term.device) + term if isinstance(total, Tensor) else term
     return total
+
+
+def mind_penalty(model: nn.Module) -> None:
+    """Warn where active adapters have a penalty that nobody has asked for: in training it would be left out in silence."""
+    for layer in adapted_layers(model).values():
+        adapters = [layer.adapters[name] for name in layer.active_adapters]
+        if not layer.penalty_taken and any(a.penalty() is not None for a in adapters):  # type: ignore[operator]
+            warn(
+                "the configuration asks for a penalty (orthogonality_weight), but nothing has added it to the loss so far. Add "
+                "model.penalty() once per optimizer step, or train with halotune.integrations.transformers.AdapterTrainer "
+                "(AdapterTrainerMixin for other trainers), which does."
+            )
+            return
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
@@ -36,11 +37,14 @@ from .introduction import introduce
 from .lending import Lending
 from .merging import MergeReport, Requantize, merge, unmerge
 from .offloading import StayingAdapters
-from .preparing import penalty
+from .preparing import mind_penalty, penalty
 from .saving import save_adapters
 
 if TYPE_CHECKING:
     from ..export.lora import ExportReport
+
+
+PATIENCE = 32  # training passes, of which several may make one optimizer step, before a penalty is missed
 
 
 class AdapterModel(StandIn):
@@ -77,6 +81,7 @@ class AdapterModel(StandIn):
         self.active_adapters: list[str] = []
         self.merge_report: MergeReport | None = None
         self._merge_order: list[str] = []
+        self._training_passes = 0
         self.staying = StayingAdapters(model)
         self.lending = Lending(model)
         configs = {adapter_name: peft_config} if isinstance(peft_config, AdapterConfig) else dict(peft_config)
@@ -100,6 +105,10 @@ class AdapterModel(StandIn):
             raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._training_passes += 1
+            if self._training_passes == PATIENCE:
+                mind_penalty(self.model)
         return self.model(*args, **kwargs)
 
     def cache_weights(self, gib: float) -> None:
