@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import HalotuneError
 from .offload import Overlay, is_offloaded, offload_hook
-from .operator import Operator, WeightShape, add_product
+from .operator import Operator, WeightShape, plus_thin
 
 
 class Base(Operator):
@@ -71,7 +71,10 @@ class Base(Operator):
 
     def as_float(self, W: Tensor, dtype: torch.dtype) -> nn.Module:
         """The plain layer with the weight `W (out, in)`, in place of a quantized one."""
-        raise NotImplementedError
+        raise HalotuneError(
+            f"{type(self.module).__name__} {self.shape} cannot be merged into floats: it holds no weight that is quantized and "
+            "readable. Keep the adapter beside it."
+        )
 
     def snapshot(self) -> Any:
         """What `restore` needs to undo a `write` bit for bit."""
@@ -135,7 +138,7 @@ class LinearLike(Base):
         return (dy @ W if need_x else None), dy2.t() @ x2
 
     def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        return add_product(y, F.linear(x, A), B.t())
+        return plus_thin(y, F.linear(x, A), B.t())
 
 
 def _bare(module: nn.Module) -> bool:

@@ -141,8 +141,8 @@ class Adapted(Operator):
         return self.inner.with_weight(x, W)
 
 
-def add_product(y: Tensor, z: Tensor, Bt: Tensor) -> Tensor:
-    """`y + z Bt` in one pass over y: `y (…, out)`, `z (…, r)`, `Bt (r, out)`."""
+def plus_thin(y: Tensor, z: Tensor, Bt: Tensor) -> Tensor:
+    """`y + z Bt` in one pass over y: `y (…, out)`, `z (…, r)`, `Bt (r, out)`. Autograd sees it, unlike `ops.product`."""
     if y.dtype != z.dtype:  # a base that answers in a dtype of its own
         return y + (z @ Bt).to(y.dtype)
     return torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), Bt).view(y.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,6 +135,4 @@ def _triton_is_installed() -> bool:
 
 def _triton_interprets() -> bool:
     """Triton's interpreter runs kernels on a CPU, to test them."""
-    import os
-
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -12,6 +12,11 @@ from .launch import Launcher
 ROWS, COLS = 64, 128
 
 
+def filled(r: int) -> int:
+    """r, filled up to what a matrix unit takes."""
+    return max(16, triton.next_power_of_2(r))
+
+
 @triton.jit
 def dot(a, b, INTERPRETED: tl.constexpr):
     """`a b` in fp32. Triton's interpreter would multiply the bits of bf16 as integers, so it gets fp32."""
@@ -28,7 +33,7 @@ def _add_product(
     """One tile of `y = x + z B`: x read once, y written once."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    ranks = tl.arange(0, RANK)  # r, filled up to what a matrix unit takes
+    ranks = tl.arange(0, RANK)
     at_z = rows[:, None].to(tl.int64) * z_row + ranks[None] * z_col
     z = tl.load(z_ptr + at_z, (rows[:, None] < n) & (ranks[None] < R), other=0.0)
     at_b = ranks[:, None] * b_row + cols[None] * b_col
@@ -47,7 +52,7 @@ def add_product(x: Tensor, z: Tensor, B: Tensor, inplace: bool) -> Tensor:
     n, d = x.shape
     r = z.shape[1]
     y = x if inplace else torch.empty(n, d, dtype=x.dtype, device=x.device)
-    grid = (-(-n // ROWS), -(-d // COLS), 1)
+    grid = (triton.cdiv(n, ROWS), triton.cdiv(d, COLS), 1)
     strides = (x.stride(0), y.stride(0), *z.stride(), *B.stride())
-    _launch(grid, (x, z, B, y), n, d, *strides, r, max(16, triton.next_power_of_2(r)), ROWS, COLS)
+    _launch(grid, (x, z, B, y), n, d, *strides, r, filled(r), ROWS, COLS)
     return y

@@ -15,7 +15,7 @@ from ...core.adapter import Adapter, Additive, WeightSide
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.fused import dense_linear, thin_linear
-from ...core.operator import Operator, WeightShape, add_product
+from ...core.operator import Operator, WeightShape, plus_thin
 from ...core.precision import compute_dtype, exact_dtype
 from . import ops
 from .config import BlockConfig, MissConfig
@@ -93,7 +93,7 @@ class Bone(Additive):
         if not op.shape.is_linear:
             return super().forward(x, op, scale)
         (D,) = self.derived(x.dtype)
-        return add_product(op(x), ops.fold(self.drop(x), self.r), D if scale == 1.0 else D * scale)
+        return plus_thin(op(x), ops.fold(self.drop(x), self.r), D if scale == 1.0 else D * scale)
 
     def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x: thin_linear(x, W, bias, derived[0], self.down)

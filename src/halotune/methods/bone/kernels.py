@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.kernels import dot
+from ...ops.kernels import dot, filled
 from ...ops.launch import Launcher
 
 ROWS = 128
@@ -18,7 +18,7 @@ def _bat(w_ptr, b_ptr, out_ptr, n_in, R: tl.constexpr, SIDE: tl.constexpr, ROWS:
     """A row of blocks lies in memory as a matrix of `n_in` rows of r numbers: `ROWS` of those meet `B_i`."""
     i = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, SIDE)  # r, filled up to what a matrix unit takes
+    cols = tl.arange(0, SIDE)
     block = b_ptr + i * R * R
     inside = (rows[:, None] < n_in) & (cols[None] < R)
     at = i.to(tl.int64) * n_in * R + rows[:, None] * R + cols[None]
@@ -38,7 +38,7 @@ def bat(W: Tensor, blocks: Tensor) -> Tensor:
     n_in = W.shape[1]
     out = torch.empty_like(W)
     grid = (n, triton.cdiv(n_in, ROWS), 1)
-    _launch_bat(grid, (W, blocks, out), n_in, r, max(16, triton.next_power_of_2(r)), ROWS)
+    _launch_bat(grid, (W, blocks, out), n_in, r, filled(r), ROWS)
     return out
 
 

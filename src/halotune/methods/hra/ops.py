@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.fused import by_columns, first_order
+from ...core.operator import plus_thin
 from ...core.precision import exact, exact_dtype
 from ...ops.product import add_product
 
@@ -81,8 +82,7 @@ def wy_factors(U: Tensor, gram_schmidt: bool) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, Û: Tensor, N: Tensor) -> Tensor:
     """`x + (x Û) N` over the last dimension, differentiable in everything."""
-    flat = x.reshape(-1, x.shape[-1])
-    return torch.addmm(flat, torch.mm(flat, Û), N).view(x.shape)
+    return plus_thin(x, x @ Û, N)
 
 
 class _ReflectedLinear(torch.autograd.Function):

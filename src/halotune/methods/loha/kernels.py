@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.kernels import dot
+from ...ops.kernels import dot, filled
 from ...ops.launch import Launcher
 
 ROWS, COLS = 64, 128
@@ -23,7 +23,7 @@ def _hadamard(
     """One tile of `W + s (A1 B1) ∘ (A2 B2)`: the products never leave the chip."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    ranks = tl.arange(0, RANK)  # r, filled up to what a matrix unit takes
+    ranks = tl.arange(0, RANK)
     at_a = rows[:, None] * a_row + ranks[None] * a_col
     in_a = (rows[:, None] < m) & (ranks[None] < R)
     at_b = ranks[:, None] * b_row + cols[None] * b_col
@@ -46,7 +46,7 @@ def hadamard(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float
     out = torch.empty(m, n, dtype=W.dtype, device=W.device)
     grid = (triton.cdiv(m, ROWS), triton.cdiv(n, COLS), 1)
     sizes = m, n, *W.stride(), *A1.stride(), *B1.stride(), float(s)
-    _launch_hadamard(grid, (W, A1, B1, A2, B2, out), *sizes, r, max(16, triton.next_power_of_2(r)), ROWS, COLS)
+    _launch_hadamard(grid, (W, A1, B1, A2, B2, out), *sizes, r, filled(r), ROWS, COLS)
     return out
 
 
@@ -92,7 +92,7 @@ def _pull_half(G: Tensor, P1: Tensor, Q1: Tensor, P2: Tensor, Q2: Tensor, s: flo
     share = triton.cdiv(triton.cdiv(n, parts), PULL_COLS) * PULL_COLS
     out = torch.empty(parts, 2, m, r, dtype=torch.float32, device=G.device)
     sizes = m, n, *G.stride(), *P1.stride(), *Q1.stride(), share, float(s)
-    constants = r, max(16, triton.next_power_of_2(r)), PULL_ROWS, PULL_COLS
+    constants = r, filled(r), PULL_ROWS, PULL_COLS
     _launch_pull((blocks, parts, 1), (G, P1, Q1, P2, Q2, out), *sizes, *constants)
     return (out.sum(0) if parts > 1 else out[0]).to(P1.dtype)
 
