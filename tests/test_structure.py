@@ -92,8 +92,11 @@ def test_the_walk_finds_imports():
     assert "huggingface_hub" in third_party(imports(hub)) - third_party(imports(hub, lazy=False))
 
 
+KERNELS = {"kernels.py", "launch.py"}
+
+
 def test_core_and_methods_need_torch_alone():
-    for file in (f for f in files() if part_of(f) in ("core", "ops", "methods") and f.name != "kernels.py"):
+    for file in (f for f in files() if part_of(f) in ("core", "ops", "methods") and f.name not in KERNELS):
         assert third_party(imports(file, lazy=False)) <= THIRD_PARTY, file
         assert third_party(imports(file)) <= THIRD_PARTY | {"huggingface_hub"}, file
 
@@ -102,10 +105,10 @@ def test_kernels_alone_need_triton():
     """And they are imported where a kernel is asked for, never with the package."""
     for file in files():
         named = imports(file, lazy=False)
-        if file.name == "kernels.py":
+        if file.name in KERNELS:
             assert third_party(named) <= THIRD_PARTY | {"triton"}, file
         else:
-            assert not any("triton" in name.split(".") or "kernels" in name.split(".") for name in named), file
+            assert not any({"triton", "kernels", "launch"} & set(name.split(".")) for name in named), file
 
 
 def test_importing_is_cheap():

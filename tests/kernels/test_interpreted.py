@@ -40,16 +40,16 @@ def test_as_exact_as_plain_torch(case, dtype):
 
 
 def test_refusals_are_said():
-    x, z, B = torch.randn(8, 8), torch.randn(8, 2), torch.randn(2, 8)
+    b, a, A, Q = torch.randn(8, 8), torch.randn(8, 4), torch.randn(2, 4), torch.randn(2, 8)
     op = CASES[0].op
     with backend("triton"):
-        with pytest.warns(UserWarning, match="add_product: the triton kernel cannot run here: the last dimension"):
-            assert torch.equal(op(x.t(), z, B, False), torch.addmm(x.t(), z, B))
+        with pytest.warns(UserWarning, match="thin: the triton kernel cannot run here: the last dimension"):
+            assert torch.equal(op(b.t(), a, A, Q, False)[0], torch.addmm(b.t(), a @ A.t(), Q))
         with pytest.warns(UserWarning, match="there is none for torch.float64"):
-            op(x.double(), z.double(), B.double(), False)
+            op(*(t.double() for t in (b, a, A, Q)), False)
         os.environ["TRITON_INTERPRET"] = "0"
         with pytest.warns(UserWarning, match="needs a CUDA device, and the tensor is on cpu"):
-            op(x, z, B, False)
+            op(b, a, A, Q, False)
 
 
 def test_nothing_runs_unasked_on_a_cpu():
@@ -65,5 +65,6 @@ def test_every_kernel_has_cases():
     import halotune.ops.kernels as product
 
     launchers = {n for m in (product, bone, loha) for n in vars(m) if n.startswith("_launch")}
-    assert launchers == {"_launch", "_launch_bat", "_launch_add_tiled", "_launch_hadamard", "_launch_pull"}
+    products = {"_launch_tiles", "_launch_few", "_launch_fused", "_launch_grams"}
+    assert launchers == {*products, "_launch_bat", "_launch_hadamard", "_launch_pull"}
     assert {type(k) for case in CASES for k in case.op.kernels} == {Kernel}

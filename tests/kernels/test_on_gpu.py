@@ -12,9 +12,9 @@ from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, get_peft_mod
 from halotune.methods.bone import ops as bone
 from halotune.methods.loha import ops as loha
 from halotune.ops.dispatch import backend
-from halotune.ops.product import add_product
+from halotune.ops.product import gather, grams, spread, thin
 
-from .cases import CASES, Case, columns, copied, error, halves, sliced, tensors
+from .cases import CASES, Case, copied, error, halves, sliced, tensors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,9 +22,16 @@ pytestmark = [
 ]
 
 LARGE = [
-    Case("large-product", add_product, lambda t: (t(1031, 3056), t(1031, 24), columns(t, 24, 3056), False)),
-    Case("large-product-strided", add_product, lambda t: (sliced(t, 700, 3000), t(700, 100), t(100, 3000), True)),
-    Case("large-tiled", bone.add_tiled, lambda t: (t(1000, 5003), t(1000, 64), True)),
+    Case("large-thin", thin, lambda t: (t(1031, 3056), t(1031, 1000), t(24, 1000), t(24, 3056), False)),
+    Case("large-thin-strided", thin, lambda t: (sliced(t, 700, 3000), t(700, 900), t(50, 900), t(50, 3000), True)),
+    Case("large-thin-many-rows", thin, lambda t: (t(3100, 1008), t(3100, 900), t(32, 900), t(32, 1008), True)),
+    Case("large-folded", thin, lambda t: (t(1000, 1040), t(1000, 5003), None, t(64, 1040), True)),
+    Case("large-unfolded", thin, lambda t: (t(1000, 5008), t(1000, 512), t(64, 512), None, True)),
+    Case("large-spread", spread, lambda t: (t(1111, 2064), t(3, 32, 2064), t(3, 32, 2064))),
+    Case("large-spread-many-rows", spread, lambda t: (t(2500, 2064), t(3, 32, 2064), t(3, 32, 2064))),
+    Case("large-gather", gather, lambda t: (t(2, 1111, 2064), t(2, 8, 2064), t(2, 8, 2064))),
+    Case("large-gather-many-rows", gather, lambda t: (t(3, 2222, 2064), t(3, 8, 2064), t(3, 8, 2064))),
+    Case("large-grams", grams, lambda t: (t(3, 2222, 64), t(3, 2222, 1040), t(3, 2222, 64), t(2222, 3056))),
     Case("large-bat", bone.build_bat, lambda t: (t(960, 1472), t(15, 64, 64))),
     Case("large-loha", loha.build, lambda t: (t(1111, 2050), *halves(t, 1111, 2050, 33), 0.3)),
     Case("large-pull", loha.pull, lambda t: (t(1111, 2050), *halves(t, 1111, 2050, 33), 0.3)),
@@ -48,7 +55,7 @@ def test_as_exact_as_plain_torch(case, dtype):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
         assert torch.equal(ours, twice)
     if dtype is torch.float32:  # another order of summation: nothing is rounded in between that could be saved
-        assert error(result, exact) <= 2 * error(plain, exact) + torch.finfo(dtype).eps
+        assert error(result, exact) <= 3 * error(plain, exact) + torch.finfo(dtype).eps
     else:
         assert error(result, exact) <= 1.5 * error(plain, exact) + torch.finfo(dtype).eps / 4
 

@@ -10,6 +10,7 @@ from halotune import BoneConfig, HalotuneError, MissConfig, get_peft_model
 from halotune.core.layer import AdaptedLayer
 from halotune.core.operator import WeightShape
 from halotune.methods.bone import BONE, MISS, ops
+from halotune.ops.product import fold
 
 
 def adapter_of(config, n_out, n_in):
@@ -30,7 +31,7 @@ def test_fold_is_a_product_with_stacked_identities(n, r):
     by_hand = torch.zeros(2, 3, r, dtype=torch.float64)
     for k in range(n):
         by_hand[..., k % r] += x[..., k]
-    torch.testing.assert_close(ops.fold(x, r), by_hand)
+    torch.testing.assert_close(fold(x, r), by_hand)
     unfolding = ops.unfolding(r, n, x)
     assert unfolding.shape == (r, n)
     torch.testing.assert_close(x @ unfolding.T, by_hand)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .derived import Loan
-from .fused import MATRIX, thin_linear
+from .fused import Site, thin_linears
 from .operator import Operator, WeightShape
 from .precision import compute_dtype, exact
 
@@ -118,15 +118,32 @@ class Adapter(nn.Module, ABC):
         lent = self.loan.take(dtype)
         return tuple(t.to(dtype) for t in self.exact()) if lent is None else lent
 
-    def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """The forward pass over a frozen `x Wᵀ + b`, as one call on x in the dtype of W; or None."""
+    def family(self) -> Hashable:
+        """Adapters with equal families, on layers that are given the same input, may be siblings; None: never."""
         return None
 
+    stacked: ClassVar[bool] = False  # what is derived for siblings is wanted as one tensor (s, …)
+
+    def on_plain(
+        self, sites: Sequence[Site], stack: tuple[Tensor, ...] | None = None
+    ) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
+        """The forward passes over frozen layers with this adapter and its siblings, as one call on the x of all; or None.
+
+        Args:
+            stack: if `stacked`, and there are several sites: what was derived for all of them.
+        """
+        return None
+
+    def may_be_plain(self) -> bool:
+        """Whether nothing is dropped, so that `on_plain` is the whole of the forward pass."""
+        return not (self.training and self.dropout)
+
     def quick(self, plain: tuple[Tensor, Tensor | None] | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-        """`on_plain` where the base is plain and nothing is dropped."""
-        if plain is None or (self.training and self.dropout):
+        """The forward pass over one frozen layer as one call on x in the dtype of W, or None."""
+        if plain is None or not self.may_be_plain():
             return None
-        return self.on_plain(*plain, *self.derived(dtype))
+        call = self.on_plain([Site(*plain, self.derived(dtype))])
+        return None if call is None else lambda x: call(x)[0]
 
     def exact(self) -> tuple[Tensor, ...]:
         """What `derive` gives for this adapter."""
@@ -169,8 +186,13 @@ class Additive(Adapter):
     input_dropout: float = 0.0
 
     @abstractmethod
+    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
+        """`Bᵀ (…, k, out)` and `A (…, k, in)`, both contiguous; without A, x is folded to k numbers."""
+
     def thin(self, *derived: Tensor) -> tuple[Tensor, Tensor]:
         """`B (out, k)`, `A (k, in)` from what was derived, in its dtype."""
+        Bt, A = derived
+        return Bt.mT, A
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
         return self.thin(*self.exact())
@@ -192,10 +214,14 @@ class Additive(Adapter):
         quick = self.quick(op.plain(x.dtype), x.dtype) if scale == 1.0 else None
         return add_low_rank(x, self.drop(x), op, self.thin(*self.derived(x.dtype)), scale) if quick is None else quick(x)
 
-    def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor] | None:
-        B, A = self.thin(*derived)
-        Bt = B.mT
-        return lambda x: thin_linear(x, W, bias, Bt, MATRIX, A)
+    def family(self) -> Hashable:
+        return type(self)
+
+    def on_plain(
+        self, sites: Sequence[Site], stack: tuple[Tensor, ...] | None = None
+    ) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
+        flat = [t for W, bias, (Bt, *A) in sites for t in (W, bias, Bt, A[0] if A else None)]
+        return lambda x: thin_linears(x, *flat)
 
 
 class WeightSide(Adapter):

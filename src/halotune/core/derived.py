@@ -12,6 +12,25 @@ import torch
 from torch import Tensor
 
 
+class Stack:
+    """What was derived for s layers, as tensors `(s, …)`."""
+
+    __slots__ = ("_parts", "_recorded", "tensors")
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors = tensors
+        self._recorded = torch.is_grad_enabled()
+        self._parts: list[tuple[Tensor, ...]] | None = None
+
+    def part(self, i: int) -> tuple[Tensor, ...]:
+        """What belongs to the i-th layer."""
+        if torch.is_grad_enabled() is not self._recorded:
+            return tuple([t[i] for t in self.tensors])
+        if self._parts is None:
+            self._parts = list(zip(*(t.unbind() for t in self.tensors), strict=True))
+        return self._parts[i]
+
+
 class Loan:
     """Derived tensors lent to one adapter.
 
@@ -19,33 +38,44 @@ class Loan:
     recomputed in backward. Anything else (a sub-module called alone, after an optimiser's step, say) derives its own.
     """
 
-    __slots__ = ("dtype", "recorded", "running", "tensors")
+    __slots__ = ("dtype", "place", "recorded", "running", "stack", "tensors")
 
     def __init__(self) -> None:
         self.tensors: tuple[Tensor, ...] | None = None
+        self.stack: Stack | None = None  # shared with siblings
+        self.place = 0
         self.dtype: torch.dtype | None = None
         self.running = False
         self.recorded = False
 
     def lend(self, tensors: tuple[Tensor, ...], dtype: torch.dtype) -> None:
-        self.tensors, self.dtype, self.running, self.recorded = tensors, dtype, True, False
+        self.tensors, self.stack, self.dtype, self.running, self.recorded = tensors, None, dtype, True, False
+
+    def share(self, stack: Stack, place: int, dtype: torch.dtype) -> None:
+        """Lend a place in a stack."""
+        self.tensors, self.stack, self.place = None, stack, place
+        self.dtype, self.running, self.recorded = dtype, True, False
 
     def end(self) -> None:
         """The forward pass is over. Tensors are kept for recomputation only where gradients flow through them."""
         self.running = False
-        if self.tensors is not None and not any(t.requires_grad for t in self.tensors):
-            self.tensors = None
+        lent = self.tensors if self.stack is None else self.stack.tensors
+        if lent is not None and not any([t.requires_grad for t in lent]):
+            self.tensors = self.stack = None
 
     def take(self, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
         """The tensors, or None where they are not to be used now."""
         if self.running:
             self.recorded = torch.is_grad_enabled()
-            return self.tensors if self.dtype == dtype else None
+            return self._lent() if self.dtype == dtype else None
         if torch.compiler.is_compiling() or self.dtype != dtype:
             return None
         # A reentrant checkpoint runs forward without recording, and its recomputation must reach the parameters itself.
         recomputing = torch._C._current_graph_task_id() != -1
-        return self.tensors if recomputing and self.recorded else None
+        return self._lent() if recomputing and self.recorded else None
+
+    def _lent(self) -> tuple[Tensor, ...] | None:
+        return self.tensors if self.stack is None else self.stack.part(self.place)
 
     def __deepcopy__(self, memo: Any) -> Loan:
         return Loan()

@@ -1,21 +1,30 @@
-"""A frozen linear layer and an adapter's thin products in one autograd node.
+"""Frozen linear layers with adapters on them, in one autograd node.
 
-Used where the base layer is a plain matrix (`Base.plain`): the additions then happen in place, in forward on the base's
-output and in backward on the gradient of its input, so neither is read or written once more than without an adapter.
+Used where base layers are plain matrices (`Base.plain`). Additions happen in place, in forward on the base's output and in
+backward on the gradient of its input, so neither is read or written once more than without an adapter. Layers that are
+given the same input (q, k and v; gate and up) are siblings: they share one node, and one layer is a family of one.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.product import add_product
+from ..ops.product import grams, thin
+
+
+class Site(NamedTuple):
+    """A frozen layer `x Wᵀ + b`, and what was derived for the adapter on it."""
+
+    W: Tensor
+    bias: Tensor | None
+    derived: tuple[Tensor, ...]
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,68 +38,61 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def by_columns(B: Tensor) -> Tensor:
-    """`B (…, out, k)` with every column contiguous: added to rows of `out` numbers, it is read in wide words."""
-    return B.mT.contiguous().mT
+def flattened(x: Tensor) -> Tensor:
+    """`(…, k) -> (n, k)`."""
+    return x.reshape(-1, x.shape[-1])
 
 
-class Down(ABC):
-    """The first of the two thin products: `x (n, in) -> z (n, k)`, linear in x."""
-
-    needs_x = True  # for the gradients of θ
-
-    @abstractmethod
-    def forward(self, x: Tensor, *θ: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def backward(self, dx: Tensor | None, dz: Tensor, x: Tensor | None, *θ: Tensor) -> tuple[Tensor | None, ...]:
-        """`dx`, which may be overwritten, with what flows back through z; and the gradients of θ."""
+def chunks(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Pieces of `size` values."""
+    return [values[i : i + size] for i in range(0, len(values), size)]
 
 
-class MatrixDown(Down):
-    """`z = x Aᵀ`, `A (k, in)`."""
-
-    def forward(self, x: Tensor, *θ: Tensor) -> Tensor:
-        return torch.mm(x, θ[0].t())
-
-    def backward(self, dx: Tensor | None, dz: Tensor, x: Tensor | None, *θ: Tensor) -> tuple[Tensor | None, ...]:
-        assert x is not None
-        return (None if dx is None else add_product(dx, dz, θ[0], True)), torch.mm(dz.t(), x)
+def add_input_gradient(dx: Tensor | None, dy: Tensor, W: Tensor) -> Tensor:
+    """`dx + dy W`, in the place of dx where there is one."""
+    return torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
 
 
-MATRIX = MatrixDown()
+class _ThinLinears(torch.autograd.Function):
+    """For each sibling W, b, `Q (r, out)` and `A (r, in)`, or None for a fold."""
 
-
-class _ThinLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, Bt: Tensor, down: Down, *θ: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        y, z = _thin_linear(flat, W, bias, Bt, down, *θ)
-        ctx.save_for_backward(flat if down.needs_x else None, W, z, Bt, *θ)
-        ctx.down, ctx.shape = down, x.shape
-        return y.view(*x.shape[:-1], -1)
+    def forward(ctx: Any, x: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
+        rows, size = flattened(x), x.shape[:-1]
+        ys, saved, needs_x = [], [], False
+        for W, bias, Q, A in chunks(flat, 4):
+            y, z = thin(F.linear(rows, W, bias), rows, A, Q, True)
+            ys.append(y.view(*size, -1))
+            saved += [W, Q, A, z]
+            needs_x = needs_x or A is not None
+        ctx.save_for_backward(rows if needs_x else None, *saved)
+        ctx.shape = x.shape
+        return tuple(ys)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, W, z, Bt, *θ = ctx.saved_tensors
-        dy = grad_outputs[0].reshape(-1, W.shape[0])
-        dz = torch.mm(dy, Bt.t())
-        dx = torch.mm(dy, W) if ctx.needs_input_grad[0] else None
-        dx, *dθ = ctx.down.backward(dx, dz, x, *θ)
-        return (None if dx is None else dx.view(ctx.shape)), None, None, torch.mm(z.t(), dy), None, *dθ
+        x, *saved = ctx.saved_tensors
+        dx, dθ = None, []
+        for grad, (W, Q, A, z) in zip(grad_outputs, chunks(saved, 4), strict=True):
+            dy = flattened(grad)
+            dz = None
+            if ctx.needs_input_grad[0]:
+                dx, dz = thin(add_input_gradient(dx, dy, W), dy, Q, A, True)
+            if A is None:
+                dQ, dA = torch.mm(z.t(), dy), None
+            else:
+                dQ, dA = grams(z, dy, torch.mm(dy, Q.t()) if dz is None else dz, x)
+            dθ += [None, None, dQ, dA]
+        return (None if dx is None else dx.view(ctx.shape)), *dθ
 
 
-def _thin_linear(x: Tensor, W: Tensor, bias: Tensor | None, Bt: Tensor, down: Down, *θ: Tensor) -> tuple[Tensor, Tensor]:
-    z = down.forward(x, *θ)
-    return add_product(F.linear(x, W, bias), z, Bt, True), z
-
-
-def thin_linear(x: Tensor, W: Tensor, bias: Tensor | None, Bt: Tensor, down: Down, *θ: Tensor) -> Tensor:
-    """`x Wᵀ + b + down(x) Bt` for a frozen `W (out, in)`, `Bt (k, out)`."""
-    if not torch.is_grad_enabled():
-        return _thin_linear(x.reshape(-1, x.shape[-1]), W, bias, Bt, down, *θ)[0].view(*x.shape[:-1], -1)
-    return _ThinLinear.apply(x, W, bias, Bt, down, *θ)
+def thin_linears(x: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
+    """`x Wᵀ + b + (x Aᵀ) Q` of siblings: for each W, b, `Q (r, out)`, and `A (r, in)` or None, which folds x."""
+    if torch.is_grad_enabled():
+        return _ThinLinears.apply(x, *flat)  # type: ignore[return-value]
+    rows, size = flattened(x), x.shape[:-1]
+    return tuple([thin(F.linear(rows, W, bias), rows, A, Q, True)[0].view(*size, -1) for W, bias, Q, A in chunks(flat, 4)])
 
 
 class Rule(ABC):
@@ -109,25 +111,32 @@ class Rule(ABC):
         """The gradients of θ from `G = dL/dW'`, which may be overwritten."""
 
 
-class _DenseLinear(torch.autograd.Function):
+class _DenseLinears(torch.autograd.Function):
+    """For each sibling W, b and θ."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, rule: Rule, *θ: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(flat, W, *θ)
-        ctx.rule, ctx.shape = rule, x.shape
-        return F.linear(flat, rule.build(W, *θ), bias).view(*x.shape[:-1], -1)
+    def forward(ctx: Any, x: Tensor, rule: Rule, siblings: int, *flat: Tensor | None) -> tuple[Tensor, ...]:
+        rows, size = flattened(x), x.shape[:-1]
+        pieces = chunks(flat, len(flat) // siblings)
+        ctx.save_for_backward(rows, *(t for W, _, *θ in pieces for t in (W, *θ)))
+        ctx.rule, ctx.siblings, ctx.shape = rule, siblings, x.shape
+        return tuple([F.linear(rows, rule.build(W, *θ), bias).view(*size, -1) for W, bias, *θ in pieces])
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, W, *θ = ctx.saved_tensors
-        dy = grad_outputs[0].reshape(-1, W.shape[0])
-        dx = torch.mm(dy, ctx.rule.rebuild(W, *θ)).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, *ctx.rule.pull(torch.mm(dy.t(), x), W, *θ)
+        x, *saved = ctx.saved_tensors
+        dx, dθ = None, []
+        for grad, (W, *θ) in zip(grad_outputs, chunks(saved, len(saved) // ctx.siblings), strict=True):
+            dy = flattened(grad)
+            if ctx.needs_input_grad[0]:
+                dx = add_input_gradient(dx, dy, ctx.rule.rebuild(W, *θ))
+            dθ += [None, None, *ctx.rule.pull(torch.mm(dy.t(), x), W, *θ)]
+        return (None if dx is None else dx.view(ctx.shape)), None, None, *dθ
 
 
-def dense_linear(x: Tensor, W: Tensor, bias: Tensor | None, rule: Rule, *θ: Tensor) -> Tensor:
-    """`x W'ᵀ + b` for a frozen `W (out, in)`; W' is built, used and dropped, in forward and again in backward."""
-    if not torch.is_grad_enabled():
-        return F.linear(x, rule.build(W, *θ), bias)
-    return _DenseLinear.apply(x, W, bias, rule, *θ)
+def dense_linears(x: Tensor, rule: Rule, siblings: int, *flat: Tensor | None) -> tuple[Tensor, ...]:
+    """`x W'ᵀ + b` of siblings: for each W, b and θ. W' is built, used and dropped, in forward and again in backward."""
+    if torch.is_grad_enabled():
+        return _DenseLinears.apply(x, rule, siblings, *flat)  # type: ignore[return-value]
+    return tuple([F.linear(x, rule.build(W, *θ), bias) for W, bias, *θ in chunks(flat, len(flat) // siblings)])

@@ -8,7 +8,7 @@ one by one: no write, however made, is missed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,21 +17,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
+from ..core.derived import Stack
 from ..core.layer import AdaptedLayer, Quick
 from ..core.offload import moves_when_called
 from .caching import WeightCache
+from .siblings import Family, Watch
+
+Running = tuple[AdaptedLayer, Adapter]
 
 
 class _Group:
-    """Adapters that derive alike."""
+    """Adapters that derive alike.
 
-    def __init__(self, adapters: list[Adapter], dtype: torch.dtype) -> None:
-        self.adapters, self.dtype = adapters, dtype
+    Attributes:
+        adapters: those that share a stack first.
+        sizes: of the stacks.
+    """
+
+    def __init__(self, adapters: list[Adapter], sizes: list[int], dtype: torch.dtype) -> None:
+        self.adapters, self.sizes, self.dtype = adapters, sizes, dtype
         homes = [
             [(m._parameters, name) for m in a.modules() for name, p in m._parameters.items() if p is not None] for a in adapters
         ]
         self.slots = list(zip(*homes, strict=True))  # where the parameters are: they may be replaced
-        self.kept: tuple[list[Tensor], list[tuple[Tensor, ...]]] | None = None
+        self.kept: tuple[list[Tensor], list[Stack], list[tuple[Tensor, ...]]] | None = None
 
     def read(self) -> list[Tensor]:
         """The parameters now, those of all layers together."""
@@ -40,13 +49,18 @@ class _Group:
     def lend(self, stacked: list[Tensor], again: bool) -> None:
         """Lend to every adapter; `again`: what was kept."""
         if again and self.kept is not None:
-            shares = self.kept[1]
+            stacks, parts = self.kept[1:]
         else:
-            derived = [t.to(self.dtype).unbind() for t in self.adapters[0].derive(*stacked)]
-            shares = list(zip(*derived, strict=True))
-            self.kept = (stacked, shares) if _keeps(stacked) else None
-        for adapter, share in zip(self.adapters, shares, strict=True):
-            adapter.loan.lend(share, self.dtype)
+            derived = [t.to(self.dtype) for t in self.adapters[0].derive(*stacked)]
+            *pieces, rest = zip(*(t.split([*self.sizes, len(self.adapters) - sum(self.sizes)]) for t in derived), strict=True)
+            stacks, parts = [Stack(piece) for piece in pieces], list(zip(*(t.unbind() for t in rest), strict=True))
+            self.kept = (stacked, stacks, parts) if _keeps(stacked) else None
+        adapters = iter(self.adapters)
+        for stack, size in zip(stacks, self.sizes, strict=True):
+            for place in range(size):
+                next(adapters).loan.share(stack, place, self.dtype)
+        for adapter, part in zip(adapters, parts, strict=True):
+            adapter.loan.lend(part, self.dtype)
 
 
 def _keeps(stacked: list[Tensor]) -> bool:
@@ -75,14 +89,19 @@ class Lending:
 
     def __init__(self, model: nn.Module) -> None:
         self.cache = WeightCache()
-        self.layers: list[AdaptedLayer] | None = None
-        self.key: Hashable = None
-        self.groups: list[_Group] = []
-        self.alone: list[tuple[AdaptedLayer, Adapter, torch.dtype]] = []  # layers with one running adapter
+        self._forget()
         self.handles = [
             model.register_forward_pre_hook(self.before),
             model.register_forward_hook(self.after, always_call=True),
         ]
+
+    def _forget(self) -> None:
+        self.layers: list[AdaptedLayer] | None = None
+        self.key: Hashable = None
+        self.running: list[Running] = []
+        self.groups: list[_Group] = []
+        self.families: list[Family] = []  # of layers with one running adapter
+        self.watch: Watch | None = None  # until it is known which layers are siblings
 
     def find(self, model: nn.Module) -> list[AdaptedLayer]:
         """The layers to lend to."""
@@ -98,30 +117,48 @@ class Lending:
             self.key = None
         running = [(layer, adapter) for layer in self.layers for adapter in layer.running()]
         autocast = _autocast_dtype(running)
-        key = (autocast, tuple(id(a) for _, a in running))
+        key = (autocast, tuple([id(a) for _, a in running]))
         if key != self.key:
-            self.key, self.groups = key, _grouped(running, autocast)
-            self.alone = _alone(running) if autocast is None else []
+            self.key, self.running = key, running
+            self._arrange(autocast, [])
+            self.watch = Watch()
         read = [group.read() for group in self.groups]
         unchanged = _unchanged(self.groups, read)
         for group, stacked, again in zip(self.groups, read, unchanged, strict=True):
             group.lend(stacked, again)
             if not again:
                 self.cache.forget(group.adapters)
-        for layer, adapter, dtype in self.alone:
-            layer.set_quick(self._quick(layer, adapter, dtype))
+        self._prepare_layers()
 
-    def _quick(self, layer: AdaptedLayer, adapter: Adapter, dtype: torch.dtype) -> Quick | None:
-        """The layer's forward pass as one call, where it has no hooks to fire and no scale to apply."""
-        plain = layer.base.plain(dtype) if layer.unscaled else None
-        if plain is None:
-            return None
-        if self.cache.budget:
-            adapted = self.cache.weight(adapter, plain[0])
-            if adapted is not None:
-                return Quick(dtype, partial(F.linear, weight=adapted, bias=plain[1]), adapter.loan)
-        call = adapter.quick(plain, dtype)
-        return None if call is None else Quick(dtype, call, adapter.loan)
+    def _arrange(self, autocast: torch.dtype | None, siblings: Sequence[Sequence[AdaptedLayer]]) -> None:
+        """Which adapters derive together, and which layers run together."""
+        alone = _alone(self.running) if autocast is None else {}
+        shared = [members for members in siblings if all(layer in alone for layer in members)]
+        rest = set(alone) - {layer for members in shared for layer in members}
+        found = [*shared, *((layer,) for layer in alone if layer in rest)]
+        self.families = [Family(members, [alone[m] for m in members], members[0].base.dtype) for members in found]
+        self.groups = _grouped(self.running, autocast, [f.adapters for f in self.families if f.stacked])
+
+    def _prepare_layers(self) -> None:
+        """Give each layer its forward pass as one call."""
+        for family in self.families:
+            if not (self.cache.budget and self._from_cache(family)) and not family.begin() and len(family.layers) > 1:
+                family.broken = True
+        if self.watch is not None and torch.is_grad_enabled():
+            for family in self.families:
+                for layer in family.layers:
+                    self.watch.on(layer)
+
+    def _from_cache(self, family: Family) -> bool:
+        """Run these layers on W' kept without gradients, as far as there is room for it."""
+        kept = 0
+        for layer, adapter in family.members():
+            plain = family.plain(layer, adapter)
+            adapted = None if plain is None else self.cache.weight(adapter, plain[0])
+            if plain is not None and adapted is not None:
+                layer.set_quick(Quick(family.dtype, partial(F.linear, weight=adapted, bias=plain[1]), adapter.loan))
+                kept += 1
+        return kept > 0
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -129,13 +166,19 @@ class Lending:
         for group in self.groups:
             for adapter in group.adapters:
                 adapter.loan.end()
-        for layer, _, _ in self.alone:
-            layer.set_quick(None)
+        intact = [family for family in self.families if family.end()]
+        siblings = [family.layers for family in intact if len(family.layers) > 1]
+        changed = len(intact) < len(self.families)
+        if self.watch is not None and self.watch.runs:
+            kinds = {layer: adapter.family() for f in self.families for layer, adapter in f.members()}
+            siblings, self.watch, changed = self.watch.siblings(kinds), None, True
+        if changed:
+            self._arrange(None, siblings)
 
     def reset(self) -> None:
         """Layers were put in or taken out."""
         self.cache.clear()
-        self.layers, self.key, self.groups, self.alone = None, None, [], []
+        self._forget()
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -144,25 +187,41 @@ class Lending:
 
     def __getstate__(self) -> dict[str, Any]:
         self.cache.clear()
-        return {**self.__dict__, "layers": None, "key": None, "groups": [], "alone": []}
+        return {"cache": self.cache, "handles": self.handles}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
 
 
-def _autocast_dtype(running: list[tuple[AdaptedLayer, Adapter]]) -> torch.dtype | None:
+def _autocast_dtype(running: list[Running]) -> torch.dtype | None:
     kind = next(running[0][1].parameters()).device.type if running else "meta"
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
-def _grouped(running: list[tuple[AdaptedLayer, Adapter]], autocast: torch.dtype | None) -> list[_Group]:
-    groups: dict[Hashable, list[Adapter]] = {}
+def _grouped(running: list[Running], autocast: torch.dtype | None, families: list[Sequence[Adapter]]) -> list[_Group]:
+    """Adapters that derive alike; those of one family get one stack."""
+    chosen: dict[Hashable, list[list[Adapter]]] = {}
+    together = {adapter: members for members in families for adapter in members}
     for layer, adapter in running:
         dtype = layer.base.dtype if autocast is None else autocast
         if dtype.is_floating_point and dtype.itemsize > 1:
             p = tuple(adapter.parameters())
             key = (type(adapter), adapter.kin(), tuple((t.shape, t.dtype, t.device) for t in p), dtype)
-            groups.setdefault(key, []).append(adapter)
-    return [_Group(adapters, key[-1]) for key, adapters in groups.items()]  # type: ignore[index]
+            others = chosen.setdefault(key, [[]])[0]
+            members = together.get(adapter)
+            if members is None:
+                others.append(adapter)
+            elif adapter is members[0]:
+                chosen[key].append(list(members))
+    groups = []
+    for key, (others, *stacks) in chosen.items():
+        adapters = [a for members in (*stacks, others) for a in members]
+        groups.append(_Group(adapters, [len(members) for members in stacks], key[-1]))  # type: ignore[index]
+    return groups
 
 
-def _alone(running: list[tuple[AdaptedLayer, Adapter]]) -> list[tuple[AdaptedLayer, Adapter, torch.dtype]]:
+def _alone(running: list[Running]) -> dict[AdaptedLayer, Adapter]:
+    """Layers with one running adapter."""
     count = Counter(layer for layer, _ in running)
-    return [(layer, adapter, layer.base.dtype) for layer, adapter in running if count[layer] == 1]
+    return {layer: adapter for layer, adapter in running if count[layer] == 1}

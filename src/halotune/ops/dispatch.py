@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 _forced: list[str] = []
 
@@ -25,7 +26,7 @@ class Kernel:
         backend: its name.
         run: with the arguments of the reference.
         refuses: why it cannot run on these arguments, or None.
-        wins: whether it is faster there than the reference.
+        wins: whether it can, and is faster there than the reference.
     """
 
     backend: str
@@ -38,31 +39,45 @@ class Kernel:
 class Op:
     """A callable: the first kernel that can run on the arguments and wins there, else the reference.
 
-    Under `torch.compile` it is one node of the graph, which the compiler does not look into.
+    Under `torch.compile` the compiler sees into it, and launches kernels itself.
 
     Attributes:
         name: for messages, and in `torch.ops.halotune`.
         reference: plain torch; the definition. An argument `inplace` comes last, and is False in compiled graphs.
         like: from the arguments, empty tensors like the result.
         kernels: tried in order.
+        repeats: it is called `again` in backward. The compiler, which sees both calls, then must not see into plain torch:
+            it would keep the first result for the second call.
     """
 
     name: str
     reference: Callable[..., Any]
     like: Callable[..., Any]
     kernels: list[Kernel] = field(default_factory=list)
+    repeats: bool = False
 
     def __post_init__(self) -> None:
         schema = torch.library.infer_schema(self.reference, mutates_args=())
         self.may_be_inplace = "inplace" in schema
-        self.node, self.node_again = (self._register(name, schema) for name in (self.name, f"{self.name}_again"))
+        again = f"{self.name}_again" if self.repeats else self.name
+        self.node = self._register(self.name, schema)
+        self.node_again = self._register(again, schema) if self.repeats else self.node
 
     def _register(self, name: str, schema: str) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             result = self.chosen(*args)(*args)
             return tuple(t.clone() for t in result) if isinstance(result, tuple) else result  # results may not share memory
 
-        torch.library.custom_op(f"halotune::{name}", run, mutates_args=(), schema=schema).register_fake(self.like)
+        def see_into(mode: Any, node: Any, types: Any, args: Any, kwargs: Any) -> Any:
+            chosen = self.chosen(*args)
+            if chosen is self.reference and self.repeats:
+                return mode.__torch_dispatch__(node, types, args, kwargs)
+            with mode, traced():
+                return chosen(*args)
+
+        node = torch.library.custom_op(f"halotune::{name}", run, mutates_args=(), schema=schema)
+        node.register_fake(self.like)
+        node.register_torch_dispatch(FunctionalTensorMode, see_into)  # the compiler's first pass
         return getattr(torch.ops.halotune, name)
 
     def __call__(self, *args: Any) -> Any:
@@ -71,7 +86,7 @@ class Op:
         return self.chosen(*args)(*args)
 
     def again(self, *args: Any) -> Any:
-        """A call that repeats an earlier one: the compiler, which sees both, must not keep the first result for it."""
+        """A call that repeats an earlier one, whose result nobody keeps for it."""
         return self.node_again(*args) if torch.compiler.is_compiling() else self(*args)
 
     def chosen(self, *args: Any) -> Callable[..., Any]:
@@ -79,7 +94,7 @@ class Op:
         if _forced:
             return self._forced(_forced[-1], *args)
         for kernel in self.kernels:
-            if kernel.wins(*args) and kernel.refuses(*args) is None:
+            if kernel.wins(*args):
                 return kernel.run
         return self.reference
 
@@ -106,16 +121,42 @@ def backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+_traced: list[bool] = []
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """Inside, kernels are not launched but written down for the compiler."""
+    _traced.append(True)
+    try:
+        yield
+    finally:
+        _traced.pop()
+
+
+def is_traced() -> bool:
+    return bool(_traced)
+
+
 def triton_kernel(module: str, function: str, refuses: Callable[..., str | None], wins: Callable[..., bool]) -> Kernel:
-    """The kernel `function` of `module`, imported at its first call. Triton must be installed, and the device suit it."""
+    """The kernel `function` of `module`, imported at its first call. Triton must be installed, and the device suit it.
+
+    `wins` is asked first, at every call.
+    """
+    found: list[Callable[..., Any]] = []
 
     def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*args)
+        if not found:
+            found.append(getattr(importlib.import_module(module), function))
+        return found[0](*args)
 
     def refusal(*args: Any) -> str | None:
         return _triton_refuses(args[0]) or refuses(*args)
 
-    return Kernel("triton", run, refusal, wins)
+    def winning(*args: Any) -> bool:
+        return wins(*args) and _triton_is_installed() and refuses(*args) is None
+
+    return Kernel("triton", run, refusal, winning)
 
 
 def _triton_refuses(x: Any) -> str | None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launcher
+from .launch import MOST, Launcher, tiles
+from .product import fold
 
-ROWS, COLS = 64, 128
+# Up to so many rows z is computed in the kernel that uses it: the host's time for one more launch is longer than what the
+# GPU loses by it (on an H100, 3072 -> 3072, r 32: 25 µs against 27 for 1024 rows, 36 against 27 for 3072).
+FUSED_ROWS = 2048
+PROGRAMS = 132  # multiprocessors of an H100
+COLUMNS = 64  # of one program of `grams`
 
 
 def filled(r: int) -> int:
     """r, filled up to what a matrix unit takes."""
-    return max(16, triton.next_power_of_2(r))
+    return 16 if r <= 16 else 1 << (r - 1).bit_length()
 
 
 @triton.jit
@@ -26,33 +33,215 @@ def dot(a, b, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _add_product(
-    x_ptr, z_ptr, b_ptr, y_ptr, n, d, x_row, y_row, z_row, z_col, b_row, b_col,
+def rounded(x, to: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x in another dtype. Triton's interpreter would cut the bits off that bf16 lacks, so they are rounded away first."""
+    if INTERPRETED and to == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(to)
+
+
+@triton.jit
+def _down(a_ptr, q_ptr, n, k, rows, ranks, a_row, q_row, R: tl.constexpr, RANK: tl.constexpr, FOLD: tl.constexpr,
+          ROWS: tl.constexpr, DEPTH: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    """Some rows of `z = a Aᵀ`, in fp32."""
+    z = tl.full((ROWS, RANK), 0.0, tl.float32)
+    for start in range(0, k, DEPTH):
+        ks = start + tl.arange(0, DEPTH)
+        a = tl.load(a_ptr + rows[:, None].to(tl.int64) * a_row + ks[None], (rows[:, None] < n) & (ks[None] < k), other=0.0)
+        if FOLD:
+            p = (ks[:, None] % R == ranks[None]).to(tl.float32).to(a.dtype)
+        else:
+            p = tl.load(q_ptr + ks[:, None] + ranks[None] * q_row, (ks[:, None] < k) & (ranks[None] < R), other=0.0)
+        z += dot(a, p, INTERPRETED)
+    return z
+
+
+@triton.jit
+def _thin(
+    a_ptr, down_ptr, b_ptr, up_ptr, z_ptr, y_ptr, n, k, d, share,
+    a_row, a_batch, down_row, down_batch, b_row, b_batch, up_row, up_batch, z_row, z_batch, y_row, y_batch,
+    R: tl.constexpr, RANK: tl.constexpr, DOWN: tl.constexpr, FOLD: tl.constexpr, UNFOLD: tl.constexpr, SUM: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Some rows and columns of `y = Σ_s b_s + z_s Q_s`, over SUM siblings; if DOWN, `z_s = a_s A_sᵀ` is computed first.
+
+    Programs of the same rows compute the same z, and each writes it: they would wait for each other longer.
+    """
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ranks = tl.arange(0, RANK)
+    sibling = tl.program_id(2).to(tl.int64)
+    a_ptr += sibling * a_batch
+    down_ptr += sibling * down_batch
+    b_ptr += sibling * b_batch
+    up_ptr += sibling * up_batch
+    z_ptr += sibling * z_batch
+    y_ptr += sibling * y_batch
+    at_z = rows[:, None].to(tl.int64) * z_row + ranks[None]
+    in_z = (rows[:, None] < n) & (ranks[None] < R)
+    if DOWN:
+        for i in range(SUM):
+            own = _down(a_ptr + i * a_batch, down_ptr + i * down_batch, n, k, rows, ranks, a_row, down_row,
+                        R, RANK, FOLD, ROWS, DEPTH, INTERPRETED)  # fmt: skip
+            tl.store(z_ptr + i * z_batch + at_z, rounded(own, z_ptr.dtype.element_ty, INTERPRETED), in_z)
+        tl.debug_barrier()  # what other threads of this program wrote is read below
+    first = tl.program_id(1) * share
+    for start in range(first, tl.minimum(first + share, d), COLS):
+        cols = start + tl.arange(0, COLS)
+        inside = (rows[:, None] < n) & (cols[None] < d)
+        y = tl.full((ROWS, COLS), 0.0, tl.float32)
+        for s in tl.static_range(SUM):  # pyright: ignore[reportGeneralTypeIssues]
+            z = tl.load(z_ptr + s * z_batch + at_z, in_z, other=0.0)
+            if UNFOLD:
+                q = (cols[None] % R == ranks[:, None]).to(tl.float32).to(z.dtype)
+            else:
+                at_q = s * up_batch + ranks[:, None] * up_row + cols[None]
+                q = tl.load(up_ptr + at_q, (ranks[:, None] < R) & (cols[None] < d), other=0.0)
+            b = tl.load(b_ptr + s * b_batch + rows[:, None].to(tl.int64) * b_row + cols[None], inside, other=0.0)
+            y += b.to(tl.float32) + dot(z, q, INTERPRETED)
+        tl.store(
+            y_ptr + rows[:, None].to(tl.int64) * y_row + cols[None], rounded(y, y_ptr.dtype.element_ty, INTERPRETED), inside
+        )
+
+
+_launch_tiles = Launcher(_thin, num_warps=4)
+_launch_few = Launcher(_thin, num_warps=4, num_stages=3)
+_launch_fused = Launcher(_thin, num_warps=8, num_stages=4)
+
+
+@lru_cache(MOST)
+def _plan(n: int, d: int, r: int, siblings: int, down: bool) -> tuple[Launcher, tuple[int, int, int], int, tuple[int, ...]]:
+    """The launcher, the grid, the columns of one program, and the sizes of tiles."""
+    if not down:
+        return _launch_tiles, (tiles(n, 64), tiles(d, 128), siblings), 128, (filled(r), 64, 64, 128)
+    launch, rows, depth = (_launch_few, 16, 256) if n <= 64 else (_launch_fused, 64, 64)
+    share = tiles(tiles(d, max(1, PROGRAMS // (tiles(n, rows) * siblings))), 128) * 128
+    return launch, (tiles(n, rows), tiles(d, share), siblings), share, (filled(r), rows, depth, 128)
+
+
+def thin(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor]:
+    """`z = a Aᵀ` and `b + z Q`."""
+    n, d = b.shape
+    k = a.shape[1]
+    r = (Q if A is None else A).shape[0]  # type: ignore[union-attr]
+    y = b if inplace else torch.empty(n, d, dtype=b.dtype, device=b.device)
+    down = n <= FUSED_ROWS
+    if down:
+        z = torch.empty(n, r, dtype=b.dtype, device=b.device)
+    else:
+        z = fold(a, r) if A is None else torch.mm(a, A.t())
+    launch, grid, share, (rank, rows, depth, cols) = _plan(n, d, r, 1, down)
+    b_row = b.stride(0)
+    launch(
+        grid,
+        (a, b if A is None else A, b, b if Q is None else Q, z, y),
+        (
+            n, k, d, share, a.stride(0), 0, 0 if A is None else A.stride(0), 0, b_row, 0, 0 if Q is None else Q.stride(0), 0,
+            r, 0, b_row if inplace else d, 0, r, rank, down, A is None, Q is None, 1, rows, depth, cols,
+        ),
+    )  # fmt: skip
+    return y, z
+
+
+def spread(x: Tensor, A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """`z_s = x A_sᵀ` and `x + z_s Q_s`."""
+    n, k = x.shape
+    s, r, _ = A.shape
+    y = torch.empty(s, n, k, dtype=x.dtype, device=x.device)
+    down = n <= FUSED_ROWS
+    z = torch.empty(n, s * r, dtype=x.dtype, device=x.device) if down else torch.mm(x, A.view(s * r, k).t())
+    launch, grid, share, (rank, rows, depth, cols) = _plan(n, k, r, s, down)
+    x_row = x.stride(0)
+    launch(
+        grid,
+        (x, A, x, Q, z, y),
+        (
+            n, k, k, share, x_row, 0, k, r * k, x_row, 0, k, r * k, s * r, r, k, n * k,
+            r, rank, down, False, False, 1, rows, depth, cols,
+        ),
+    )  # fmt: skip
+    return y, z.as_strided((s, n, r), (r, s * r, 1))
+
+
+def gather(d: Tensor, A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+    """`z_s = d_s A_sᵀ` and `Σ_s d_s + z_s Q_s`."""
+    s, n, k = d.shape
+    r = A.shape[1]
+    y = torch.empty(n, k, dtype=d.dtype, device=d.device)
+    down = n <= FUSED_ROWS
+    z = torch.empty(s, n, r, dtype=d.dtype, device=d.device) if down else torch.bmm(d, A.mT)
+    launch, grid, share, (rank, rows, depth, cols) = _plan(n, k, r, 1, down)
+    d_batch, d_row, _ = d.stride()
+    launch(
+        grid,
+        (d, A, d, Q, z, y),
+        (
+            n, k, k, share, d_row, d_batch, k, r * k, d_row, d_batch, k, r * k, r, n * r, k, 0,
+            r, rank, down, False, False, s, rows, depth, cols,
+        ),
+    )  # fmt: skip
+    return y, z
+
+
+@triton.jit
+def _gram(left_ptr, right_ptr, out_ptr, tile, n, p, left_row, right_row, R: tl.constexpr, RANK: tl.constexpr,
+          ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    """Some columns of `leftᵀ right`."""
+    cols = tile * COLS + tl.arange(0, COLS)
+    ranks = tl.arange(0, RANK)
+    total = tl.full((RANK, COLS), 0.0, tl.float32)
+    for start in range(0, n, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        at = rows[None].to(tl.int64) * left_row + ranks[:, None]
+        left = tl.load(left_ptr + at, (rows[None] < n) & (ranks[:, None] < R), other=0.0)
+        at = rows[:, None].to(tl.int64) * right_row + cols[None]
+        right = tl.load(right_ptr + at, (rows[:, None] < n) & (cols[None] < p), other=0.0)
+        total += dot(left, right, INTERPRETED)
+    inside = (ranks[:, None] < R) & (cols[None] < p)
+    tl.store(out_ptr + ranks[:, None] * p + cols[None], rounded(total, out_ptr.dtype.element_ty, INTERPRETED), inside)
+
+
+@triton.jit
+def _grams(
+    z_ptr, d_ptr, w_ptr, x_ptr, zd_ptr, wx_ptr, n, p, q, first,
+    z_row, z_batch, d_row, d_batch, w_row, w_batch, x_row, x_batch,
     R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of `y = x + z B`: x read once, y written once."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    ranks = tl.arange(0, RANK)
-    at_z = rows[:, None].to(tl.int64) * z_row + ranks[None] * z_col
-    z = tl.load(z_ptr + at_z, (rows[:, None] < n) & (ranks[None] < R), other=0.0)
-    at_b = ranks[:, None] * b_row + cols[None] * b_col
-    b = tl.load(b_ptr + at_b, (ranks[:, None] < R) & (cols[None] < d), other=0.0)
-    inside = (rows[:, None] < n) & (cols[None] < d)
-    x = tl.load(x_ptr + rows[:, None].to(tl.int64) * x_row + cols[None], inside, other=0.0)
-    y = x.to(tl.float32) + dot(z, b, INTERPRETED)
-    tl.store(y_ptr + rows[:, None].to(tl.int64) * y_row + cols[None], y.to(x.dtype), inside)
+    """The first programs make `zᵀ d`, the others `wᵀ x`."""
+    tile = tl.program_id(0)
+    sibling = tl.program_id(1).to(tl.int64)
+    if tile < first:
+        z_ptr += sibling * z_batch
+        d_ptr += sibling * d_batch
+        zd_ptr += sibling * R * p
+        _gram(z_ptr, d_ptr, zd_ptr, tile, n, p, z_row, d_row, R, RANK, ROWS, COLS, INTERPRETED)
+    else:
+        w_ptr += sibling * w_batch
+        x_ptr += sibling * x_batch
+        wx_ptr += sibling * R * q
+        _gram(w_ptr, x_ptr, wx_ptr, tile - first, n, q, w_row, x_row, R, RANK, ROWS, COLS, INTERPRETED)
 
 
-_launch = Launcher(_add_product, num_warps=4)
+_launch_grams = Launcher(_grams, num_warps=4, num_stages=4)
 
 
-def add_product(x: Tensor, z: Tensor, B: Tensor, inplace: bool) -> Tensor:
-    """`x + z B`."""
-    n, d = x.shape
-    r = z.shape[1]
-    y = x if inplace else torch.empty(n, d, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(n, ROWS), triton.cdiv(d, COLS), 1)
-    strides = (x.stride(0), y.stride(0), *z.stride(), *B.stride())
-    _launch(grid, (x, z, B, y), n, d, *strides, r, filled(r), ROWS, COLS)
-    return y
+def grams(z: Tensor, d: Tensor, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`zᵀ d` and `wᵀ x`: two products in one launch, and in the time that the library takes for them."""
+    *siblings, n, r = z.shape
+    p, q = d.shape[-1], x.shape[-1]
+    s = siblings[0] if siblings else 1
+    zd = torch.empty(*siblings, r, p, dtype=d.dtype, device=d.device)
+    wx = torch.empty(*siblings, r, q, dtype=d.dtype, device=d.device)
+    first = tiles(p, COLUMNS)
+    rows = 128 if r <= 32 else 64
+    strides = (*_steps(z), *_steps(d), *_steps(w), *_steps(x))
+    _launch_grams(
+        (first + tiles(q, COLUMNS), s, 1), (z, d, w, x, zd, wx), (n, p, q, first, *strides, r, filled(r), rows, COLUMNS)
+    )
+    return zd, wx
+
+
+def _steps(t: Tensor) -> tuple[int, int]:
+    """The strides of rows and of siblings."""
+    stride = t.stride()
+    return (stride[1], stride[0]) if len(stride) == 3 else (stride[0], 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -14,9 +14,10 @@ from typing_extensions import Self
 from ...core.adapter import Adapter, Additive, WeightSide
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
-from ...core.fused import dense_linear, thin_linear
+from ...core.fused import Site, dense_linears
 from ...core.operator import Operator, WeightShape, plus_thin
 from ...core.precision import compute_dtype, exact_dtype
+from ...ops.product import fold
 from . import ops
 from .config import BlockConfig, MissConfig
 
@@ -32,7 +33,6 @@ class Bone(Additive):
     def __init__(self, shape: WeightShape, r: int, columns: int | None = None) -> None:
         super().__init__(shape)
         self.r = r
-        self.down = ops.FoldDown(r)
         self.register_parameter(self.block, nn.Parameter(torch.empty(r, columns or shape.out_features)))
 
     @classmethod
@@ -93,10 +93,7 @@ class Bone(Additive):
         if not op.shape.is_linear:
             return super().forward(x, op, scale)
         (D,) = self.derived(x.dtype)
-        return plus_thin(op(x), ops.fold(self.drop(x), self.r), D if scale == 1.0 else D * scale)
-
-    def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda x: thin_linear(x, W, bias, derived[0], self.down)
+        return plus_thin(op(x), fold(self.drop(x), self.r), D if scale == 1.0 else D * scale)
 
 
 class Bat(WeightSide):
@@ -140,8 +137,14 @@ class Bat(WeightSide):
     def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
         return θ
 
-    def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda x: dense_linear(x, W, bias, self.rule, *derived)
+    def family(self) -> Hashable:
+        return type(self)
+
+    def on_plain(
+        self, sites: Sequence[Site], stack: tuple[Tensor, ...] | None = None
+    ) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        flat = [t for W, bias, θ in sites for t in (W, bias, *θ)]
+        return lambda x: dense_linears(x, self.rule, len(sites), *flat)
 
     def transform(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         return ops.bat, (self.get_parameter(self.block),)

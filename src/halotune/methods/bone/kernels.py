@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.kernels import dot, filled
-from ...ops.launch import Launcher
+from ...ops.launch import Launcher, tiles
 
 ROWS = 128
 
@@ -37,27 +37,5 @@ def bat(W: Tensor, blocks: Tensor) -> Tensor:
     n, r, _ = blocks.shape
     n_in = W.shape[1]
     out = torch.empty_like(W)
-    grid = (n, triton.cdiv(n_in, ROWS), 1)
-    _launch_bat(grid, (W, blocks, out), n_in, r, filled(r), ROWS)
+    _launch_bat((n, tiles(n_in, ROWS), 1), (W, blocks, out), (n_in, r, filled(r), ROWS))
     return out
-
-
-@triton.jit
-def _add_tiled(x_ptr, z_ptr, y_ptr, d, x_row, y_row, z_row, z_col, R, COLS: tl.constexpr, INTERPRETED: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    x = tl.load(x_ptr + row * x_row + cols, cols < d, other=0.0)
-    z = tl.load(z_ptr + row * z_row + cols % R * z_col, cols < d, other=0.0)
-    tl.store(y_ptr + row * y_row + cols, (x.to(tl.float32) + z.to(tl.float32)).to(x.dtype), cols < d)
-
-
-_launch_add_tiled = Launcher(_add_tiled, num_warps=8)
-
-
-def add_tiled(x: Tensor, z: Tensor, inplace: bool) -> Tensor:
-    """`x[:, k] + z[:, k mod r]`: x read once, the result written once."""
-    n, d = x.shape
-    y = x if inplace else torch.empty(n, d, dtype=x.dtype, device=x.device)
-    cols = min(4096, triton.next_power_of_2(d))
-    _launch_add_tiled((n, triton.cdiv(d, cols), 1), (x, z, y), d, x.stride(0), y.stride(0), *z.stride(), z.shape[1], cols)
-    return y

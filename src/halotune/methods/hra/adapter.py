@@ -13,6 +13,7 @@ from typing_extensions import Self
 from ...core.adapter import InputSide
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
+from ...core.fused import Site
 from ...core.operator import WeightShape
 from . import ops
 from .config import HRAConfig
@@ -76,19 +77,29 @@ class HRA(InputSide):
         return self.gram_schmidt
 
     def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
-        """`Û (…, in, r)` and `N = −Tᵀ Ûᵀ (…, r, in)`."""
-        return ops.wy_factors(θ[0], self.gram_schmidt)
+        """`Ûᵀ (…, r, in)` and `N = −Tᵀ Ûᵀ (…, r, in)`, both contiguous."""
+        Û, N = ops.wy_factors(θ[0], self.gram_schmidt)
+        return Û.mT.contiguous(), N.contiguous()
 
     def rotate(self, x: Tensor, transpose: bool = False) -> Tensor:
-        Û, N = self.derived(x.dtype)
-        return ops.rotate(x, N.mT, Û.mT) if transpose else ops.rotate(x, Û, N)
+        Ût, N = self.derived(x.dtype)
+        return ops.rotate(x, N, Ût) if transpose else ops.rotate(x, Ût, N)
 
-    def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda x: ops.reflected_linear(x, W, bias, *derived)
+    def family(self) -> Hashable:
+        return type(self), self.hra_u.shape, self.kin()
+
+    stacked = True
+
+    def on_plain(
+        self, sites: Sequence[Site], stack: tuple[Tensor, ...] | None = None
+    ) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        Ût, N = stack or sites[0].derived
+        flat = [t for site in sites for t in (site.W, site.bias)]
+        return lambda x: ops.reflected_linears(x, Ût, N, *flat)
 
     def thin(self, W: Tensor, *derived: Tensor) -> tuple[Tensor, Tensor]:
-        Û, N = derived
-        return W @ N.mT.to(W.dtype), Û.mT
+        Ût, N = derived
+        return W @ N.mT.to(W.dtype), Ût
 
     @property
     def rank(self) -> int:

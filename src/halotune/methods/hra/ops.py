@@ -9,16 +9,17 @@ so that nothing of size in×in is ever needed (derivation: README.md beside this
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.fused import by_columns, first_order
+from ...core.fused import first_order, flattened
 from ...core.operator import plus_thin
 from ...core.precision import exact, exact_dtype
-from ...ops.product import add_product
+from ...ops.product import gather, grams, spread
 
 
 def normalize(U: Tensor) -> Tensor:
@@ -77,43 +78,62 @@ def wy_factors(U: Tensor, gram_schmidt: bool) -> tuple[Tensor, Tensor]:
             N = -(span_core(Û).mT @ Û.mT)
         else:
             N = torch.linalg.solve_triangular(chain_core(Û).mT, -Û.mT, upper=False)
-        return by_columns(Û), N.contiguous()
+        return Û, N
 
 
-def rotate(x: Tensor, Û: Tensor, N: Tensor) -> Tensor:
-    """`x + (x Û) N` over the last dimension, differentiable in everything."""
-    return plus_thin(x, x @ Û, N)
+def rotate(x: Tensor, A: Tensor, N: Tensor) -> Tensor:
+    """`x + (x Aᵀ) N` over the last dimension, differentiable in everything."""
+    return plus_thin(x, x @ A.mT, N)
 
 
-class _ReflectedLinear(torch.autograd.Function):
-    """Four thin products in backward; the gradient of the rotated input becomes that of the input in place."""
+class _ReflectedLinears(torch.autograd.Function):
+    """`Ûᵀ (s, r, in)` and N `(s, r, in)` of all siblings, or `(r, in)` of one layer; for each W and b.
+
+    The gradients of the rotated inputs become that of x in one pass over them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, Û: Tensor, N: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        z = torch.mm(flat, Û)
-        ctx.save_for_backward(flat, W, z, Û, N)
-        ctx.shape = x.shape
-        return F.linear(add_product(flat, z, N, False), W, bias).view(*x.shape[:-1], -1)
+    def forward(ctx: Any, x: Tensor, Ût: Tensor, N: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.alone = x.shape, Ût.dim() == 2
+        if ctx.alone:
+            Ût, N = Ût.unsqueeze(0), N.unsqueeze(0)
+        rows = flattened(x)
+        ys, z = _reflected_linears(rows, Ût, N, flat, x.shape)
+        ctx.save_for_backward(rows, z, Ût, N, *flat[::2])
+        return ys
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, W, z, Û, N = ctx.saved_tensors
-        d = torch.mm(grad_outputs[0].reshape(-1, W.shape[0]), W)  # of the rotated input
-        dz = torch.mm(d, N.t())
-        dN = torch.mm(z.t(), d)
-        dÛ = torch.mm(x.t(), dz)
-        dx = add_product(d, dz, Û.t(), True).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, dÛ, dN
+        x, z, Ût, N, *Ws = ctx.saved_tensors
+        if ctx.alone:
+            d = torch.mm(flattened(grad_outputs[0]), Ws[0]).unsqueeze(0)
+        else:
+            d = torch.empty(len(Ws), *x.shape, dtype=x.dtype, device=x.device)  # of the rotated inputs
+            for dy, W, place in zip(grad_outputs, Ws, d.unbind(), strict=True):
+                torch.mm(flattened(dy), W, out=place)
+        dx, dz = gather(d, N, Ût) if ctx.needs_input_grad[0] else (None, torch.bmm(d, N.mT))
+        dN, dÛt = grams(z, d, dz, x)
+        if ctx.alone:
+            dN, dÛt = dN.squeeze(0), dÛt.squeeze(0)
+        return (None if dx is None else dx.view(ctx.shape)), dÛt, dN, *(None for _ in Ws), *(None for _ in Ws)
 
 
-def reflected_linear(x: Tensor, W: Tensor, bias: Tensor | None, Û: Tensor, N: Tensor) -> Tensor:
-    """`(x + (x Û) N) Wᵀ + b` for a frozen W: `Û (in, r)`, `N (r, in)`."""
-    if not torch.is_grad_enabled():
-        flat = x.reshape(-1, x.shape[-1])
-        return F.linear(add_product(flat, torch.mm(flat, Û), N, False), W, bias).view(*x.shape[:-1], -1)
-    return _ReflectedLinear.apply(x, W, bias, Û, N)
+def _reflected_linears(
+    rows: Tensor, Ût: Tensor, N: Tensor, flat: Sequence[Any], shape: torch.Size
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    rotated, z = spread(rows, Ût, N)
+    inputs = rotated.view(Ût.shape[0], *shape).unbind()
+    return tuple([F.linear(x, W, b) for x, W, b in zip(inputs, flat[::2], flat[1::2], strict=True)]), z
+
+
+def reflected_linears(x: Tensor, Ût: Tensor, N: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
+    """`(x + (x Û_s) N_s) W_sᵀ + b_s` of siblings: `Ûᵀ (s, r, in)`, `N (s, r, in)` (no s: of one layer), then each W and b."""
+    if torch.is_grad_enabled():
+        return _ReflectedLinears.apply(x, Ût, N, *flat)  # type: ignore[return-value]
+    if Ût.dim() == 2:
+        Ût, N = Ût.unsqueeze(0), N.unsqueeze(0)
+    return _reflected_linears(flattened(x), Ût, N, flat, x.shape)[0]
 
 
 def orthogonality(U: Tensor, squared: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from ...core.adapter import Adapter, WeightSide, add_low_rank, weight_form
 from ...core.config import AdapterConfig
-from ...core.fused import MATRIX, by_columns, dense_linear, thin_linear
+from ...core.fused import Site, dense_linears, thin_linears
 from ...core.operator import Operator, WeightShape
 from ...core.precision import compute_dtype, exact_dtype
 from . import ops
@@ -78,12 +78,11 @@ class LoHa(WeightSide):
         return ops.thin_is_cheaper(1 << 40, self.shape.out_features, self.shape.in_features, self.r)
 
     def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
-        """The thin factors `B (…, out, r²)` and `A (…, r², in)` where they are small, else the halves."""
+        """The thin factors `Bᵀ (…, r², out)` and `A (…, r², in)` where they are small, else the halves."""
         halves = self.halves(*θ)
         if not self.is_small:
             return halves
-        B, A = ops.khatri_rao(*halves, s=self.scaling)
-        return by_columns(B), A
+        return self._thin_factors(*halves)
 
     def halves(self, *θ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`A1 (…, out, r)`, `B1 (…, r, in)`, `A2`, `B2`, in fp32 or better."""
@@ -130,29 +129,40 @@ class LoHa(WeightSide):
         quick = self.quick(op.plain(x.dtype), x.dtype) if scale == 1.0 else None
         if quick is not None:
             return quick(x)
-        first, *others = self.derived(x.dtype)
-        θ = (self._drop_rows(first), *others)
-        if self.is_small or op.opaque or self._thin_for(x):
-            return add_low_rank(x, x, op, θ if self.is_small else ops.khatri_rao(*θ, s=self.scaling), scale)  # type: ignore[arg-type]
+        θ = self.derived(x.dtype)
+        if self.is_small:
+            Bt, A = θ
+            return add_low_rank(x, x, op, (self._drop_rows(Bt.mT), A), scale)
+        θ = (self._drop_rows(θ[0]), *θ[1:])
+        if op.opaque or self._thin_for(x):
+            return add_low_rank(x, x, op, ops.khatri_rao(*θ, s=self.scaling), scale)  # type: ignore[call-arg]
         return weight_form(x, op, partial(ops.add_hadamard, s=self.scaling), θ, scale)
 
     def _thin_for(self, x: Tensor) -> bool:
         tokens = x.numel() // (self.shape.in_channels * self.shape.groups)
         return ops.thin_is_cheaper(tokens, self.shape.out_features, self.shape.in_features, self.r)
 
-    def on_plain(self, W: Tensor, bias: Tensor | None, *derived: Tensor) -> Callable[[Tensor], Tensor]:
-        if self.is_small:
-            B, A = derived
-            Bt = B.mT
-            return lambda x: thin_linear(x, W, bias, Bt, MATRIX, A)
+    def family(self) -> Hashable:
+        return type(self), self.r, self.kin()
 
-        def call(x: Tensor) -> Tensor:
+    def on_plain(
+        self, sites: Sequence[Site], stack: tuple[Tensor, ...] | None = None
+    ) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        flat = [t for W, bias, θ in sites for t in (W, bias, *θ)]
+        if self.is_small:
+            return lambda x: thin_linears(x, *flat)
+
+        def call(x: Tensor) -> tuple[Tensor, ...]:
             if self._thin_for(x):
-                B, A = ops.khatri_rao(*derived, s=self.scaling)  # type: ignore[call-arg]
-                return thin_linear(x, W, bias, B.mT, MATRIX, A)
-            return dense_linear(x, W, bias, self.rule, *derived)
+                return thin_linears(x, *(t for W, bias, θ in sites for t in (W, bias, *self._thin_factors(*θ))))
+            return dense_linears(x, self.rule, len(sites), *flat)
 
         return call
+
+    def _thin_factors(self, *halves: Tensor) -> tuple[Tensor, Tensor]:
+        """`Bᵀ (…, r², out)`, `A (…, r², in)`."""
+        B, A = ops.khatri_rao(*halves, s=self.scaling)  # type: ignore[call-arg]
+        return B.mT.contiguous(), A
 
 
 class DecomposedLoHa(LoHa):
@@ -201,8 +211,8 @@ class DecomposedLoHa(LoHa):
     def reads_weight(self, op: Operator) -> bool:
         return True
 
-    def quick(self, plain: tuple[Tensor, Tensor | None] | None, dtype: torch.dtype) -> None:
-        return None
+    def may_be_plain(self) -> bool:
+        return False
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
         x = x.to(compute_dtype(x))

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.kernels import dot, filled
-from ...ops.launch import Launcher
+from ...ops.launch import Launcher, tiles
 
 ROWS, COLS = 64, 128
 PULL_ROWS, PULL_COLS = 64, 64
@@ -44,9 +44,8 @@ def hadamard(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float
     m, n = W.shape
     r = A1.shape[1]
     out = torch.empty(m, n, dtype=W.dtype, device=W.device)
-    grid = (triton.cdiv(m, ROWS), triton.cdiv(n, COLS), 1)
-    sizes = m, n, *W.stride(), *A1.stride(), *B1.stride(), float(s)
-    _launch_hadamard(grid, (W, A1, B1, A2, B2, out), *sizes, r, filled(r), ROWS, COLS)
+    sizes = m, n, *W.stride(), *A1.stride(), *B1.stride(), float(s), r, filled(r), ROWS, COLS
+    _launch_hadamard((tiles(m, ROWS), tiles(n, COLS), 1), (W, A1, B1, A2, B2, out), sizes)
     return out
 
 
@@ -87,13 +86,12 @@ def _pull_half(G: Tensor, P1: Tensor, Q1: Tensor, P2: Tensor, Q2: Tensor, s: flo
     """`s (G ∘ (P2 Q2ᵀ)) Q1` and `s (G ∘ (P1 Q1ᵀ)) Q2` `(2, m, r)`: G `(m, n)` read once, P `(m, r)`, Q `(n, r)`."""
     m, n = G.shape
     r = P1.shape[1]
-    blocks = triton.cdiv(m, PULL_ROWS)
+    blocks = tiles(m, PULL_ROWS)
     parts = max(1, min(n // 512, PROGRAMS // blocks))
-    share = triton.cdiv(triton.cdiv(n, parts), PULL_COLS) * PULL_COLS
+    share = tiles(tiles(n, parts), PULL_COLS) * PULL_COLS
     out = torch.empty(parts, 2, m, r, dtype=torch.float32, device=G.device)
-    sizes = m, n, *G.stride(), *P1.stride(), *Q1.stride(), share, float(s)
-    constants = r, filled(r), PULL_ROWS, PULL_COLS
-    _launch_pull((blocks, parts, 1), (G, P1, Q1, P2, Q2, out), *sizes, *constants)
+    sizes = m, n, *G.stride(), *P1.stride(), *Q1.stride(), share, float(s), r, filled(r), PULL_ROWS, PULL_COLS
+    _launch_pull((blocks, parts, 1), (G, P1, Q1, P2, Q2, out), sizes)
     return (out.sum(0) if parts > 1 else out[0]).to(P1.dtype)
 
 

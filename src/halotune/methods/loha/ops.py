@@ -58,6 +58,7 @@ _KERNELS = "halotune.methods.loha.kernels"
 build = Op(
     "build_loha",
     add_hadamard,
+    repeats=True,
     like=lambda W, *_: W.new_empty(W.shape),
     kernels=[triton_kernel(_KERNELS, "hadamard", _kernel_refuses, _kernel_wins)],
 )

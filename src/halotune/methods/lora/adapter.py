@@ -11,7 +11,6 @@ from typing_extensions import Self
 
 from ...core.adapter import Additive
 from ...core.config import AdapterConfig
-from ...core.fused import by_columns
 from ...core.operator import WeightShape
 from ...core.precision import exact_dtype
 from .config import LoraConfig
@@ -72,10 +71,6 @@ class Lora(Additive):
         return self.scaling, self.shape
 
     def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
-        """`s B (…, out, r)` and `A (…, r, in)`."""
+        """`s Bᵀ (…, r, out)` and `A (…, r, in)`."""
         A, B = (t.to(exact_dtype(t.dtype)).flatten(-1 - len(self.shape.kernel)) for t in θ)
-        return by_columns(self.scaling * B), A
-
-    def thin(self, *derived: Tensor) -> tuple[Tensor, Tensor]:
-        B, A = derived
-        return B, A
+        return (self.scaling * B).mT.contiguous(), A
