@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from halotune.bench import BenchConfig, Contender, Row, Watch, parse_contenders, run_layer, run_step
+from halotune import HalotuneError
+from halotune.bench import BenchConfig, Contender, Row, Watch, benches, parse_contenders, run_layer, run_step
 from halotune.bench import report as reporting
 from halotune.bench.models import PRESETS, build, target_names
 from halotune.bench.race import Entry, Turn, race
@@ -319,3 +321,34 @@ def test_bad_input_is_one_line_and_status_2(arguments: list[str], said: list[str
     out, err = capsys.readouterr()
     assert out == "" and ": error: " in err.splitlines()[-1]
     assert all(word in err for word in said), err
+
+
+def test_a_captured_step_reads_each_batch_where_the_first_was(monkeypatch):
+    """With stand-ins for a GPU's streams and graphs: what is captured runs on one place, into which batches are copied."""
+    seen: list[list[float]] = []
+
+    class Graph:
+        def replay(self) -> None:
+            seen.append(place[0]["x"].tolist())
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None: ...
+
+    place: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    batches = [{"x": torch.tensor([float(i)])} for i in range(3)]
+    run = benches.captured(place.append, batches[0])
+    for batch in (*batches[1:], batches[0]):
+        run(batch)
+    assert seen == [[1.0], [2.0], [0.0]]
+    assert [b["x"].item() for b in batches] == [0.0, 1.0, 2.0]
+    assert all(p is place[0] for p in place) and len(place) == 4
+
+
+def test_a_cpu_has_no_graphs():
+    with pytest.raises(HalotuneError, match="cuda_graph: a CPU has none"):
+        BenchConfig(contenders=(), cuda_graph=True)

@@ -24,6 +24,7 @@ pytestmark = [
 LARGE = [
     Case("large-thin", thin, lambda t: (t(1031, 3056), t(1031, 1000), t(24, 1000), t(24, 3056), False)),
     Case("large-thin-strided", thin, lambda t: (sliced(t, 700, 3000), t(700, 900), t(50, 900), t(50, 3000), True)),
+    Case("large-thin-deep", thin, lambda t: (t(500, 1008), t(500, 5000), t(32, 5000), t(32, 1008), True)),
     Case("large-thin-many-rows", thin, lambda t: (t(3100, 1008), t(3100, 900), t(32, 900), t(32, 1008), True)),
     Case("large-folded", thin, lambda t: (t(1000, 1040), t(1000, 5003), None, t(64, 1040), True)),
     Case("large-unfolded", thin, lambda t: (t(1000, 5008), t(1000, 512), t(64, 512), None, True)),

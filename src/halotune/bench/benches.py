@@ -91,6 +91,7 @@ def run_step(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
     """Forward, backward, AdamW and zero_grad, with the model's own loss, step after step as in training.
 
     On a GPU also the time of the kernels alone: where a step takes longer than those, the host launches them too slowly.
+    With `cuda_graph` the step is captured once and replayed: the same kernels, which nobody launches one by one.
     """
     started = time.monotonic()
     work, clock, family = Work.of(config), Clock(config.torch_device), config.preset.family
@@ -102,18 +103,26 @@ def run_step(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
         with work.adapted(entry.contender) as model:
             model.train()
             parameters = trained(model)
-            optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=clock.cuda) if parameters else None
+            options: dict[str, Any] = {"fused": clock.cuda, "capturable": config.cuda_graph}
+            optimizer = torch.optim.AdamW(parameters, lr=1e-4, **options) if parameters else None
 
-            def step(i: int) -> None:
-                family.loss(model, batches[i % INPUTS]).backward()
+            def train(batch: models.Batch) -> None:
+                family.loss(model, batch).backward()
                 if optimizer:
                     optimizer.step()
                     optimizer.zero_grad()
 
+            clock.forget_peak()
+            run = captured(train, batches[0]) if config.cuda_graph else train
+
+            def step(i: int) -> None:
+                run(batches[i % INPUTS])
+
             for i in range(config.warmup):
                 step(i)
-            gc.collect()  # off while timing; what the first steps left in cycles is no part of the peak
-            clock.forget_peak()
+            if not config.cuda_graph:  # whose memory is taken when it is captured
+                gc.collect()  # off while timing; what the first steps left in cycles is no part of the peak
+                clock.forget_peak()
             times = clock.laps(*(partial(step, config.warmup + i) for i in range(config.steps)))
             peak, measured = clock.peak(), {"step": times}
             if clock.cuda:
@@ -133,6 +142,27 @@ def run_step(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
         )
     finally:
         flowing.remove()
+
+
+def captured(train: Callable[[models.Batch], None], example: models.Batch) -> Callable[[models.Batch], None]:
+    """`train` as a CUDA graph: a call copies a batch to where the graph reads it, and replays."""
+    place = {name: t.clone() for name, t in example.items()}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # lazy initialisation is no part of a step
+            train(place)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train(place)
+
+    def replay(batch: models.Batch) -> None:
+        for name, t in batch.items():
+            place[name].copy_(t)
+        graph.replay()
+
+    return replay
 
 
 def repeated(config: BenchConfig, clock: Clock, once: Callable[[int], list[float]]) -> tuple[list[list[float]], int | None]:
@@ -316,6 +346,7 @@ def setting(config: BenchConfig, work: Work, batch: int | None = None, tokens: i
         "batch": batch,
         "tokens": tokens,
         "compiled": list(family.blocks) if config.compile and not layer else config.compile,
+        "cuda_graph": config.cuda_graph,
         "rounds": config.rounds,
         "steps": config.steps,
         "warmup": config.warmup,

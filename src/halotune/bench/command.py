@@ -57,6 +57,7 @@ def add(commands: Commands) -> None:
     flag("--steps-per-round", type=_count, metavar="N", help="timed repetitions of a turn (default: 5; for decode 16)")
     flag("--warmup", type=_whole, default=2, metavar="N", help="repetitions before, not timed (default: 2)")
     flag("--compile", action="store_true", help="compile every layer of the model in full")
+    flag("--cuda-graph", action="store_true", help="of step: capture it once and replay it")
     flag("--time-limit", type=float, metavar="SECONDS", help="start no turn after that, and report what was measured")
     flag("--features", type=_features, default=(4096, 4096), metavar="INxOUT", help="of the layer (default: 4096x4096)")
     flag("--prompt", type=_count, default=16, metavar="N", help="tokens before decoding (default: 16)")
@@ -89,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         steps=args.steps_per_round or (16 if decoding else 5),
         warmup=args.warmup,
         compile=args.compile,
+        cuda_graph=args.cuda_graph,
         time_limit=args.time_limit,
         features=args.features,
         prompt=args.prompt,

@@ -40,6 +40,7 @@ class BenchConfig:
         steps: timed repetitions of a turn; of decoding, new tokens.
         warmup: repetitions before, not timed.
         compile: compile each block of the model, in full.
+        cuda_graph: capture a whole training step, and replay it.
         time_limit: seconds after which no turn starts.
         features: inputs and outputs of the single layer.
         prompt: tokens in the cache before decoding starts.
@@ -59,6 +60,7 @@ class BenchConfig:
     steps: int = 5
     warmup: int = 2
     compile: bool = False
+    cuda_graph: bool = False
     time_limit: float | None = None
     features: tuple[int, int] = (4096, 4096)
     prompt: int = 16
@@ -75,6 +77,8 @@ class BenchConfig:
             raise HalotuneError(f"device: expected cpu, cuda or cuda:N; got {self.device!r}.")
         if self.device != "cpu" and not torch.cuda.is_available():
             raise HalotuneError(f"device: {self.device} was asked for, but torch finds no CUDA device. Use cpu.")
+        if self.cuda_graph and self.device == "cpu":
+            raise HalotuneError("cuda_graph: a CPU has none. Use device cuda, or leave it out.")
 
     @property
     def preset(self) -> Preset:

@@ -32,7 +32,7 @@ def heading(kind: str, setting: dict[str, Any]) -> str:
     s = setting
     shape = ", ".join(f"{k} {v}" for k, v in s["shape"].items() if isinstance(v, int))
     where = "" if s["targets"] is None else f", {s['targets']} ({s['adapted_modules']} modules)"
-    mode = "compiled" if s["compiled"] else "eager"
+    mode = ("compiled" if s["compiled"] else "eager") + (", in a CUDA graph" if s.get("cuda_graph") else "")
     size = "" if s["batch"] is None else f", batch {s['batch']} × {s['tokens']} tokens"
     return "\n".join(
         [
@@ -135,7 +135,8 @@ def plot_name(kind: str, setting: dict[str, Any]) -> str:
     sizes = f"{s['shape'].get('in_features')}x{s['shape'].get('out_features')}"
     what = [sizes] if s["targets"] is None else [s["model"], s["targets"]]
     batch = [] if s["batch"] is None else [f"{s['batch']}x{s['tokens']}"]
-    return "-".join([kind, *what, s["dtype"], *batch, *(["compiled"] if s["compiled"] else [])]) + ".png"
+    mode = [name for name, on in {"compiled": s["compiled"], "cuda-graph": s.get("cuda_graph")}.items() if on]
+    return "-".join([kind, *what, s["dtype"], *batch, *mode]) + ".png"
 
 
 def plot(file: Path, kind: str, rows: Sequence[Row]) -> bool:

@@ -12,9 +12,10 @@ from torch import Tensor
 from .launch import MOST, Launcher, tiles
 from .product import fold
 
-# Up to so many rows z is computed in the kernel that uses it: the host's time for one more launch is longer than what the
-# GPU loses by it (on an H100, 3072 -> 3072, r 32: 25 µs against 27 for 1024 rows, 36 against 27 for 3072).
-FUSED_ROWS = 2048
+# Where z is computed by the kernel that uses it. The host's time for one more launch is longer than what the GPU loses by it
+# up to some thousand rows: on an H100 25 µs against 27 for 1024 rows of 3072, but 50 against 24 for rows of 8192, and 36
+# against 27 for 3072 rows (bf16, r 32).
+FEW_ROWS, FUSED_ROWS, FUSED_DEPTH = 64, 2048, 4096
 PROGRAMS = 132  # multiprocessors of an H100
 COLUMNS = 64  # of one program of `grams`
 
@@ -109,12 +110,18 @@ _launch_few = Launcher(_thin, num_warps=4, num_stages=3)
 _launch_fused = Launcher(_thin, num_warps=8, num_stages=4)
 
 
+def _fused(t: Tensor, n: int, k: int) -> bool:
+    """Whether z is computed in the kernel. A launch that is recorded for a CUDA graph takes no time later."""
+    small = n <= FEW_ROWS or (n <= FUSED_ROWS and k <= FUSED_DEPTH)
+    return small and not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 @lru_cache(MOST)
 def _plan(n: int, d: int, r: int, siblings: int, down: bool) -> tuple[Launcher, tuple[int, int, int], int, tuple[int, ...]]:
     """The launcher, the grid, the columns of one program, and the sizes of tiles."""
     if not down:
         return _launch_tiles, (tiles(n, 64), tiles(d, 128), siblings), 128, (filled(r), 64, 64, 128)
-    launch, rows, depth = (_launch_few, 16, 256) if n <= 64 else (_launch_fused, 64, 64)
+    launch, rows, depth = (_launch_few, 16, 256) if n <= FEW_ROWS else (_launch_fused, 64, 64)
     share = tiles(tiles(d, max(1, PROGRAMS // (tiles(n, rows) * siblings))), 128) * 128
     return launch, (tiles(n, rows), tiles(d, share), siblings), share, (filled(r), rows, depth, 128)
 
@@ -125,7 +132,7 @@ def thin(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inplace: bool
     k = a.shape[1]
     r = (Q if A is None else A).shape[0]  # type: ignore[union-attr]
     y = b if inplace else torch.empty(n, d, dtype=b.dtype, device=b.device)
-    down = n <= FUSED_ROWS
+    down = _fused(b, n, k)
     if down:
         z = torch.empty(n, r, dtype=b.dtype, device=b.device)
     else:
@@ -148,7 +155,7 @@ def spread(x: Tensor, A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     n, k = x.shape
     s, r, _ = A.shape
     y = torch.empty(s, n, k, dtype=x.dtype, device=x.device)
-    down = n <= FUSED_ROWS
+    down = _fused(x, n, k)
     z = torch.empty(n, s * r, dtype=x.dtype, device=x.device) if down else torch.mm(x, A.view(s * r, k).t())
     launch, grid, share, (rank, rows, depth, cols) = _plan(n, k, r, s, down)
     x_row = x.stride(0)
@@ -168,7 +175,7 @@ def gather(d: Tensor, A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
     s, n, k = d.shape
     r = A.shape[1]
     y = torch.empty(n, k, dtype=d.dtype, device=d.device)
-    down = n <= FUSED_ROWS
+    down = _fused(d, n, k)
     z = torch.empty(s, n, r, dtype=d.dtype, device=d.device) if down else torch.bmm(d, A.mT)
     launch, grid, share, (rank, rows, depth, cols) = _plan(n, k, r, 1, down)
     d_batch, d_row, _ = d.stride()

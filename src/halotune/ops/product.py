@@ -97,6 +97,12 @@ def _wins(t: Tensor, *_: object) -> bool:
     return t.is_cuda and t.dtype.itemsize == 2 and t.shape[-1] % 16 == 0 and t.numel() > 0
 
 
+def _grams_wins(z: Tensor, d: Tensor, *_: object) -> bool:
+    # On an H100 in bf16, r 32: 20 µs against 24 for 3072 rows of 3072; r 64: 11 against 15 for 1024 rows, but 51 against 41
+    # for 3072 rows of 8192.
+    return _wins(d) and (z.shape[-1] <= 32 or d.shape[-2] <= 2048)
+
+
 _KERNELS = "halotune.ops.kernels"
 
 # `z = a Aᵀ` and `b + z Q`: a `(n, k)`, b `(n, d)`; the sum in the place of b, or new. Returns both.
@@ -131,5 +137,5 @@ grams = Op(
         d.new_empty(*d.shape[:-2], z.shape[-1], d.shape[-1]),
         x.new_empty(*d.shape[:-2], w.shape[-1], x.shape[-1]),
     ),
-    kernels=[triton_kernel(_KERNELS, "grams", _grams_refuses, _wins)],
+    kernels=[triton_kernel(_KERNELS, "grams", _grams_refuses, _grams_wins)],
 )

@@ -20,7 +20,7 @@ def angles(adapter: HRA) -> Tensor:
     Q is the identity beside span(Û). With P an orthonormal basis of the span, `Pᵀ Q P = I + (N P)ᵀ (Ûᵀ P)` is orthogonal and
     r×r. Its eigenvalues are `e^{±iθ}`: a pair is a plane that turns by θ, −1 (180°) a reflection.
     """
-    Û, N = adapter.derive(adapter.hra_u.detach().double())
+    Û, N = ops.wy_factors(adapter.hra_u.detach().double(), adapter.gram_schmidt)
     P, _ = torch.linalg.qr(Û)
     core = torch.eye(P.shape[1], dtype=P.dtype, device=P.device) + (N @ P).mT @ (Û.mT @ P)
     λ = torch.linalg.eigvals(core)
