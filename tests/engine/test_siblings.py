@@ -149,6 +149,8 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
 def defined(model: nn.Module) -> nn.Module:
     """The same by `W'` of every layer."""
     model = copy.deepcopy(model)
+    for block in attentions(model):
+        block._compiled_call_impl = None
     for layer in [m for m in model.modules() if isinstance(m, AdaptedLayer)]:
 
         def forward(x: Tensor, layer: AdaptedLayer = layer) -> Tensor:
@@ -205,6 +207,36 @@ def test_a_family_that_broke_is_given_up():
     attentions(model)[0].calls = another_input
     model(x)
     assert sizes(model) == [1, 1, 1, 1, 1, 3]
+
+
+def test_a_pass_that_failed_is_not_learned_from():
+    model, x = model_of("hra"), sample()
+    with pytest.raises(RuntimeError):
+        model(x[..., :3])
+    model(x)
+    assert sizes(model) == [1, 1, 3, 3]
+
+
+# torch's own compiler does both:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_layers_that_run_in_a_compiled_graph_are_left_to_it():
+    torch.compiler.reset()
+    model, x = model_of("hra"), sample()
+    for block in attentions(model):
+        block.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(gradients(model, x), by_definition(model, x), rtol=1e-9, atol=1e-9)
+        assert sizes(model) == []
+
+
+def test_adapters_of_two_dtypes_are_no_siblings():
+    model, x = model_of("hra"), sample()
+    attentions(model)[0].k.float()
+    attentions(model)[0].k.base_layer.double()  # type: ignore[union-attr]
+    for _ in range(2):
+        torch.testing.assert_close(gradients(model, x)[0], by_definition(model, x)[0], rtol=1e-5, atol=1e-5)
+    assert sizes(model) == [1, 1, 1, 2, 3]
 
 
 def test_nothing_is_held_after_a_pass():

@@ -145,6 +145,7 @@ class Lending:
             if not (self.cache.budget and self._from_cache(family)) and not family.begin() and len(family.layers) > 1:
                 family.broken = True
         if self.watch is not None and torch.is_grad_enabled():
+            self.watch = Watch()  # an earlier pass may have failed
             for family in self.families:
                 for layer in family.layers:
                     self.watch.on(layer)
@@ -169,9 +170,12 @@ class Lending:
         intact = [family for family in self.families if family.end()]
         siblings = [family.layers for family in intact if len(family.layers) > 1]
         changed = len(intact) < len(self.families)
-        if self.watch is not None and self.watch.runs:
+        if self.watch is not None and torch.is_grad_enabled() and output is not None:
             kinds = {layer: adapter.family() for f in self.families for layer, adapter in f.members()}
-            siblings, self.watch, changed = self.watch.siblings(kinds), None, True
+            siblings, changed = self.watch.siblings(kinds), bool(self.watch.runs)
+            if not changed:  # no layer ran through this: they are compiled, say, or quantized
+                self.families = []
+            self.watch = None
         if changed:
             self._arrange(None, siblings)
 

@@ -86,7 +86,7 @@ class HRA(InputSide):
         return ops.rotate(x, N, Ût) if transpose else ops.rotate(x, Ût, N)
 
     def family(self) -> Hashable:
-        return type(self), self.hra_u.shape, self.kin()
+        return type(self), self.kin(), self.hra_u.shape, self.hra_u.dtype, self.hra_u.device
 
     stacked = True
 
