@@ -143,7 +143,7 @@ def test_an_interrupted_proof_leaves_the_earlier_adapter(demo, monkeypatch: pyte
 def test_sigint_ends_a_real_run(encoder: str) -> None:
     command = [sys.executable, "-W", "error::UserWarning", "-m", "halotune.cli", "demo", "--model", encoder]
     process = subprocess.Popen(
-        [*command, "--epochs", "0.5", "--method", "hra,loha,bone,bat,lora"],
+        [*command, "--epochs", "2", "--method", "hra,loha,bone,bat,lora"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
