@@ -11,20 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from halotune import LoraConfig, PeftModel, get_peft_model
 from halotune.core.layer import AdaptedLayer
 from halotune.engine.lending import Lending
 
-CONFIGS = {
-    "hra": HRAConfig(r=4, target_modules="all-linear"),
-    "hra-gs": HRAConfig(r=3, apply_GS=True, init_weights=False, target_modules="all-linear"),
-    "loha": LoHaConfig(r=2, alpha=3, target_modules="all-linear"),
-    "loha-dense": LoHaConfig(r=8, alpha=3, target_modules="all-linear"),
-    "bone": BoneConfig(r=5, target_modules="all-linear"),
-    "bat": BoneConfig(r=4, init_weights="bat", target_modules="all-linear"),
-    "lora": LoraConfig(r=3, target_modules="all-linear"),
-}
-every = pytest.mark.parametrize("name", CONFIGS)
+from .cases import CONFIGS, every
 
 
 class Attention(nn.Module):
