@@ -130,7 +130,7 @@ class Adapter(nn.Module, ABC):
         """The forward passes over frozen layers with this adapter and its siblings, as one call on the x of all; or None.
 
         Args:
-            stack: if `stacked`, and there are several sites: what was derived for all of them.
+            stack: if `stacked`: what was derived for all of them. One site may come without, and with its own instead.
         """
         return None
 

@@ -22,6 +22,9 @@ class Stack:
         self._recorded = torch.is_grad_enabled()
         self._parts: list[tuple[Tensor, ...]] | None = None
 
+    def __len__(self) -> int:
+        return self.tensors[0].shape[0]
+
     def part(self, i: int) -> tuple[Tensor, ...]:
         """What belongs to the i-th layer."""
         if torch.is_grad_enabled() is not self._recorded:
@@ -56,11 +59,10 @@ class Loan:
         self.tensors, self.stack, self.place = None, stack, place
         self.dtype, self.running, self.recorded = dtype, True, False
 
-    def end(self) -> None:
-        """The forward pass is over. Tensors are kept for recomputation only where gradients flow through them."""
+    def end(self, keep: bool) -> None:
+        """The forward pass is over. `keep` what is lent, for recomputation."""
         self.running = False
-        lent = self.tensors if self.stack is None else self.stack.tensors
-        if lent is not None and not any([t.requires_grad for t in lent]):
+        if not keep:
             self.tensors = self.stack = None
 
     def take(self, dtype: torch.dtype) -> tuple[Tensor, ...] | None:

@@ -164,9 +164,8 @@ class AdaptedLayer(TunerLayer, StandIn):
     def _running_names(self) -> list[str]:
         if not self.enabled or self.rows is not None:
             return []
-        adapters: Any = self._modules["adapters"]
-        waiting = [n for n in self.active_adapters if n in adapters._modules and n not in self.merged_adapters]
-        return [n for n in waiting if self.scales[n] != 0.0]
+        names, merged, scales = self._modules["adapters"]._modules, self.merged_adapters, self.scales  # type: ignore[union-attr]
+        return [n for n in self.active_adapters if n in names and n not in merged and scales[n] != 0.0]
 
     def running(self) -> list[Adapter]:
         """The adapters that are active and not merged yet."""
@@ -176,7 +175,7 @@ class AdaptedLayer(TunerLayer, StandIn):
     @property
     def unscaled(self) -> bool:
         """Whether every adapter has its full strength."""
-        return all(scale == 1.0 for scale in self.scales.values())
+        return all([scale == 1.0 for scale in self.scales.values()])
 
     def operator(self) -> Operator:
         """The base with the running adapters."""

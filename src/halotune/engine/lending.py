@@ -41,6 +41,7 @@ class _Group:
         ]
         self.slots = list(zip(*homes, strict=True))  # where the parameters are: they may be replaced
         self.kept: tuple[list[Tensor], list[Stack], list[tuple[Tensor, ...]]] | None = None
+        self.recorded = False  # what is lent is part of a graph
 
     def read(self) -> list[Tensor]:
         """The parameters now, those of all layers together."""
@@ -52,6 +53,7 @@ class _Group:
             stacks, parts = self.kept[1:]
         else:
             derived = [t.to(self.dtype) for t in self.adapters[0].derive(*stacked)]
+            self.recorded = any(t.requires_grad for t in derived)
             *pieces, rest = zip(*(t.split([*self.sizes, len(self.adapters) - sum(self.sizes)]) for t in derived), strict=True)
             stacks, parts = [Stack(piece) for piece in pieces], list(zip(*(t.unbind() for t in rest), strict=True))
             self.kept = (stacked, stacks, parts) if _keeps(stacked) else None
@@ -61,6 +63,11 @@ class _Group:
                 next(adapters).loan.share(stack, place, self.dtype)
         for adapter, part in zip(adapters, parts, strict=True):
             adapter.loan.lend(part, self.dtype)
+
+    def end(self) -> None:
+        """The pass is over. What is lent stays where gradients flow through it, for recomputation."""
+        for adapter in self.adapters:
+            adapter.loan.end(self.recorded)
 
 
 def _keeps(stacked: list[Tensor]) -> bool:
@@ -165,8 +172,7 @@ class Lending:
         if torch.compiler.is_compiling():
             return
         for group in self.groups:
-            for adapter in group.adapters:
-                adapter.loan.end()
+            group.end()
         intact = [family for family in self.families if family.end()]
         siblings = [family.layers for family in intact if len(family.layers) > 1]
         changed = len(intact) < len(self.families)

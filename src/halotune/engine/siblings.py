@@ -88,14 +88,17 @@ class Family:
         """Get ready for a pass. Returns whether all bases are plain, and the layers will run through this."""
         if self.singles and not torch.is_grad_enabled():
             return all([single.begin() for single in self.singles])
+        stack = self.adapters[0].loan.stack
+        whole = stack.tensors if stack is not None and len(stack) == len(self.layers) else None
+        if whole is None and self.stacked and self.singles:
+            return False
         self.sites = []
         for layer, adapter in self.members():
             plain = self.plain(layer, adapter)
             if plain is None:
                 return False
-            self.sites.append(Site(*plain, () if self.stacked else adapter.derived(self.dtype)))
-        stack = self.adapters[0].loan.stack
-        self.joint = self.adapters[0].on_plain(self.sites, stack.tensors if self.stacked and stack is not None else None)
+            self.sites.append(Site(*plain, adapter.derived(self.dtype) if whole is None else ()))
+        self.joint = self.adapters[0].on_plain(self.sites, whole)
         if self.joint is None:
             return False
         for layer, quick in zip(self.layers, self.quicks, strict=True):
@@ -108,7 +111,7 @@ class Family:
 
     @property
     def stacked(self) -> bool:
-        return len(self.layers) > 1 and self.adapters[0].stacked
+        return self.adapters[0].stacked
 
     def only(self, x: Tensor) -> Tensor:
         return self.joint(x)[0]  # type: ignore[misc]

@@ -13,9 +13,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 _forced: list[str] = []
+MOST = 4096  # prepared calls of one op: sequence lengths vary, so not every one is kept for ever
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,13 @@ class Kernel:
 
     Attributes:
         backend: its name.
-        run: with the arguments of the reference.
+        prepare: from the arguments of the reference, what runs on those and on all that are `alike`.
         refuses: why it cannot run on these arguments, or None.
         wins: whether it can, and is faster there than the reference.
     """
 
     backend: str
-    run: Callable[..., Any]
+    prepare: Callable[..., Callable[..., Any]]
     refuses: Callable[..., str | None]
     wins: Callable[..., bool]
 
@@ -55,6 +57,7 @@ class Op:
     like: Callable[..., Any]
     kernels: list[Kernel] = field(default_factory=list)
     repeats: bool = False
+    prepared: dict[Any, Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         schema = torch.library.infer_schema(self.reference, mutates_args=())
@@ -65,15 +68,15 @@ class Op:
 
     def _register(self, name: str, schema: str) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            result = self.chosen(*args)(*args)
+            result = self.prepare(*args)(*args)
             return tuple(t.clone() for t in result) if isinstance(result, tuple) else result  # results may not share memory
 
         def see_into(mode: Any, node: Any, types: Any, args: Any, kwargs: Any) -> Any:
-            chosen = self.chosen(*args)
-            if chosen is self.reference and self.repeats:
+            run = self.prepare(*args)
+            if run is self.reference and self.repeats:
                 return mode.__torch_dispatch__(node, types, args, kwargs)
             with mode, traced():
-                return chosen(*args)
+                return run(*args)
 
         node = torch.library.custom_op(f"halotune::{name}", run, mutates_args=(), schema=schema)
         node.register_fake(self.like)
@@ -83,29 +86,47 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.node(*args[:-1], False) if self.may_be_inplace else self.node(*args)
-        return self.chosen(*args)(*args)
+        if _forced:
+            return self.prepare(*args)(*args)
+        try:
+            key = alike(args)
+            run = self.prepared.get(key)
+        except TypeError:  # the sizes are symbols
+            return self.prepare(*args)(*args)
+        if run is None:
+            if len(self.prepared) >= MOST:
+                self.prepared.clear()
+            run = self.prepared[key] = self.prepare(*args)
+        return run(*args)
 
     def again(self, *args: Any) -> Any:
         """A call that repeats an earlier one, whose result nobody keeps for it."""
         return self.node_again(*args) if torch.compiler.is_compiling() else self(*args)
 
-    def chosen(self, *args: Any) -> Callable[..., Any]:
-        """The implementation that a call with these arguments runs."""
+    def prepare(self, *args: Any) -> Callable[..., Any]:
+        """What a call with arguments like these runs."""
+        kernel = self.choice(*args)
+        return self.reference if kernel is None else kernel.prepare(*args)
+
+    def choice(self, *args: Any) -> Kernel | None:
+        """The kernel that a call with these arguments runs; None for the reference."""
         if _forced:
             return self._forced(_forced[-1], *args)
-        for kernel in self.kernels:
-            if kernel.wins(*args):
-                return kernel.run
-        return self.reference
+        return next((kernel for kernel in self.kernels if kernel.wins(*args)), None)
 
-    def _forced(self, backend: str, *args: Any) -> Callable[..., Any]:
+    def _forced(self, backend: str, *args: Any) -> Kernel | None:
         for kernel in self.kernels:
             if kernel.backend == backend:
                 reason = kernel.refuses(*args)
                 if reason is None:
-                    return kernel.run
-                warnings.warn(f"{self.name}: the {backend} kernel cannot run here: {reason}. Using plain torch.", stacklevel=4)
-        return self.reference
+                    return kernel
+                warnings.warn(f"{self.name}: the {backend} kernel cannot run here: {reason}. Using plain torch.", stacklevel=5)
+        return None
+
+
+def alike(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Equal for arguments that differ in nothing but their tensors' numbers and addresses."""
+    return tuple([(a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a for a in args])
 
 
 @contextmanager
@@ -139,16 +160,11 @@ def is_traced() -> bool:
 
 
 def triton_kernel(module: str, function: str, refuses: Callable[..., str | None], wins: Callable[..., bool]) -> Kernel:
-    """The kernel `function` of `module`, imported at its first call. Triton must be installed, and the device suit it.
+    """The kernel that `function` of `module` prepares, imported when it is first needed. Triton must be installed, and the
+    device suit it."""
 
-    `wins` is asked first, at every call.
-    """
-    found: list[Callable[..., Any]] = []
-
-    def run(*args: Any) -> Any:
-        if not found:
-            found.append(getattr(importlib.import_module(module), function))
-        return found[0](*args)
+    def prepare(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args)
 
     def refusal(*args: Any) -> str | None:
         return _triton_refuses(args[0]) or refuses(*args)
@@ -156,7 +172,7 @@ def triton_kernel(module: str, function: str, refuses: Callable[..., str | None]
     def winning(*args: Any) -> bool:
         return wins(*args) and _triton_is_installed() and refuses(*args) is None
 
-    return Kernel("triton", run, refusal, winning)
+    return Kernel("triton", prepare, refusal, winning)
 
 
 def _triton_refuses(x: Any) -> str | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MOST, Launcher, tiles
+from .launch import Launch, Launcher, tiles
 from .product import fold
 
 # Where z is computed by the kernel that uses it. The host's time for one more launch is longer than what the GPU loses by it
@@ -17,6 +17,7 @@ from .product import fold
 # against 27 for 3072 rows (bf16, r 32).
 FEW_ROWS, FUSED_ROWS, FUSED_DEPTH = 64, 2048, 4096
 PROGRAMS = 132  # multiprocessors of an H100
+COLS = 128  # of a tile of `thin`
 COLUMNS = 64  # of one program of `grams`
 
 
@@ -81,25 +82,32 @@ def _thin(
     at_z = rows[:, None].to(tl.int64) * z_row + ranks[None]
     in_z = (rows[:, None] < n) & (ranks[None] < R)
     if DOWN:
-        for i in range(SUM):
-            own = _down(a_ptr + i * a_batch, down_ptr + i * down_batch, n, k, rows, ranks, a_row, down_row,
-                        R, RANK, FOLD, ROWS, DEPTH, INTERPRETED)  # fmt: skip
-            tl.store(z_ptr + i * z_batch + at_z, rounded(own, z_ptr.dtype.element_ty, INTERPRETED), in_z)
+        z_at = z_ptr
+        for _ in range(SUM):
+            own = _down(a_ptr, down_ptr, n, k, rows, ranks, a_row, down_row, R, RANK, FOLD, ROWS, DEPTH, INTERPRETED)
+            tl.store(z_at + at_z, rounded(own, z_ptr.dtype.element_ty, INTERPRETED), in_z)
+            a_ptr += a_batch  # step by step: s times a batch may be more than 32 bits hold
+            down_ptr += down_batch
+            z_at += z_batch
         tl.debug_barrier()  # what other threads of this program wrote is read below
     first = tl.program_id(1) * share
     for start in range(first, tl.minimum(first + share, d), COLS):
         cols = start + tl.arange(0, COLS)
         inside = (rows[:, None] < n) & (cols[None] < d)
         y = tl.full((ROWS, COLS), 0.0, tl.float32)
-        for s in tl.static_range(SUM):  # pyright: ignore[reportGeneralTypeIssues]
-            z = tl.load(z_ptr + s * z_batch + at_z, in_z, other=0.0)
+        z_at, up_at, b_at = z_ptr, up_ptr, b_ptr
+        for _ in tl.static_range(SUM):  # pyright: ignore[reportGeneralTypeIssues]
+            z = tl.load(z_at + at_z, in_z, other=0.0)
             if UNFOLD:
                 q = (cols[None] % R == ranks[:, None]).to(tl.float32).to(z.dtype)
             else:
-                at_q = s * up_batch + ranks[:, None] * up_row + cols[None]
-                q = tl.load(up_ptr + at_q, (ranks[:, None] < R) & (cols[None] < d), other=0.0)
-            b = tl.load(b_ptr + s * b_batch + rows[:, None].to(tl.int64) * b_row + cols[None], inside, other=0.0)
+                at_q = ranks[:, None] * up_row + cols[None]
+                q = tl.load(up_at + at_q, (ranks[:, None] < R) & (cols[None] < d), other=0.0)
+            b = tl.load(b_at + rows[:, None].to(tl.int64) * b_row + cols[None], inside, other=0.0)
             y += b.to(tl.float32) + dot(z, q, INTERPRETED)
+            z_at += z_batch
+            up_at += up_batch
+            b_at += b_batch
         tl.store(
             y_ptr + rows[:, None].to(tl.int64) * y_row + cols[None], rounded(y, y_ptr.dtype.element_ty, INTERPRETED), inside
         )
@@ -110,84 +118,86 @@ _launch_few = Launcher(_thin, num_warps=4, num_stages=3)
 _launch_fused = Launcher(_thin, num_warps=8, num_stages=4)
 
 
-def _fused(t: Tensor, n: int, k: int) -> bool:
-    """Whether z is computed in the kernel. A launch that is recorded for a CUDA graph takes no time later."""
-    small = n <= FEW_ROWS or (n <= FUSED_ROWS and k <= FUSED_DEPTH)
-    return small and not (t.is_cuda and torch.cuda.is_current_stream_capturing())
+def _product(
+    n: int, k: int, d: int, r: int, siblings: int, steps: tuple[int, ...], fold: bool, unfold: bool, summed: int
+) -> tuple[Launch, Launch | None]:
+    """The launch that is given z, and the one that computes z itself, if it may be faster."""
+
+    def prepared(launcher: Launcher, rows: int, depth: int, share: int, down: bool) -> Launch:
+        grid = tiles(n, rows), tiles(d, share), siblings
+        return launcher.prepare(
+            grid, n, k, d, share, *steps, r, filled(r), down, fold, unfold, summed, rows, depth, COLS
+        )  # fmt: skip
+
+    apart = prepared(_launch_tiles, 64, 64, COLS, False)
+    if n > FUSED_ROWS or (n > FEW_ROWS and k > FUSED_DEPTH):
+        return apart, None
+    launcher, rows, depth = (_launch_few, 16, 256) if n <= FEW_ROWS else (_launch_fused, 64, 64)
+    share = tiles(tiles(d, max(1, PROGRAMS // (tiles(n, rows) * siblings))), COLS) * COLS
+    return apart, prepared(launcher, rows, depth, share, True)
 
 
-@lru_cache(MOST)
-def _plan(n: int, d: int, r: int, siblings: int, down: bool) -> tuple[Launcher, tuple[int, int, int], int, tuple[int, ...]]:
-    """The launcher, the grid, the columns of one program, and the sizes of tiles."""
-    if not down:
-        return _launch_tiles, (tiles(n, 64), tiles(d, 128), siblings), 128, (filled(r), 64, 64, 128)
-    launch, rows, depth = (_launch_few, 16, 256) if n <= FEW_ROWS else (_launch_fused, 64, 64)
-    share = tiles(tiles(d, max(1, PROGRAMS // (tiles(n, rows) * siblings))), 128) * 128
-    return launch, (tiles(n, rows), tiles(d, share), siblings), share, (filled(r), rows, depth, 128)
+def _chosen(apart: Launch, fused: Launch | None, t: Tensor) -> Launch:
+    """A launch that is recorded for a CUDA graph takes the host no time later."""
+    return apart if fused is None or (t.is_cuda and torch.cuda.is_current_stream_capturing()) else fused
 
 
-def thin(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor]:
+def thin(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inplace: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     """`z = a Aᵀ` and `b + z Q`."""
     n, d = b.shape
-    k = a.shape[1]
     r = (Q if A is None else A).shape[0]  # type: ignore[union-attr]
-    y = b if inplace else torch.empty(n, d, dtype=b.dtype, device=b.device)
-    down = _fused(b, n, k)
-    if down:
-        z = torch.empty(n, r, dtype=b.dtype, device=b.device)
-    else:
-        z = fold(a, r) if A is None else torch.mm(a, A.t())
-    launch, grid, share, (rank, rows, depth, cols) = _plan(n, d, r, 1, down)
+    down_row, up_row = 0 if A is None else A.stride(0), 0 if Q is None else Q.stride(0)
     b_row = b.stride(0)
-    launch(
-        grid,
-        (a, b if A is None else A, b, b if Q is None else Q, z, y),
-        (
-            n, k, d, share, a.stride(0), 0, 0 if A is None else A.stride(0), 0, b_row, 0, 0 if Q is None else Q.stride(0), 0,
-            r, 0, b_row if inplace else d, 0, r, rank, down, A is None, Q is None, 1, rows, depth, cols,
-        ),
-    )  # fmt: skip
-    return y, z
+    steps = a.stride(0), 0, down_row, 0, b_row, 0, up_row, 0, r, 0, b_row if inplace else d, 0
+    apart, fused = _product(n, a.shape[1], d, r, 1, steps, A is None, Q is None, 1)
+
+    def run(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor]:
+        y = b if inplace else b.new_empty((n, d))
+        launch = _chosen(apart, fused, b)
+        if launch is fused:
+            z = b.new_empty((n, r))
+        else:
+            z = fold(a, r) if A is None else torch.mm(a, A.t())
+        launch(a, b if A is None else A, b, b if Q is None else Q, z, y)
+        return y, z
+
+    return run
 
 
-def spread(x: Tensor, A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+def spread(x: Tensor, A: Tensor, Q: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """`z_s = x A_sᵀ` and `x + z_s Q_s`."""
     n, k = x.shape
     s, r, _ = A.shape
-    y = torch.empty(s, n, k, dtype=x.dtype, device=x.device)
-    down = _fused(x, n, k)
-    z = torch.empty(n, s * r, dtype=x.dtype, device=x.device) if down else torch.mm(x, A.view(s * r, k).t())
-    launch, grid, share, (rank, rows, depth, cols) = _plan(n, k, r, s, down)
     x_row = x.stride(0)
-    launch(
-        grid,
-        (x, A, x, Q, z, y),
-        (
-            n, k, k, share, x_row, 0, k, r * k, x_row, 0, k, r * k, s * r, r, k, n * k,
-            r, rank, down, False, False, 1, rows, depth, cols,
-        ),
-    )  # fmt: skip
-    return y, z.as_strided((s, n, r), (r, s * r, 1))
+    steps = x_row, 0, k, r * k, x_row, 0, k, r * k, s * r, r, k, n * k
+    apart, fused = _product(n, k, k, r, s, steps, False, False, 1)
+
+    def run(x: Tensor, A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.new_empty((s, n, k))
+        launch = _chosen(apart, fused, x)
+        z = x.new_empty((n, s * r)) if launch is fused else torch.mm(x, A.view(s * r, k).t())
+        launch(x, A, x, Q, z, y)
+        return y, z.as_strided((s, n, r), (r, s * r, 1))
+
+    return run
 
 
-def gather(d: Tensor, A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+def gather(d: Tensor, A: Tensor, Q: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """`z_s = d_s A_sᵀ` and `Σ_s d_s + z_s Q_s`."""
     s, n, k = d.shape
     r = A.shape[1]
-    y = torch.empty(n, k, dtype=d.dtype, device=d.device)
-    down = _fused(d, n, k)
-    z = torch.empty(s, n, r, dtype=d.dtype, device=d.device) if down else torch.bmm(d, A.mT)
-    launch, grid, share, (rank, rows, depth, cols) = _plan(n, k, r, 1, down)
     d_batch, d_row, _ = d.stride()
-    launch(
-        grid,
-        (d, A, d, Q, z, y),
-        (
-            n, k, k, share, d_row, d_batch, k, r * k, d_row, d_batch, k, r * k, r, n * r, k, 0,
-            r, rank, down, False, False, s, rows, depth, cols,
-        ),
-    )  # fmt: skip
-    return y, z
+    steps = d_row, d_batch, k, r * k, d_row, d_batch, k, r * k, r, n * r, k, 0
+    apart, fused = _product(n, k, k, r, 1, steps, False, False, s)
+
+    def run(d: Tensor, A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
+        y = d.new_empty((n, k))
+        launch = _chosen(apart, fused, d)
+        z = d.new_empty((s, n, r)) if launch is fused else torch.bmm(d, A.mT)
+        launch(d, A, d, Q, z, y)
+        return y, z
+
+    return run
 
 
 @triton.jit
@@ -232,20 +242,22 @@ def _grams(
 _launch_grams = Launcher(_grams, num_warps=4, num_stages=4)
 
 
-def grams(z: Tensor, d: Tensor, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def grams(z: Tensor, d: Tensor, w: Tensor, x: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """`zᵀ d` and `wᵀ x`: two products in one launch, and in the time that the library takes for them."""
     *siblings, n, r = z.shape
     p, q = d.shape[-1], x.shape[-1]
-    s = siblings[0] if siblings else 1
-    zd = torch.empty(*siblings, r, p, dtype=d.dtype, device=d.device)
-    wx = torch.empty(*siblings, r, q, dtype=d.dtype, device=d.device)
     first = tiles(p, COLUMNS)
-    rows = 128 if r <= 32 else 64
-    strides = (*_steps(z), *_steps(d), *_steps(w), *_steps(x))
-    _launch_grams(
-        (first + tiles(q, COLUMNS), s, 1), (z, d, w, x, zd, wx), (n, p, q, first, *strides, r, filled(r), rows, COLUMNS)
-    )
-    return zd, wx
+    grid = first + tiles(q, COLUMNS), siblings[0] if siblings else 1, 1
+    steps = *_steps(z), *_steps(d), *_steps(w), *_steps(x)
+    launch = _launch_grams.prepare(grid, n, p, q, first, *steps, r, filled(r), 128 if r <= 32 else 64, COLUMNS)
+    left, right = (*siblings, r, p), (*siblings, r, q)
+
+    def run(z: Tensor, d: Tensor, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        zd, wx = d.new_empty(left), d.new_empty(right)
+        launch(z, d, w, x, zd, wx)
+        return zd, wx
+
+    return run
 
 
 def _steps(t: Tensor) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Launching a Triton kernel at the price of a torch operation.
 
 Triton binds, types and checks every argument in Python at each launch, which takes longer than many of our kernels run.
-What was compiled for arguments of the same sizes, strides, dtype and alignment is kept here, and launched as it is.
+A `Launch` does that once for arguments of the same sizes and strides.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from triton.runtime.errors import OutOfResources
 
 from .dispatch import is_traced
 
-MOST = 4096  # sequence lengths vary: not every one is kept for ever
-
 
 def tiles(size: int, tile: int) -> int:
     """How many tiles cover a size."""
@@ -23,44 +21,16 @@ def tiles(size: int, tile: int) -> int:
 
 
 class Launcher:
-    """One Triton kernel. Its parameters are tensors, numbers, constants, and last the constant `INTERPRETED`.
-
-    The dtypes of all tensors must follow from that of the first.
-    """
+    """One Triton kernel. Its parameters are tensors, numbers, constants, and last the constant `INTERPRETED`."""
 
     def __init__(self, kernel: Any, **options: Any) -> None:
         self.kernel, self.options = kernel, options
-        self.compiled: dict[Any, Any] = {}
 
-    def __call__(self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], rest: tuple[Any, ...]) -> None:
-        if is_traced():
-            torch.library.wrap_triton(self.kernel)[grid](*tensors, *rest, False, **self.options)
-            return
-        device = tensors[0].get_device()  # -1 on the CPU, in Triton's interpreter
-        if device < 0 or device == torch.cuda.current_device():
-            self._launch(device, grid, tensors, rest)
-        else:
-            with torch.cuda.device(device):
-                self._launch(device, grid, tensors, rest)
+    def prepare(self, grid: tuple[int, int, int], *numbers: Any) -> Launch:
+        """A launch of this grid with these numbers and constants, on any tensors whose dtypes and device stay the same."""
+        return Launch(self, grid, numbers)
 
-    def _launch(self, device: int, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], rest: tuple[Any, ...]) -> None:
-        address = 0
-        for t in tensors:
-            address |= t.data_ptr()
-        key = (rest, address % 16, tensors[0].dtype, device)
-        compiled = self.compiled.get(key)
-        if compiled is not None:
-            stream = torch._C._cuda_getCurrentRawStream(device)
-            # what `compiled[grid]` does, without looking for tools that want to see every launch
-            compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *tensors, *rest, False)
-            return
-        if len(self.compiled) >= MOST:
-            self.compiled.clear()
-        compiled = self._compile(grid, (*tensors, *rest, device < 0))
-        if compiled is not None:
-            self.compiled[key] = compiled
-
-    def _compile(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> Any:
+    def compile(self, grid: tuple[int, int, int], args: tuple[Any, ...]) -> Any:
         """Compile and launch; on a GPU with less memory on the chip, with fewer loads ahead. None in the interpreter."""
         stages = self.options.get("num_stages", 3)
         while True:
@@ -70,3 +40,50 @@ class Launcher:
                 if stages == 1:
                     raise
                 stages -= 1
+
+
+class Launch:
+    """A launch that is prepared but for its tensors."""
+
+    __slots__ = ("compiled", "grid", "launcher", "numbers")
+
+    def __init__(self, launcher: Launcher, grid: tuple[int, int, int], numbers: tuple[Any, ...]) -> None:
+        self.launcher, self.grid, self.numbers = launcher, grid, numbers
+        self.compiled: Any = None  # for tensors that begin at multiples of 16 bytes, as nearly all do
+
+    def __call__(self, *tensors: Tensor) -> None:
+        if is_traced():
+            launcher = self.launcher
+            torch.library.wrap_triton(launcher.kernel)[self.grid](*tensors, *self.numbers, False, **launcher.options)
+            return
+        device = tensors[0].get_device()  # -1 on the CPU, in Triton's interpreter
+        if device < 0 or device == torch.cuda.current_device():
+            self._run(device, tensors)
+        else:
+            with torch.cuda.device(device):
+                self._run(device, tensors)
+
+    def _run(self, device: int, tensors: tuple[Tensor, ...]) -> None:
+        address = 0
+        for t in tensors:
+            address |= t.data_ptr()
+        compiled = self.compiled
+        if compiled is not None and not address & 15:
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            # what `compiled[grid]` does, without looking for tools that want to see every launch
+            compiled.run(
+                *self.grid,
+                stream,
+                compiled.function,
+                compiled.packed_metadata,
+                None,
+                None,
+                None,
+                *tensors,
+                *self.numbers,
+                False,
+            )
+            return
+        compiled = self.launcher.compile(self.grid, (*tensors, *self.numbers, device < 0))
+        if not address & 15:
+            self.compiled = compiled

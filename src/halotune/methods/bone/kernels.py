@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -32,10 +34,15 @@ def _bat(w_ptr, b_ptr, out_ptr, n_in, R: tl.constexpr, SIDE: tl.constexpr, ROWS:
 _launch_bat = Launcher(_bat, num_warps=4)
 
 
-def bat(W: Tensor, blocks: Tensor) -> Tensor:
+def bat(W: Tensor, blocks: Tensor) -> Callable[..., Tensor]:
     """`W_ij + W_ij B_i + B_i`: W read once, W' written once, rounded once."""
     n, r, _ = blocks.shape
     n_in = W.shape[1]
-    out = torch.empty_like(W)
-    _launch_bat((n, tiles(n_in, ROWS), 1), (W, blocks, out), (n_in, r, filled(r), ROWS))
-    return out
+    launch = _launch_bat.prepare((n, tiles(n_in, ROWS), 1), n_in, r, filled(r), ROWS)
+
+    def run(W: Tensor, blocks: Tensor) -> Tensor:
+        out = torch.empty_like(W)
+        launch(W, blocks, out)
+        return out
+
+    return run

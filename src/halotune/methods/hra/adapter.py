@@ -93,7 +93,7 @@ class HRA(InputSide):
     def on_plain(
         self, sites: Sequence[Site], stack: tuple[Tensor, ...] | None = None
     ) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        Ût, N = stack or sites[0].derived
+        Ût, N = stack or [t.unsqueeze(0) for t in sites[0].derived]
         flat = [t for site in sites for t in (site.W, site.bias)]
         return lambda x: ops.reflected_linears(x, Ût, N, *flat)
 

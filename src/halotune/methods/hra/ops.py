@@ -87,53 +87,44 @@ def rotate(x: Tensor, A: Tensor, N: Tensor) -> Tensor:
 
 
 class _ReflectedLinears(torch.autograd.Function):
-    """`Ûᵀ (s, r, in)` and N `(s, r, in)` of all siblings, or `(r, in)` of one layer; for each W and b.
+    """`Ûᵀ (s, r, in)` and N `(s, r, in)` of s siblings; for each W and b.
 
     The gradients of the rotated inputs become that of x in one pass over them.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, Ût: Tensor, N: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.shape, ctx.alone = x.shape, Ût.dim() == 2
-        if ctx.alone:
-            Ût, N = Ût.unsqueeze(0), N.unsqueeze(0)
         rows = flattened(x)
-        ys, z = _reflected_linears(rows, Ût, N, flat, x.shape)
+        ys, z = _reflected_linears(rows, Ût, N, flat, x.shape[:-1])
         ctx.save_for_backward(rows, z, Ût, N, *flat[::2])
+        ctx.shape = x.shape
         return ys
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, z, Ût, N, *Ws = ctx.saved_tensors
-        if ctx.alone:
-            d = torch.mm(flattened(grad_outputs[0]), Ws[0]).unsqueeze(0)
-        else:
-            d = torch.empty(len(Ws), *x.shape, dtype=x.dtype, device=x.device)  # of the rotated inputs
-            for dy, W, place in zip(grad_outputs, Ws, d.unbind(), strict=True):
-                torch.mm(flattened(dy), W, out=place)
+        d = x.new_empty((len(Ws), *x.shape))  # of the rotated inputs
+        for dy, W, place in zip(grad_outputs, Ws, d.unbind(), strict=True):
+            torch.mm(flattened(dy), W, out=place)
         dx, dz = gather(d, N, Ût) if ctx.needs_input_grad[0] else (None, torch.bmm(d, N.mT))
         dN, dÛt = grams(z, d, dz, x)
-        if ctx.alone:
-            dN, dÛt = dN.squeeze(0), dÛt.squeeze(0)
-        return (None if dx is None else dx.view(ctx.shape)), dÛt, dN, *(None for _ in Ws), *(None for _ in Ws)
+        return (None if dx is None else dx.view(ctx.shape)), dÛt, dN, *[None] * (2 * len(Ws))
 
 
 def _reflected_linears(
-    rows: Tensor, Ût: Tensor, N: Tensor, flat: Sequence[Any], shape: torch.Size
+    rows: Tensor, Ût: Tensor, N: Tensor, flat: Sequence[Any], size: torch.Size
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     rotated, z = spread(rows, Ût, N)
-    inputs = rotated.view(Ût.shape[0], *shape).unbind()
-    return tuple([F.linear(x, W, b) for x, W, b in zip(inputs, flat[::2], flat[1::2], strict=True)]), z
+    outputs = [F.linear(x, W, b) for x, W, b in zip(rotated.unbind(), flat[::2], flat[1::2], strict=True)]
+    return tuple([y.view(*size, -1) for y in outputs]), z
 
 
 def reflected_linears(x: Tensor, Ût: Tensor, N: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
-    """`(x + (x Û_s) N_s) W_sᵀ + b_s` of siblings: `Ûᵀ (s, r, in)`, `N (s, r, in)` (no s: of one layer), then each W and b."""
+    """`(x + (x Û_s) N_s) W_sᵀ + b_s` of siblings: `Ûᵀ (s, r, in)`, `N (s, r, in)`, then each W and b."""
     if torch.is_grad_enabled():
         return _ReflectedLinears.apply(x, Ût, N, *flat)  # type: ignore[return-value]
-    if Ût.dim() == 2:
-        Ût, N = Ût.unsqueeze(0), N.unsqueeze(0)
-    return _reflected_linears(flattened(x), Ût, N, flat, x.shape)[0]
+    return _reflected_linears(flattened(x), Ût, N, flat, x.shape[:-1])[0]
 
 
 def orthogonality(U: Tensor, squared: bool) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -39,14 +41,20 @@ def _hadamard(
 _launch_hadamard = Launcher(_hadamard, num_warps=4)
 
 
-def hadamard(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> Tensor:
+def hadamard(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> Callable[..., Tensor]:
     """`W + s (A1 B1) ∘ (A2 B2)`: W read once, W' written once, rounded once."""
     m, n = W.shape
     r = A1.shape[1]
-    out = torch.empty(m, n, dtype=W.dtype, device=W.device)
-    sizes = m, n, *W.stride(), *A1.stride(), *B1.stride(), float(s), r, filled(r), ROWS, COLS
-    _launch_hadamard((tiles(m, ROWS), tiles(n, COLS), 1), (W, A1, B1, A2, B2, out), sizes)
-    return out
+    strides = *W.stride(), *A1.stride(), *B1.stride()
+    grid = tiles(m, ROWS), tiles(n, COLS), 1
+    launch = _launch_hadamard.prepare(grid, m, n, *strides, float(s), r, filled(r), ROWS, COLS)
+
+    def run(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> Tensor:
+        out = W.new_empty((m, n))
+        launch(W, A1, B1, A2, B2, out)
+        return out
+
+    return run
 
 
 @triton.jit
@@ -82,21 +90,33 @@ def _pull(
 _launch_pull = Launcher(_pull, num_warps=4)
 
 
-def _pull_half(G: Tensor, P1: Tensor, Q1: Tensor, P2: Tensor, Q2: Tensor, s: float) -> Tensor:
+def _pull_half(G: Tensor, P1: Tensor, Q1: Tensor, s: float) -> Callable[..., Tensor]:
     """`s (G ∘ (P2 Q2ᵀ)) Q1` and `s (G ∘ (P1 Q1ᵀ)) Q2` `(2, m, r)`: G `(m, n)` read once, P `(m, r)`, Q `(n, r)`."""
     m, n = G.shape
     r = P1.shape[1]
     blocks = tiles(m, PULL_ROWS)
     parts = max(1, min(n // 512, PROGRAMS // blocks))
     share = tiles(tiles(n, parts), PULL_COLS) * PULL_COLS
-    out = torch.empty(parts, 2, m, r, dtype=torch.float32, device=G.device)
-    sizes = m, n, *G.stride(), *P1.stride(), *Q1.stride(), share, float(s), r, filled(r), PULL_ROWS, PULL_COLS
-    _launch_pull((blocks, parts, 1), (G, P1, Q1, P2, Q2, out), sizes)
-    return (out.sum(0) if parts > 1 else out[0]).to(P1.dtype)
+    strides = *G.stride(), *P1.stride(), *Q1.stride()
+    launch = _launch_pull.prepare(
+        (blocks, parts, 1), m, n, *strides, share, float(s), r, filled(r), PULL_ROWS, PULL_COLS
+    )  # fmt: skip
+
+    def run(G: Tensor, P1: Tensor, Q1: Tensor, P2: Tensor, Q2: Tensor) -> Tensor:
+        out = torch.empty(parts, 2, m, r, dtype=torch.float32, device=G.device)
+        launch(G, P1, Q1, P2, Q2, out)
+        return (out.sum(0) if parts > 1 else out[0]).to(P1.dtype)
+
+    return run
 
 
-def pull(G: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> tuple[Tensor, ...]:
+def pull(G: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> Callable[..., tuple[Tensor, ...]]:
     """Gradients of A1, B1, A2, B2 from `G = dL/dW'`: G read twice, and nothing of its size written."""
-    dA1, dA2 = _pull_half(G, A1, B1.mT, A2, B2.mT, s).unbind()
-    dB1, dB2 = _pull_half(G.mT, B1.mT, A1, B2.mT, A2, s).unbind()
-    return dA1, dB1.mT, dA2, dB2.mT
+    of_A, of_B = _pull_half(G, A1, B1.mT, s), _pull_half(G.mT, B1.mT, A1, s)
+
+    def run(G: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> tuple[Tensor, ...]:
+        dA1, dA2 = of_A(G, A1, B1.mT, A2, B2.mT).unbind()
+        dB1, dB2 = of_B(G.mT, B1.mT, A1, B2.mT, A2).unbind()
+        return dA1, dB1.mT, dA2, dB2.mT
+
+    return run
