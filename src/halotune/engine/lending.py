@@ -22,6 +22,7 @@ from ..core.layer import AdaptedLayer, Quick
 from ..core.offload import moves_when_called
 from .caching import WeightCache
 from .siblings import Family, Watch
+from .steady import Look, Steady
 
 Running = tuple[AdaptedLayer, Adapter]
 
@@ -103,7 +104,9 @@ class Lending:
         ]
 
     def _forget(self) -> None:
-        self.layers: list[AdaptedLayer] | None = None
+        self.steady: Steady | None = None
+        self.look: Look | None = None  # at the last pass
+        self.quicks: list[tuple[AdaptedLayer, Quick | None]] | None = None  # of the last pass, if it was without gradients
         self.key: Hashable = None
         self.running: list[Running] = []
         self.groups: list[_Group] = []
@@ -119,23 +122,35 @@ class Lending:
             return
         if moves_when_called(model):  # that is after this hook: layers derive alone, where they run
             return
-        if self.layers is None:
-            self.layers = self.find(model)
-            self.key = None
-        running = [(layer, adapter) for layer in self.layers for adapter in layer.running()]
-        autocast = _autocast_dtype(running)
-        key = (autocast, tuple([id(a) for _, a in running]))
-        if key != self.key:
-            self.key, self.running = key, running
-            self._arrange(autocast, [])
-            self.watch = Watch()
+        if self.steady is None:
+            self.steady = Steady(self.find(model))
+        settled = self._look(self.steady)
         read = [group.read() for group in self.groups]
         unchanged = _unchanged(self.groups, read)
         for group, stacked, again in zip(self.groups, read, unchanged, strict=True):
             group.lend(stacked, again)
             if not again:
                 self.cache.forget(group.adapters)
-        self._prepare_layers()
+        if not (settled and all(unchanged) and self._prepare_as_before()):
+            self._prepare_layers()
+
+    def _look(self, steady: Steady) -> bool:
+        """Arrange anew what has changed since the last pass. Returns whether nothing has."""
+        before, self.look, look = self.look, None, steady.look(versions=self.cache.budget > 0)
+        settled = before is not None and look.shows_the_same_as(before)
+        if not settled:
+            self.running = [(layer, adapter) for layer in steady.layers for adapter in layer.running()]
+        autocast = _autocast_dtype(self.running)
+        key = (autocast, tuple([id(a) for _, a in self.running]))
+        if key != self.key:
+            self.key, settled = key, False
+            self._arrange(autocast, [])
+            self.watch = Watch()
+        if not settled:
+            for family in self.families:
+                family.settle()
+        self.look = look
+        return settled
 
     def _arrange(self, autocast: torch.dtype | None, siblings: Sequence[Sequence[AdaptedLayer]]) -> None:
         """Which adapters derive together, and which layers run together."""
@@ -156,12 +171,27 @@ class Lending:
             for family in self.families:
                 for layer in family.layers:
                     self.watch.on(layer)
+        quicks = [(layer, layer.quick) for layer in self.steady.layers] if self.steady is not None else []
+        self.quicks = None if torch.is_grad_enabled() else quicks
+
+    def _prepare_as_before(self) -> bool:
+        """What the last pass without gradients gave the layers serves this one too, if there was one."""
+        if self.quicks is None or torch.is_grad_enabled():
+            return False
+        for layer, quick in self.quicks:
+            layer.set_quick(quick)
+        return True
+
+    def cache_weights(self, budget: int) -> None:
+        """Keep W' without gradients, up to a budget of bytes."""
+        self.cache.clear()
+        self.cache.budget = budget
+        self.look = self.quicks = None
 
     def _from_cache(self, family: Family) -> bool:
         """Run these layers on W' kept without gradients, as far as there is room for it."""
         kept = 0
-        for layer, adapter in family.members():
-            plain = family.plain(layer, adapter)
+        for (layer, adapter), plain in zip(family.members(), family.plains, strict=True):
             adapted = None if plain is None else self.cache.weight(adapter, plain[0])
             if plain is not None and adapted is not None:
                 layer.set_quick(Quick(family.dtype, partial(F.linear, weight=adapted, bias=plain[1]), adapter.loan))
@@ -184,6 +214,7 @@ class Lending:
             self.watch = None
         if changed:
             self._arrange(None, siblings)
+            self.look = None  # these families have not seen the layers yet
 
     def reset(self) -> None:
         """Layers were put in or taken out."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
+from operator import is_
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter
+from ..core.derived import Stack
 from ..core.fused import Site
 from ..core.layer import AdaptedLayer, Quick
 
 Call = Callable[[Tensor], Tensor]
 Joint = Callable[[Tensor], tuple[Tensor, ...]]
+Plain = tuple[Tensor, Tensor | None]  # a matrix W, and a bias
 
 
 class Watch:
@@ -76,38 +79,56 @@ class Family:
         )
         self.quicks = [Quick(dtype, call, adapter.loan) for call, adapter in zip(calls, adapters, strict=True)]
         self.singles = [Family([layer], [adapter], dtype) for layer, adapter in self.members()] if len(layers) > 1 else []
-        self.sites: list[Site] = []
+        self.plains: list[Plain | None] = [None] * len(layers)
         self.joint: Joint | None = None
+        self.lent: list[Any] = []  # what joint was made from
         self.waiting: list[_Waiting | None] = [None] * len(layers)
         self.broken = False  # the model does not call them as it did when it was watched
 
     def members(self) -> Iterator[tuple[AdaptedLayer, Adapter]]:
         return zip(self.layers, self.adapters, strict=True)
 
+    def settle(self) -> None:
+        """Look at the bases: they are as they will be in the next passes."""
+        self.joint = None
+        self.plains = [self._plain(layer, adapter) for layer, adapter in self.members()]
+        for single, plain in zip(self.singles, self.plains, strict=False):
+            single.joint, single.plains = None, [plain]
+
+    def _plain(self, layer: AdaptedLayer, adapter: Adapter) -> Plain | None:
+        """The base's matrix and bias, where the layer has no hooks to fire, no scale to apply, and nothing to drop."""
+        return layer.base.plain(self.dtype) if layer.unscaled and adapter.may_be_plain() else None
+
     def begin(self) -> bool:
         """Get ready for a pass. Returns whether all bases are plain, and the layers will run through this."""
-        if self.singles and not torch.is_grad_enabled():
+        recorded = torch.is_grad_enabled()
+        if self.singles and not recorded:
             return all([single.begin() for single in self.singles])
-        stack = self.adapters[0].loan.stack
-        whole = stack.tensors if stack is not None and len(stack) == len(self.layers) else None
-        if whole is None and self.stacked and self.singles:
-            return False
-        self.sites = []
-        for layer, adapter in self.members():
-            plain = self.plain(layer, adapter)
-            if plain is None:
-                return False
-            self.sites.append(Site(*plain, adapter.derived(self.dtype) if whole is None else ()))
-        self.joint = self.adapters[0].on_plain(self.sites, whole)
+        for single in self.singles:
+            single.joint = None
+        loans = [adapter.loan for adapter in self.adapters]
+        lent = [loan.tensors if loan.stack is None else loan.stack for loan in loans]
+        if self.joint is None or None in lent or not all(map(is_, lent, self.lent)):
+            self.joint, self.lent = self._bind(loans[0].stack), lent
         if self.joint is None:
             return False
         for layer, quick in zip(self.layers, self.quicks, strict=True):
             layer.set_quick(quick)
         return True
 
-    def plain(self, layer: AdaptedLayer, adapter: Adapter) -> tuple[Tensor, Tensor | None] | None:
-        """The base's matrix and bias, where the layer has no hooks to fire, no scale to apply, and nothing to drop."""
-        return layer.base.plain(self.dtype) if layer.unscaled and adapter.may_be_plain() else None
+    def _bind(self, stack: Stack | None) -> Joint | None:
+        """All layers on what is lent, as one call."""
+        if None in self.plains:
+            return None
+        whole = stack.tensors if stack is not None and len(stack) == len(self.layers) else None
+        if whole is None and self.stacked and self.singles:
+            return None
+        sites = [
+            Site(*plain, adapter.derived(self.dtype) if whole is None else ())
+            for plain, adapter in zip(self.plains, self.adapters, strict=True)
+            if plain is not None
+        ]
+        return self.adapters[0].on_plain(sites, whole)
 
     @property
     def stacked(self) -> bool:
@@ -134,15 +155,15 @@ class Family:
 
     def alone(self, i: int, x: Tensor) -> Tensor:
         """The i-th layer by itself."""
-        adapter, (W, bias, _) = self.adapters[i], self.sites[i]
-        call = adapter.quick((W, bias), self.dtype)
+        call = self.adapters[i].quick(self.plains[i], self.dtype)
         assert call is not None
         return call(x)
 
     def end(self) -> bool:
         """The pass is over. Returns whether every output was taken by its layer."""
         intact = not self.broken and not any(self.waiting)
-        self.sites, self.joint = [], None
+        if torch.is_grad_enabled():
+            self.joint = None  # it holds a graph; without one it may serve again
         self.waiting = [None] * len(self.layers)
         for layer in self.layers:
             layer.set_quick(None)

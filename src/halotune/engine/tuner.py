@@ -119,8 +119,7 @@ class AdapterModel(StandIn):
         """
         if not gib >= 0:
             raise HalotuneError(f"gib: expected the memory to use, 0 for none; got {gib}.")
-        self.lending.cache.clear()
-        self.lending.cache.budget = int(gib * 2**30)
+        self.lending.cache_weights(int(gib * 2**30))
 
     @property
     def cached_weights(self) -> tuple[int, int]:

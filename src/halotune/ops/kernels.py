@@ -83,7 +83,7 @@ def _thin(
     in_z = (rows[:, None] < n) & (ranks[None] < R)
     if DOWN:
         z_at = z_ptr
-        for _ in range(SUM):
+        for _i in range(SUM):
             own = _down(a_ptr, down_ptr, n, k, rows, ranks, a_row, down_row, R, RANK, FOLD, ROWS, DEPTH, INTERPRETED)
             tl.store(z_at + at_z, rounded(own, z_ptr.dtype.element_ty, INTERPRETED), in_z)
             a_ptr += a_batch  # step by step: s times a batch may be more than 32 bits hold
@@ -96,7 +96,7 @@ def _thin(
         inside = (rows[:, None] < n) & (cols[None] < d)
         y = tl.full((ROWS, COLS), 0.0, tl.float32)
         z_at, up_at, b_at = z_ptr, up_ptr, b_ptr
-        for _ in tl.static_range(SUM):  # pyright: ignore[reportGeneralTypeIssues]
+        for _s in tl.static_range(SUM):  # pyright: ignore[reportGeneralTypeIssues]
             z = tl.load(z_at + at_z, in_z, other=0.0)
             if UNFOLD:
                 q = (cols[None] % R == ranks[:, None]).to(tl.float32).to(z.dtype)
