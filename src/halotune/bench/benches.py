@@ -249,12 +249,16 @@ def layer_turn(config: BenchConfig, work: Work, contender: Contender, batch: int
 
 
 def run_decode(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
-    """Greedy decoding with a cache, adapters unmerged: milliseconds for one token of the whole batch."""
+    """Greedy decoding with a cache, adapters unmerged: milliseconds for one token of the whole batch.
+
+    On a GPU also the time of the kernels alone.
+    """
     started = time.monotonic()
     family = config.preset.family
     if not family.decodes:
         raise HalotuneError(f"decode: {config.model} does not generate text. Use a llama model.")
     work, clock = Work.of(config), Clock(config.torch_device)
+    measures = ["token", KERNELS] if clock.cuda else ["token"]
     sizes = config.batch, config.prompt, config.torch_device, config.torch_dtype
     prompt = family.batch(config.preset.shape, *sizes)["input_ids"]
 
@@ -272,10 +276,13 @@ def run_decode(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
 
             token()  # the prompt
             times, peak = repeated(config, clock, lambda i: clock.laps(token))
-            return Turn({"token": [t for (t,) in times]}, count(parameters), peak)
+            measured = {"token": [t for (t,) in times]}
+            if clock.cuda:
+                measured[KERNELS] = [clock.busy(token)]
+            return Turn(measured, count(parameters), peak)
 
     about = {**setting(config, work, config.batch, config.prompt), "weight_cache_gib": config.weight_cache}
-    return race(config, about, everyone(config), ["token"], turn, watch, started)
+    return race(config, about, everyone(config), measures, turn, watch, started)
 
 
 def run_merge(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:

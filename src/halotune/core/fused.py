@@ -95,6 +95,51 @@ def thin_linears(x: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
     return tuple([thin(F.linear(rows, W, bias), rows, A, Q, True)[0].view(*size, -1) for W, bias, Q, A in chunks(flat, 4)])
 
 
+Make = Callable[..., tuple[Tensor, Tensor]]
+
+
+class _MadeThinLinears(torch.autograd.Function):
+    """For each sibling W, b, and θ, from which `make` computes Q and A, here and again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, make: Make, siblings: int, *flat: Tensor | None) -> tuple[Tensor, ...]:
+        rows, size = flattened(x), x.shape[:-1]
+        ys, saved = [], []
+        for W, bias, *θ in chunks(flat, len(flat) // siblings):
+            Q, A = make(*θ)
+            y, z = thin(F.linear(rows, W, bias), rows, A, Q, True)
+            ys.append(y.view(*size, -1))
+            saved += [W, z, *θ]
+        ctx.save_for_backward(rows, *saved)
+        ctx.make, ctx.siblings, ctx.shape = make, siblings, x.shape
+        return tuple(ys)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, *saved = ctx.saved_tensors
+        dx, dθ = None, []
+        for grad, (W, z, *θ) in zip(grad_outputs, chunks(saved, len(saved) // ctx.siblings), strict=True):
+            dy = flattened(grad)
+            leaves = [t.detach().requires_grad_() for t in θ]
+            with torch.enable_grad():
+                Q, A = ctx.make(*leaves)
+            dz = None
+            if ctx.needs_input_grad[0]:
+                dx, dz = thin(add_input_gradient(dx, dy, W), dy, Q, A, True)
+            dQ, dA = grams(z, dy, torch.mm(dy, Q.t()) if dz is None else dz, x)
+            dθ += [None, None, *torch.autograd.grad((Q, A), leaves, (dQ, dA))]
+        return (None if dx is None else dx.view(ctx.shape)), None, None, *dθ
+
+
+def made_thin_linears(x: Tensor, make: Make, siblings: int, *flat: Tensor | None) -> tuple[Tensor, ...]:
+    """`thin_linears` with `Q, A = make(*θ)`: for each sibling W, b and θ. Q and A are dropped, and made again in backward."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler decides itself what to keep
+        return _MadeThinLinears.apply(x, make, siblings, *flat)  # type: ignore[return-value]
+    pieces = chunks(flat, len(flat) // siblings)
+    return thin_linears(x, *(t for W, bias, *θ in pieces for t in (W, bias, *make(*θ))))
+
+
 class Rule(ABC):
     """A map `W -> W'` of full rank with parameters θ, and the way back."""
 

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from ...core.adapter import Adapter, WeightSide, add_low_rank, weight_form
 from ...core.config import AdapterConfig
-from ...core.fused import Site, dense_linears, thin_linears
+from ...core.fused import Site, dense_linears, made_thin_linears, thin_linears
 from ...core.operator import Operator, WeightShape
 from ...core.precision import compute_dtype, exact_dtype
 from . import ops
@@ -74,15 +74,19 @@ class LoHa(WeightSide):
 
     @property
     def is_small(self) -> bool:
-        """Whether thin factors of rank r² win for any number of tokens, so that they are what is derived."""
+        """Whether thin factors of rank r² win for any number of tokens."""
         return ops.thin_is_cheaper(1 << 40, self.shape.out_features, self.shape.in_features, self.r)
 
+    @property
+    def derives_factors(self) -> bool:
+        """Whether small thin factors are made for all layers at once, and kept until backward has used them. A CPU, where
+        launches cost nothing, makes those of each layer twice."""
+        return self.is_small and self.hada_w1_a.device.type != "cpu"
+
     def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
-        """The thin factors `Bᵀ (…, r², out)` and `A (…, r², in)` where they are small, else the halves."""
+        """The thin factors `Bᵀ (…, r², out)` and `A (…, r², in)`, or the halves."""
         halves = self.halves(*θ)
-        if not self.is_small:
-            return halves
-        return self._thin_factors(*halves)
+        return self._thin_factors(*halves) if self.derives_factors else halves
 
     def halves(self, *θ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`A1 (…, out, r)`, `B1 (…, r, in)`, `A2`, `B2`, in fp32 or better."""
@@ -130,7 +134,7 @@ class LoHa(WeightSide):
         if quick is not None:
             return quick(x)
         θ = self.derived(x.dtype)
-        if self.is_small:
+        if self.derives_factors:
             Bt, A = θ
             return add_low_rank(x, x, op, (self._drop_rows(Bt.mT), A), scale)
         θ = (self._drop_rows(θ[0]), *θ[1:])
@@ -149,12 +153,12 @@ class LoHa(WeightSide):
         self, sites: Sequence[Site], stack: tuple[Tensor, ...] | None = None
     ) -> Callable[[Tensor], tuple[Tensor, ...]]:
         flat = [t for W, bias, θ in sites for t in (W, bias, *θ)]
-        if self.is_small:
+        if self.derives_factors:
             return lambda x: thin_linears(x, *flat)
 
         def call(x: Tensor) -> tuple[Tensor, ...]:
             if self._thin_for(x):
-                return thin_linears(x, *(t for W, bias, θ in sites for t in (W, bias, *self._thin_factors(*θ))))
+                return made_thin_linears(x, self._thin_factors, len(sites), *flat)
             return dense_linears(x, self.rule, len(sites), *flat)
 
         return call
