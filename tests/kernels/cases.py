@@ -67,6 +67,10 @@ CASES = [
     Case("bat-odd", bone.build_bat, lambda t: (t(21, 35), t(3, 7, 7))),
     Case("bat-one-block", bone.build_bat, lambda t: (t(33, 33), t(1, 33, 33))),
     Case("bat-long-rows", bone.build_bat, lambda t: (t(4, 260), t(2, 2, 2))),
+    Case("bat-pull", bone.pull_bat, lambda t: (t(24, 40), t(24, 40), t(3, 8, 8))),
+    Case("bat-pull-odd", bone.pull_bat, lambda t: (t(21, 35), t(21, 35), t(3, 7, 7))),
+    Case("bat-pull-one-block", bone.pull_bat, lambda t: (t(33, 33), t(33, 33), t(1, 33, 33))),
+    Case("bat-pull-parts", bone.pull_bat, lambda t: (t(6, 1110), t(6, 1110), t(3, 2, 2))),
     Case("loha", loha.build, lambda t: (t(37, 50), *halves(t, 37, 50, 5), 0.7)),
     Case("loha-wide", loha.build, lambda t: (t(3, 140), *halves(t, 3, 140, 17), 2.0)),
     Case(

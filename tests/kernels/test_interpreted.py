@@ -66,5 +66,5 @@ def test_every_kernel_has_cases():
 
     launchers = {n for m in (product, bone, loha) for n in vars(m) if n.startswith("_launch")}
     products = {"_launch_tiles", "_launch_few", "_launch_fused", "_launch_grams"}
-    assert launchers == {*products, "_launch_bat", "_launch_hadamard", "_launch_pull"}
+    assert launchers == {*products, "_launch_bat", "_launch_pull_bat", "_launch_hadamard", "_launch_pull"}
     assert {type(k) for case in CASES for k in case.op.kernels} == {Kernel}

@@ -34,6 +34,8 @@ LARGE = [
     Case("large-gather-many-rows", gather, lambda t: (t(3, 2222, 2064), t(3, 8, 2064), t(3, 8, 2064))),
     Case("large-grams", grams, lambda t: (t(3, 2222, 64), t(3, 2222, 1040), t(3, 2222, 64), t(2222, 3056))),
     Case("large-bat", bone.build_bat, lambda t: (t(960, 1472), t(15, 64, 64))),
+    Case("large-bat-pull", bone.pull_bat, lambda t: (t(960, 1472), t(960, 1472), t(15, 64, 64))),
+    Case("large-bat-pull-wide", bone.pull_bat, lambda t: (t(96, 8160), t(96, 8160), t(2, 48, 48))),
     Case("large-loha", loha.build, lambda t: (t(1111, 2050), *halves(t, 1111, 2050, 33), 0.3)),
     Case("large-pull", loha.pull, lambda t: (t(1111, 2050), *halves(t, 1111, 2050, 33), 0.3)),
     Case("large-pull-wide", loha.pull, lambda t: (t(96, 8192), *halves(t, 96, 8192, 8), 0.3)),

@@ -13,6 +13,8 @@ from ...ops.kernels import dot, filled
 from ...ops.launch import Launcher, tiles
 
 ROWS = 128
+PULL_ROWS = 64
+PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
 @triton.jit
@@ -44,5 +46,45 @@ def bat(W: Tensor, blocks: Tensor) -> Callable[..., Tensor]:
         out = torch.empty_like(W)
         launch(W, blocks, out)
         return out
+
+    return run
+
+
+@triton.jit
+def _pull_bat(w_ptr, g_ptr, out_ptr, n_in, share, R: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr,
+              INTERPRETED: tl.constexpr):  # fmt: skip
+    """A share of the rows of `W_iᵀ G_i + Σ_j G_ij`, W_i and G_i laid out as in `_bat`."""
+    i = tl.program_id(0)
+    part = tl.program_id(1)
+    ranks = tl.arange(0, SIDE)
+    at_block = i.to(tl.int64) * n_in * R
+    total = tl.full((SIDE, SIDE), 0.0, tl.float32)
+    for start in range(part * share, tl.minimum((part + 1) * share, n_in), ROWS):
+        rows = start + tl.arange(0, ROWS)
+        at = at_block + rows[:, None] * R + ranks[None]
+        inside = (rows[:, None] < n_in) & (ranks[None] < R)
+        w = tl.load(w_ptr + at, inside, other=0.0)
+        g = tl.load(g_ptr + at, inside, other=0.0)
+        own = ((rows // (n_in // R))[None] == ranks[:, None]).to(tl.float32).to(g.dtype)  # the row of its block
+        total += dot(tl.trans(w), g, INTERPRETED) + dot(own, g, INTERPRETED)
+    at = (part.to(tl.int64) * tl.num_programs(0) + i) * R * R + ranks[:, None] * R + ranks[None]
+    tl.store(out_ptr + at, total, (ranks[:, None] < R) & (ranks[None] < R))
+
+
+_launch_pull_bat = Launcher(_pull_bat, num_warps=4)
+
+
+def pull_bat(G: Tensor, W: Tensor, blocks: Tensor) -> Callable[..., Tensor]:
+    """`Σ_j (W_ijᵀ G_ij + G_ij)`: W and G read once."""
+    n, r, _ = blocks.shape
+    n_in = W.shape[1]
+    parts = max(1, min(n_in // 512, PROGRAMS // n))
+    share = tiles(tiles(n_in, parts), PULL_ROWS) * PULL_ROWS
+    launch = _launch_pull_bat.prepare((n, parts, 1), n_in, share, r, filled(r), PULL_ROWS)
+
+    def run(G: Tensor, W: Tensor, blocks: Tensor) -> Tensor:
+        out = torch.empty(parts, n, r, r, dtype=torch.float32, device=G.device)
+        launch(W, G, out)
+        return (out.sum(0) if parts > 1 else out[0]).to(blocks.dtype)
 
     return run
