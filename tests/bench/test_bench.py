@@ -349,6 +349,15 @@ def test_a_captured_step_reads_each_batch_where_the_first_was(monkeypatch):
     assert all(p is place[0] for p in place) and len(place) == 4
 
 
+def test_the_batch_of_a_captured_step_is_the_same_batch() -> None:
+    preset = PRESETS["llama-tiny"].with_layers(1)
+    model = build(preset, CPU, torch.float32)
+    batch = preset.family.batch(preset.shape, 2, 5, CPU, torch.float32)
+    static = preset.family.static(batch)
+    assert static["attention_mask"].shape == (1, 1, 5, 5)
+    torch.testing.assert_close(preset.family.loss(model, static), preset.family.loss(model, batch))
+
+
 def test_a_cpu_has_no_graphs():
     with pytest.raises(HalotuneError, match="cuda_graph: a CPU has none"):
         BenchConfig(contenders=(), cuda_graph=True)

@@ -98,6 +98,8 @@ def run_step(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
     measures = ["step", KERNELS] if clock.cuda else ["step"]
     sizes = config.preset.shape, config.batch, config.sequence, config.torch_device, config.torch_dtype
     batches = [family.batch(*sizes) for _ in range(INPUTS)]
+    if config.cuda_graph:
+        batches = [family.static(batch) for batch in batches]
 
     def turn(entry: Entry) -> Turn:
         with work.adapted(entry.contender) as model:

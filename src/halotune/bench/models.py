@@ -34,6 +34,10 @@ class Family(ABC):
     def batch(self, shape: dict[str, Any], batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Batch:
         """One random batch."""
 
+    def static(self, batch: Batch) -> Batch:
+        """The batch for a step that is captured: with all that the model would otherwise make in another way then."""
+        return batch
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor: ...
 
@@ -57,6 +61,11 @@ class Llama(Family):
 
     def batch(self, shape: dict[str, Any], batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Batch:
         return {"input_ids": torch.randint(shape["vocab_size"], (batch, tokens), device=device)}
+
+    def static(self, batch: Batch) -> Batch:
+        tokens = batch["input_ids"].shape[1]
+        mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=batch["input_ids"].device).tril()
+        return {**batch, "attention_mask": mask}  # transformers leaves it out, but not while a stream is captured
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return model(**batch, labels=batch["input_ids"], use_cache=False).loss
