@@ -104,9 +104,12 @@ class _ReflectedLinears(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, z, Ût, N, *Ws = ctx.saved_tensors
-        d = x.new_empty((len(Ws), *x.shape))  # of the rotated inputs
-        for dy, W, place in zip(grad_outputs, Ws, d.unbind(), strict=True):
-            torch.mm(flattened(dy), W, out=place)
+        if len(Ws) == 1:
+            d = torch.mm(flattened(grad_outputs[0]), Ws[0]).unsqueeze(0)  # of the rotated inputs
+        else:  # each in its place: in a compiled graph, where layers run alone, that would be one more copy
+            d = x.new_empty((len(Ws), *x.shape))
+            for dy, W, place in zip(grad_outputs, Ws, d.unbind(), strict=True):
+                torch.mm(flattened(dy), W, out=place)
         dx, dz = gather(d, N, Ût) if ctx.needs_input_grad[0] else (None, torch.bmm(d, N.mT))
         dN, dÛt = grams(z, d, dz, x)
         return (None if dx is None else dx.view(ctx.shape)), dÛt, dN, *[None] * (2 * len(Ws))
