@@ -263,3 +263,13 @@ def test_lengths_of_vectors_do_not_decay(mlp):
     model = get_peft_model(mlp, HRAConfig(r=4, target_modules=["up"]))
     (group,) = parameter_groups(model, weight_decay=0.1)
     assert group["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("n", [1024, 1040, 1025])
+def test_long_columns_are_cut_and_nothing_changes(n):
+    U = torch.randn(3, n, 5, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(3, 5, 5, dtype=torch.float64)
+    for G in (ops.gram(U), U.mT @ U):
+        (dU,) = torch.autograd.grad((G * weights).sum(), U)
+        torch.testing.assert_close(G, torch.einsum("bik,bij->bkj", U, U))
+        torch.testing.assert_close(dU, U.detach() @ (weights + weights.mT))

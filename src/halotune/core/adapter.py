@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .derived import Loan
+from .derived import Loan, usable
 from .fused import Site, thin_linears
 from .operator import Operator, WeightShape
 from .precision import compute_dtype, exact
@@ -116,7 +116,7 @@ class Adapter(nn.Module, ABC):
     def derived(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What `derive` gives for this adapter, in `dtype`: as lent for this forward pass, or computed now."""
         lent = self.loan.take(dtype)
-        return tuple(t.to(dtype) for t in self.exact()) if lent is None else lent
+        return tuple(usable(t, dtype) for t in self.exact()) if lent is None else lent
 
     def family(self) -> Hashable:
         """Adapters with equal families, on layers that are given the same input, may be siblings; None: never."""
@@ -187,7 +187,7 @@ class Additive(Adapter):
 
     @abstractmethod
     def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
-        """`Bᵀ (…, k, out)` and `A (…, k, in)`, both contiguous; without A, x is folded to k numbers."""
+        """`Bᵀ (…, k, out)` and `A (…, k, in)`; without A, x is folded to k numbers."""
 
     def thin(self, *derived: Tensor) -> tuple[Tensor, Tensor]:
         """`B (out, k)`, `A (k, in)` from what was derived, in its dtype."""

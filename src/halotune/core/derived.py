@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def usable(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """As kernels want it: in their dtype, and contiguous."""
+    return t.to(dtype, memory_format=torch.contiguous_format).contiguous()  # `to` alone leaves what has the dtype already
+
+
 class Stack:
     """What was derived for s layers, as tensors `(s, …)`."""
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter
-from ..core.derived import Stack
+from ..core.derived import Stack, usable
 from ..core.layer import AdaptedLayer, Quick
 from ..core.offload import moves_when_called
 from .caching import WeightCache
@@ -53,7 +53,7 @@ class _Group:
         if again and self.kept is not None:
             stacks, parts = self.kept[1:]
         else:
-            derived = [t.to(self.dtype) for t in self.adapters[0].derive(*stacked)]
+            derived = [usable(t, self.dtype) for t in self.adapters[0].derive(*stacked)]
             self.recorded = any(t.requires_grad for t in derived)
             *pieces, rest = zip(*(t.split([*self.sizes, len(self.adapters) - sum(self.sizes)]) for t in derived), strict=True)
             stacks, parts = [Stack(piece) for piece in pieces], list(zip(*(t.unbind() for t in rest), strict=True))

@@ -77,9 +77,9 @@ class HRA(InputSide):
         return self.gram_schmidt
 
     def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
-        """`Ûᵀ (…, r, in)` and `N = −Tᵀ Ûᵀ (…, r, in)`, both contiguous."""
+        """`Ûᵀ (…, r, in)` and `N = −Tᵀ Ûᵀ (…, r, in)`."""
         Û, N = ops.wy_factors(θ[0], self.gram_schmidt)
-        return Û.mT.contiguous(), N.contiguous()
+        return Û.mT, N
 
     def rotate(self, x: Tensor, transpose: bool = False) -> Tensor:
         Ût, N = self.derived(x.dtype)

@@ -30,9 +30,20 @@ def normalize(U: Tensor) -> Tensor:
     return U * torch.where(norm > tiny, 1.0 / norm.clamp_min(tiny), 0.0)
 
 
+PIECES = 16
+
+
+def gram(Û: Tensor) -> Tensor:
+    """`ÛᵀÛ (…, r, r)`. Long columns are cut: few small products with long sums leave most of a GPU idle."""
+    if Û.shape[-2] % PIECES or Û.shape[-2] < 1024:
+        return Û.mT @ Û
+    pieces = Û.unflatten(-2, (PIECES, -1))
+    return (pieces.mT @ pieces).sum(-3)
+
+
 def chain_core(Û: Tensor) -> Tensor:
     """`striu(G) + ½ I` `(…, r, r)`: the inverse of T for a product of reflections in order."""
-    G = Û.mT @ Û
+    G = gram(Û)
     half = torch.full(G.shape[:-1], 0.5, dtype=G.dtype, device=G.device)
     return torch.triu(G, 1) + torch.diag_embed(half)
 

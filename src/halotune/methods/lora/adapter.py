@@ -73,4 +73,4 @@ class Lora(Additive):
     def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
         """`s Bᵀ (…, r, out)` and `A (…, r, in)`."""
         A, B = (t.to(exact_dtype(t.dtype)).flatten(-1 - len(self.shape.kernel)) for t in θ)
-        return (self.scaling * B).mT.contiguous(), A
+        return (self.scaling * B).mT, A
