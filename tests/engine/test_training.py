@@ -269,3 +269,15 @@ def test_two_processes(tmp_path):
         want = by_definition(name, both)
         for rank in range(2):
             same(torch.load(tmp_path / f"{name}-{rank}.pt"), want)
+
+
+@every
+def test_gradients_are_laid_out_like_their_parameters(name):
+    """Else every one of them would be copied, one by one, when it arrives."""
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16), nn.Linear(16, 24)), CONFIGS[name])
+    model(torch.randn(5, 16)).square().sum().backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is not None and g.is_contiguous() for g in grads)
+    storages = [g.untyped_storage().data_ptr() for g in grads if g is not None]
+    assert len(set(storages)) < len(storages)  # pieces of what was computed for several layers at once

@@ -221,7 +221,7 @@ class Additive(Adapter):
         self, sites: Sequence[Site], stack: tuple[Tensor, ...] | None = None
     ) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
         flat = [t for W, bias, (Bt, *A) in sites for t in (W, bias, Bt, A[0] if A else None)]
-        return lambda x: thin_linears(x, *flat)
+        return lambda x: thin_linears(x, len(sites), *flat)
 
 
 class WeightSide(Adapter):

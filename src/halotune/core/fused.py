@@ -53,64 +53,24 @@ def add_input_gradient(dx: Tensor | None, dy: Tensor, W: Tensor) -> Tensor:
     return torch.mm(dy, W) if dx is None else dx.addmm_(dy, W)
 
 
+Make = Callable[..., tuple[Tensor, Tensor | None]]
+
+
 class _ThinLinears(torch.autograd.Function):
-    """For each sibling W, b, `Q (r, out)` and `A (r, in)`, or None for a fold."""
+    """For each sibling W, b and θ: `Q (r, out)` and `A (r, in)`, or None for a fold; with `make`, what those are made of,
+    here and again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, make: Make | None, siblings: int, *flat: Tensor | None) -> tuple[Tensor, ...]:
         rows, size = flattened(x), x.shape[:-1]
         ys, saved, needs_x = [], [], False
-        for W, bias, Q, A in chunks(flat, 4):
-            y, z = thin(F.linear(rows, W, bias), rows, A, Q, True)
-            ys.append(y.view(*size, -1))
-            saved += [W, Q, A, z]
-            needs_x = needs_x or A is not None
-        ctx.save_for_backward(rows if needs_x else None, *saved)
-        ctx.shape = x.shape
-        return tuple(ys)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, *saved = ctx.saved_tensors
-        dx, dθ = None, []
-        for grad, (W, Q, A, z) in zip(grad_outputs, chunks(saved, 4), strict=True):
-            dy = flattened(grad)
-            dz = None
-            if ctx.needs_input_grad[0]:
-                dx, dz = thin(add_input_gradient(dx, dy, W), dy, Q, A, True)
-            if A is None:
-                dQ, dA = torch.mm(z.t(), dy), None
-            else:
-                dQ, dA = grams(z, dy, torch.mm(dy, Q.t()) if dz is None else dz, x)
-            dθ += [None, None, dQ, dA]
-        return (None if dx is None else dx.view(ctx.shape)), *dθ
-
-
-def thin_linears(x: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
-    """`x Wᵀ + b + (x Aᵀ) Q` of siblings: for each W, b, `Q (r, out)`, and `A (r, in)` or None, which folds x."""
-    if torch.is_grad_enabled():
-        return _ThinLinears.apply(x, *flat)  # type: ignore[return-value]
-    rows, size = flattened(x), x.shape[:-1]
-    return tuple([thin(F.linear(rows, W, bias), rows, A, Q, True)[0].view(*size, -1) for W, bias, Q, A in chunks(flat, 4)])
-
-
-Make = Callable[..., tuple[Tensor, Tensor]]
-
-
-class _MadeThinLinears(torch.autograd.Function):
-    """For each sibling W, b, and θ, from which `make` computes Q and A, here and again in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, make: Make, siblings: int, *flat: Tensor | None) -> tuple[Tensor, ...]:
-        rows, size = flattened(x), x.shape[:-1]
-        ys, saved = [], []
         for W, bias, *θ in chunks(flat, len(flat) // siblings):
-            Q, A = make(*θ)
+            Q, A = θ if make is None else make(*θ)
             y, z = thin(F.linear(rows, W, bias), rows, A, Q, True)
             ys.append(y.view(*size, -1))
             saved += [W, z, *θ]
-        ctx.save_for_backward(rows, *saved)
+            needs_x = needs_x or A is not None
+        ctx.save_for_backward(rows if needs_x else None, *saved)
         ctx.make, ctx.siblings, ctx.shape = make, siblings, x.shape
         return tuple(ys)
 
@@ -120,24 +80,41 @@ class _MadeThinLinears(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         dx, dθ = None, []
         for grad, (W, z, *θ) in zip(grad_outputs, chunks(saved, len(saved) // ctx.siblings), strict=True):
+            made = None
+            if ctx.make is not None:
+                θ = [t.detach().requires_grad_() for t in θ]
+                with torch.enable_grad():
+                    made = ctx.make(*θ)
+            Q, A = made or θ
             dy = flattened(grad)
-            leaves = [t.detach().requires_grad_() for t in θ]
-            with torch.enable_grad():
-                Q, A = ctx.make(*leaves)
             dz = None
             if ctx.needs_input_grad[0]:
                 dx, dz = thin(add_input_gradient(dx, dy, W), dy, Q, A, True)
-            dQ, dA = grams(z, dy, torch.mm(dy, Q.t()) if dz is None else dz, x)
-            dθ += [None, None, *torch.autograd.grad((Q, A), leaves, (dQ, dA))]
+            if A is None:
+                dQ, dA = torch.mm(z.t(), dy), None
+            else:
+                dQ, dA = grams(z, dy, torch.mm(dy, Q.t()) if dz is None else dz, x)
+            dθ += [None, None, *((dQ, dA) if made is None else torch.autograd.grad(made, θ, (dQ, dA)))]
         return (None if dx is None else dx.view(ctx.shape)), None, None, *dθ
 
 
-def made_thin_linears(x: Tensor, make: Make, siblings: int, *flat: Tensor | None) -> tuple[Tensor, ...]:
-    """`thin_linears` with `Q, A = make(*θ)`: for each sibling W, b and θ. Q and A are dropped, and made again in backward."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiler decides itself what to keep
-        return _MadeThinLinears.apply(x, make, siblings, *flat)  # type: ignore[return-value]
-    pieces = chunks(flat, len(flat) // siblings)
-    return thin_linears(x, *(t for W, bias, *θ in pieces for t in (W, bias, *make(*θ))))
+def thin_linears(x: Tensor, siblings: int, *flat: Tensor | None, make: Make | None = None) -> tuple[Tensor, ...]:
+    """`x Wᵀ + b + (x Aᵀ) Q` of siblings.
+
+    Args:
+        flat: for each W, b and θ: `Q (r, out)`, and `A (r, in)` or None, which folds x.
+        make: Q and A from another θ. They are dropped, and made again in backward.
+    """
+    if make is not None and torch.compiler.is_compiling():  # a compiler decides itself what to keep
+        pieces = chunks(flat, len(flat) // siblings)
+        return thin_linears(x, siblings, *(t for W, bias, *θ in pieces for t in (W, bias, *make(*θ))))
+    if torch.is_grad_enabled():
+        return _ThinLinears.apply(x, make, siblings, *flat)  # type: ignore[return-value]
+    rows, size, ys = flattened(x), x.shape[:-1], []
+    for W, bias, *θ in chunks(flat, len(flat) // siblings):
+        Q, A = θ if make is None else make(*θ)
+        ys.append(thin(F.linear(rows, W, bias), rows, A, Q, True)[0].view(*size, -1))
+    return tuple(ys)
 
 
 class Rule(ABC):

@@ -46,7 +46,11 @@ class _Group:
 
     def read(self) -> list[Tensor]:
         """The parameters now, those of all layers together."""
-        return [torch.stack([home[name] for home, name in slot]) for slot in self.slots]  # type: ignore[misc]
+        stacked = [torch.stack([home[name] for home, name in slot]) for slot in self.slots]  # type: ignore[misc]
+        for t in stacked:
+            if t.requires_grad:  # laid out like the parameters, its pieces become their gradients as they are
+                t.register_hook(Tensor.contiguous)
+        return stacked
 
     def lend(self, stacked: list[Tensor], again: bool) -> None:
         """Lend to every adapter; `again`: what was kept."""

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from ...core.adapter import Adapter, WeightSide, add_low_rank, weight_form
 from ...core.config import AdapterConfig
-from ...core.fused import Site, dense_linears, made_thin_linears, thin_linears
+from ...core.fused import Site, dense_linears, thin_linears
 from ...core.operator import Operator, WeightShape
 from ...core.precision import compute_dtype, exact_dtype
 from . import ops
@@ -154,11 +154,11 @@ class LoHa(WeightSide):
     ) -> Callable[[Tensor], tuple[Tensor, ...]]:
         flat = [t for W, bias, θ in sites for t in (W, bias, *θ)]
         if self.derives_factors:
-            return lambda x: thin_linears(x, *flat)
+            return lambda x: thin_linears(x, len(sites), *flat)
 
         def call(x: Tensor) -> tuple[Tensor, ...]:
             if self._thin_for(x):
-                return made_thin_linears(x, self._thin_factors, len(sites), *flat)
+                return thin_linears(x, len(sites), *flat, make=self._thin_factors)
             return dense_linears(x, self.rule, len(sites), *flat)
 
         return call
