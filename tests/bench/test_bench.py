@@ -314,6 +314,7 @@ def test_runs_are_added_to_the_file_and_nothing_else_is_overwritten(capsys: pyte
         pytest.param(["step", "--rounds", "0"], ["--rounds", "at least 1"], id="rounds"),
         pytest.param(["step", "--device", "tpu"], ["'tpu'", "cuda"], id="device"),
         pytest.param(["decode", "--model", "bert-tiny", "--device", "cpu"], ["bert-tiny", "llama"], id="decode-bert"),
+        pytest.param(["decode", "--cuda-graph"], ["--cuda-graph", "decode"], id="decode-graph"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments: list[str], said: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,7 +135,7 @@ def run_step(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
     try:
         return race(
             config,
-            setting(config, work, config.batch, config.sequence),
+            {**setting(config, work, config.batch, config.sequence), "cuda_graph": config.cuda_graph},
             everyone(config),
             measures,
             turn,
@@ -355,7 +355,6 @@ def setting(config: BenchConfig, work: Work, batch: int | None = None, tokens: i
         "batch": batch,
         "tokens": tokens,
         "compiled": list(family.blocks) if config.compile and not layer else config.compile,
-        "cuda_graph": config.cuda_graph,
         "rounds": config.rounds,
         "steps": config.steps,
         "warmup": config.warmup,

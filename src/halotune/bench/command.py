@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..core.errors import HalotuneError
 from . import report
 from .benches import BENCHES
 from .config import CONTENDERS, DTYPES, BenchConfig, parse_contenders
@@ -77,6 +78,8 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     decoding = args.kind == "decode"
+    if args.cuda_graph and args.kind != "step":
+        raise HalotuneError(f"--cuda-graph captures a training step; {args.kind} has none. Leave it out, or measure step.")
     config = BenchConfig(
         contenders=parse_contenders(args.contenders),
         model=args.model,
