@@ -110,7 +110,7 @@ class Base(Operator):
 
     @property
     def hooked(self) -> bool:
-        return not _bare(self.module) and not is_offloaded(self.module)
+        return not is_bare(self.module) and not is_offloaded(self.module)
 
     def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
         if not self.hooked:
@@ -141,7 +141,7 @@ class LinearLike(Base):
         return plus_thin(y, F.linear(x, A), B.t())
 
 
-def _bare(module: nn.Module) -> bool:
+def is_bare(module: nn.Module) -> bool:
     """Whether calling the module runs its class's `forward` and nothing else."""
     return "forward" not in module.__dict__ and not (
         module._forward_hooks
@@ -172,7 +172,7 @@ class Linear(LinearLike):
         frozen = type(W) is nn.Parameter and not W.requires_grad and (b is None or not b.requires_grad)
         if not frozen or W.dtype is not dtype or W.is_meta:
             return None
-        return (W, b) if type(module).forward is nn.Linear.forward and _bare(module) else None
+        return (W, b) if type(module).forward is nn.Linear.forward and is_bare(module) else None
 
     def stored(self, W: Tensor) -> Tensor:
         return W

@@ -136,7 +136,7 @@ class Lending:
             if not again:
                 self.cache.forget(group.adapters)
         if not (settled and all(unchanged) and self._prepare_as_before()):
-            self._prepare_layers()
+            self._prepare_layers(self.steady)
 
     def _look(self, steady: Steady) -> bool:
         """Arrange anew what has changed since the last pass. Returns whether nothing has."""
@@ -165,7 +165,7 @@ class Lending:
         self.families = [Family(members, [alone[m] for m in members], members[0].base.dtype) for members in found]
         self.groups = _grouped(self.running, autocast, [f.adapters for f in self.families if f.stacked])
 
-    def _prepare_layers(self) -> None:
+    def _prepare_layers(self, steady: Steady) -> None:
         """Give each layer its forward pass as one call."""
         for family in self.families:
             if not (self.cache.budget and self._from_cache(family)) and not family.begin() and len(family.layers) > 1:
@@ -175,8 +175,7 @@ class Lending:
             for family in self.families:
                 for layer in family.layers:
                     self.watch.on(layer)
-        quicks = [(layer, layer.quick) for layer in self.steady.layers] if self.steady is not None else []
-        self.quicks = None if torch.is_grad_enabled() else quicks
+        self.quicks = None if torch.is_grad_enabled() else [(layer, layer.quick) for layer in steady.layers]
 
     def _prepare_as_before(self) -> bool:
         """What the last pass without gradients gave the layers serves this one too, if there was one."""

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from operator import is_
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..core.base import is_bare
 from ..core.layer import AdaptedLayer
 
 
@@ -49,13 +50,8 @@ class Steady:
                 for d in self.own
             ],
             [(a, a.training, a.may_be_plain()) for m in modules for a in m["adapters"]._modules.values()],
-            [(base, base.__class__, "forward" in base.__dict__, _is_hooked(base)) for base in bases],
+            [(base, base.__class__, is_bare(base)) for base in bases],
             [(t.requires_grad, t.dtype) for t in tensors],
             [0 if t.is_inference() else t._version for t in tensors] if versions else [],
-            nn.modules.module._has_any_global_hook(),
         ]
         return Look(values, tensors)
-
-
-def _is_hooked(base: nn.Module) -> bool:
-    return bool(base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
