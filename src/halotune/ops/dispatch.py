@@ -57,7 +57,7 @@ class Op:
     like: Callable[..., Any]
     kernels: list[Kernel] = field(default_factory=list)
     repeats: bool = False
-    prepared: dict[Any, Callable[..., Any]] = field(default_factory=dict)
+    prepared: dict[Any, Callable[..., Any]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         schema = torch.library.infer_schema(self.reference, mutates_args=())

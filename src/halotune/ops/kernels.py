@@ -26,6 +26,17 @@ def filled(r: int) -> int:
     return 16 if r <= 16 else 1 << (r - 1).bit_length()
 
 
+def shares(n: int, programs: int, tile: int) -> tuple[int, int]:
+    """Into how many parts a long sum over n is cut, so that a GPU is full, and the length of a part, in whole tiles."""
+    parts = max(1, min(n // 512, 2 * PROGRAMS // programs))
+    return parts, tiles(tiles(n, parts), tile) * tile
+
+
+def added(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the parts of a sum add up to."""
+    return (parts.sum(0) if len(parts) > 1 else parts[0]).to(dtype)
+
+
 @triton.jit
 def dot(a, b, INTERPRETED: tl.constexpr):
     """`a b` in fp32. Triton's interpreter would multiply the bits of bf16 as integers, so it gets fp32."""

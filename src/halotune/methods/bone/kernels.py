@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.kernels import dot, filled
+from ...ops.kernels import added, dot, filled, shares
 from ...ops.launch import Launcher, tiles
 
 ROWS = 128
 PULL_ROWS = 64
-PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
 @triton.jit
@@ -78,13 +77,12 @@ def pull_bat(G: Tensor, W: Tensor, blocks: Tensor) -> Callable[..., Tensor]:
     """`Σ_j (W_ijᵀ G_ij + G_ij)`: W and G read once."""
     n, r, _ = blocks.shape
     n_in = W.shape[1]
-    parts = max(1, min(n_in // 512, PROGRAMS // n))
-    share = tiles(tiles(n_in, parts), PULL_ROWS) * PULL_ROWS
+    parts, share = shares(n_in, n, PULL_ROWS)
     launch = _launch_pull_bat.prepare((n, parts, 1), n_in, share, r, filled(r), PULL_ROWS)
 
     def run(G: Tensor, W: Tensor, blocks: Tensor) -> Tensor:
         out = torch.empty(parts, n, r, r, dtype=torch.float32, device=G.device)
         launch(W, G, out)
-        return (out.sum(0) if parts > 1 else out[0]).to(blocks.dtype)
+        return added(out, blocks.dtype)
 
     return run

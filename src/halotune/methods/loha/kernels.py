@@ -9,12 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.kernels import dot, filled
+from ...ops.kernels import added, dot, filled, shares
 from ...ops.launch import Launcher, tiles
 
 ROWS, COLS = 64, 128
 PULL_ROWS, PULL_COLS = 64, 64
-PROGRAMS = 264  # two for each multiprocessor of an H100
 
 
 @triton.jit
@@ -95,8 +94,7 @@ def _pull_half(G: Tensor, P1: Tensor, Q1: Tensor, s: float) -> Callable[..., Ten
     m, n = G.shape
     r = P1.shape[1]
     blocks = tiles(m, PULL_ROWS)
-    parts = max(1, min(n // 512, PROGRAMS // blocks))
-    share = tiles(tiles(n, parts), PULL_COLS) * PULL_COLS
+    parts, share = shares(n, blocks, PULL_COLS)
     strides = *G.stride(), *P1.stride(), *Q1.stride()
     launch = _launch_pull.prepare(
         (blocks, parts, 1), m, n, *strides, share, float(s), r, filled(r), PULL_ROWS, PULL_COLS
@@ -105,7 +103,7 @@ def _pull_half(G: Tensor, P1: Tensor, Q1: Tensor, s: float) -> Callable[..., Ten
     def run(G: Tensor, P1: Tensor, Q1: Tensor, P2: Tensor, Q2: Tensor) -> Tensor:
         out = torch.empty(parts, 2, m, r, dtype=torch.float32, device=G.device)
         launch(G, P1, Q1, P2, Q2, out)
-        return (out.sum(0) if parts > 1 else out[0]).to(P1.dtype)
+        return added(out, P1.dtype)
 
     return run
 
