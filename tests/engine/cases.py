@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
 
-from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig
+import pytest
+import torch
+from torch import nn
+
+from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 
 CONFIGS = {
     "hra": HRAConfig(r=4, target_modules="all-linear"),
@@ -16,3 +20,17 @@ CONFIGS = {
     "lora": LoraConfig(r=3, target_modules="all-linear"),
 }
 every = pytest.mark.parametrize("name", CONFIGS)
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def adapted(make: Callable[[], nn.Module], config) -> PeftModel:
+    """What `make` makes, with adapters of random numbers."""
+    torch.manual_seed(0)
+    model = get_peft_model(make(), config)
+    with torch.no_grad():
+        for p in trained(model):
+            p.normal_(0, 0.3)
+    return model

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from halotune import LoraConfig, PeftModel, get_peft_model
+from halotune import LoraConfig, PeftModel
 from halotune.core.layer import AdaptedLayer
 from halotune.engine.lending import Lending
 
-from .cases import CONFIGS, every
+from .cases import CONFIGS, adapted, every, trained
 
 
 class Attention(nn.Module):
@@ -98,16 +98,7 @@ WAYS = [
 
 
 def model_of(name: str) -> PeftModel:
-    torch.manual_seed(0)
-    model = get_peft_model(Model().double(), CONFIGS[name])
-    with torch.no_grad():
-        for p in trained(model):
-            p.normal_(0, 0.3)
-    return model
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+    return adapted(lambda: Model().double(), CONFIGS[name])
 
 
 def attentions(model: nn.Module) -> list[Attention]:

@@ -10,21 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from halotune import HRAConfig, LoraConfig, PeftModel, get_peft_model
+from halotune import HRAConfig, LoraConfig, PeftModel
 from halotune.core.layer import AdaptedLayer
 
-from .cases import CONFIGS
+from .cases import CONFIGS, adapted
 
 
 def model_of(config) -> PeftModel:
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16, bias=False))
-    model = get_peft_model(base.double(), config)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.normal_(0, 0.3)
-    return model.eval()
+    def base() -> nn.Module:
+        layers = nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16, bias=False)
+        return nn.Sequential(*layers).double()
+
+    return adapted(base, config).eval()
 
 
 def first(model: nn.Module) -> AdaptedLayer:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from halotune import PeftModel, get_peft_model
 from halotune.core.layer import AdaptedLayer
 
-from .cases import CONFIGS, every
+from .cases import CONFIGS, adapted, every, trained
 
 
 class Block(nn.Module):
@@ -43,16 +43,7 @@ class Model(nn.Module):
 
 
 def model_of(name: str, **options: bool) -> PeftModel:
-    torch.manual_seed(0)
-    model = get_peft_model(Model(**options).double(), CONFIGS[name])
-    with torch.no_grad():
-        for p in trained(model):
-            p.normal_(0, 0.3)
-    return model
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
+    return adapted(lambda: Model(**options).double(), CONFIGS[name])
 
 
 def batch(seed: int) -> Tensor:

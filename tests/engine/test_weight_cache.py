@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from halotune import BoneConfig, HalotuneError, HRAConfig, LoHaConfig, PeftModel, get_peft_model
+from halotune import BoneConfig, HalotuneError, HRAConfig, LoHaConfig, PeftModel
 from halotune.methods.bone import ops
 from halotune.methods.bone.adapter import Bat, Bone
 from halotune.methods.hra.adapter import HRA
 from halotune.methods.loha.adapter import LoHa
+
+from .cases import adapted
 
 CONFIGS = {
     "hra": HRAConfig(r=4, target_modules="all-linear"),
@@ -25,13 +27,7 @@ LAYER = 4 * 16 * 16  # bytes of one W'
 
 
 def model_with(config) -> PeftModel:
-    torch.manual_seed(0)
-    model = get_peft_model(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16, bias=False)), config)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.normal_(0, 0.3)
-    return model.eval()
+    return adapted(lambda: nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16, bias=False)), config).eval()
 
 
 @pytest.fixture
