@@ -11,7 +11,7 @@ from torch import nn
 
 from halotune import HalotuneError, PeftModel, PeftType, get_peft_model
 from halotune.core import registry
-from halotune.core.adapter import Additive
+from halotune.core.adapter import LowRank
 from halotune.core.config import AdapterConfig
 from halotune.core.operator import WeightShape
 from halotune.core.registry import Method, method_of, methods, register
@@ -44,7 +44,7 @@ class RowConfig(AdapterConfig):
     TYPE = Type.ROW
 
 
-class Row(Additive):
+class Row(LowRank):
     """`W' = W + b aᵀ`: the whole of a new method."""
 
     rank = 1
@@ -58,8 +58,8 @@ class Row(Additive):
     def create(cls, shape, config):
         return cls(shape)
 
-    def derive(self, *θ):
-        a, b = θ
+    def prepare(self, *parameters):
+        a, b = parameters
         return b.mT, a
 
 

@@ -16,8 +16,9 @@ from ..core.attention import AdaptedAttention, Projection
 from ..core.base import LinearLike, base_for, base_kind
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError, warn
-from ..core.layer import BASE, AdaptedLayer, Rows
+from ..core.layer import AdaptedLayer
 from ..core.registry import method_of
+from ..core.rows import BASE, Rows
 from .architectures import default_targets, known_architectures
 from .offloading import check_offloaded
 from .targets import ALL_LINEAR, matches_suffix, select, shortest_suffixes

@@ -19,6 +19,7 @@ from ..core.registry import method_of
 from ..core.standin import StandIn
 from .architectures import DEFAULT_TARGETS
 from .combining import combine
+from .forward.prepare import Scope
 from .inject import (
     activate,
     adapted_layers,
@@ -34,7 +35,6 @@ from .inject import (
     whole_modules,
 )
 from .introduction import introduce
-from .lending import Lending
 from .merging import MergeReport, Requantize, merge, unmerge
 from .offloading import StayingAdapters
 from .preparing import mind_penalty, penalty
@@ -83,7 +83,7 @@ class AdapterModel(StandIn):
         self._merge_order: list[str] = []
         self._training_passes = 0
         self.staying = StayingAdapters(model)
-        self.lending = Lending(model)
+        self.scope = Scope(model)
         configs = {adapter_name: peft_config} if isinstance(peft_config, AdapterConfig) else dict(peft_config)
         paths = None if state_dict is None else paths_in_state_dict(model, state_dict)
         flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -109,7 +109,11 @@ class AdapterModel(StandIn):
             self._training_passes += 1
             if self._training_passes == PATIENCE:
                 mind_penalty(self.model)
-        return self.model(*args, **kwargs)
+        try:
+            return self.model(*args, **kwargs)
+        except BaseException:  # KeyboardInterrupt passes hooks by
+            self.scope.close()
+            raise
 
     def cache_weights(self, gib: float) -> None:
         """In eval mode and without gradients, keep each layer's `W'` beside its W, up to this much memory.
@@ -119,12 +123,12 @@ class AdapterModel(StandIn):
         """
         if not gib >= 0:
             raise HalotuneError(f"gib: expected the memory to use, 0 for none; got {gib}.")
-        self.lending.cache_weights(int(gib * 2**30))
+        self.scope.cache_weights(int(gib * 2**30))
 
     @property
     def cached_weights(self) -> tuple[int, int]:
         """How many layers' `W'` are kept now, and their bytes."""
-        return len(self.lending.cache), self.lending.cache.used
+        return len(self.scope.cache), self.scope.cache.used
 
     # -- adapters
 
@@ -187,7 +191,7 @@ class AdapterModel(StandIn):
     def _changed(self) -> None:
         """Adapters were put in or taken out."""
         self.staying.reset()
-        self.lending.reset()
+        self.scope.reset()
 
     def _check_known(self, names: list[str]) -> None:
         unknown = [n for n in names if n not in self.peft_config]
@@ -335,7 +339,7 @@ class AdapterModel(StandIn):
 
     def _remove_hooks(self) -> None:
         self.staying.remove()
-        self.lending.remove()
+        self.scope.remove()
 
 
 @lru_cache
