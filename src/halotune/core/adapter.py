@@ -153,8 +153,11 @@ class Adapter(nn.Module, ABC):
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
         """Apply the operator with weight `W + scale (weight(W) − W)`, `W` being that of `op`."""
-        x = x.to(compute_dtype(x))
-        if scale != 1.0 or (self.training and self.dropout) or is_transformed() or (plain := op.plain(x.dtype)) is None:
+        if (dtype := compute_dtype(x)) is not x.dtype:
+            x = x.to(dtype)
+        if is_transformed():
+            return self.run(x, op, usable(self.factors_now(), dtype), scale)
+        if scale != 1.0 or (self.training and self.dropout) or (plain := op.plain(dtype)) is None:
             return self.run(x, op, self.prepared(x).factors, scale)
         W, bias = plain
         ready = self.prepared(x, W)
@@ -173,8 +176,6 @@ class Adapter(nn.Module, ABC):
             if ready is None or ready.dtype is not dtype or ready.adapted is not None or not ready.recorded:
                 ready = Prepared(usable(self.factors_now(), dtype), None, dtype, True, 0, ())
             return ready
-        if is_transformed():
-            return Prepared(usable(self.factors_now(), dtype), None, dtype, True, 0, ())
         tensors, slot = self.tensors(), self.slot
         as_weight = is_weight(self.form, self.makes_weight, x, W)
         if (ready := slot.prepared) is not None and ready.serves(dtype, tensors, W, as_weight):

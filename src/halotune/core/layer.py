@@ -55,10 +55,11 @@ class AdaptedLayer(TunerLayer, StandIn):
         return self._original is not None and self._original[0] is not self.base_layer
 
     def _running_names(self) -> list[str]:
-        if not self.enabled or self.rows is not None:
+        own = self.__dict__
+        if not own["enabled"] or own["rows"] is not None:
             return []
-        names, merged, scales = self._modules["adapters"]._modules, self.merged_adapters, self.scales  # type: ignore[union-attr]
-        return [n for n in self.active_adapters if n in names and n not in merged and scales[n] != 0.0]
+        merged, scales = own["merged_adapters"], own["scales"]
+        return [n for n in own["active_adapters"] if n not in merged and scales.get(n, 0.0) != 0.0]
 
     def running(self) -> list[Adapter]:
         """The adapters that are active and not merged yet."""
@@ -78,7 +79,16 @@ class AdaptedLayer(TunerLayer, StandIn):
                 f"{type(self.base_layer).__name__}: an adapted layer takes its input alone; got "
                 f"{len(args)} more arguments and {sorted(kwargs)}. Leave this layer out with exclude_modules."
             )
-        return self.operator()(x) if self.rows is None else self.rows.run(x, self._run_one)
+        if self.rows is not None:
+            return self.rows.run(x, self._run_one)
+        op: Operator = self.base
+        names = self._running_names()
+        if not names:
+            return op(x)
+        *inner, last = names
+        for name in inner:
+            op = Adapted(op, self.adapters[name], self.scales[name])  # type: ignore[arg-type]
+        return self._modules["adapters"]._modules[last](x, op, self.scales[last])  # type: ignore[union-attr, misc]
 
     def _run_one(self, name: str, x: Tensor) -> Tensor:
         op: Operator = self.base

@@ -12,6 +12,8 @@ from torch import Tensor
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype a matrix product of `x` runs in: autocast's where it is on, else `x`'s own."""
+    if not torch._C._is_any_autocast_enabled():
+        return x.dtype
     kind = x.device.type
     if kind == "meta" or not x.is_floating_point() or x.dtype == torch.float64:  # autocast knows no meta device
         return x.dtype

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
 Seen = tuple[Tensor, int, int, bool]
@@ -137,7 +138,7 @@ def is_transformed() -> bool:
     `torch.jit.trace`, dispatch modes (fake tensors, selective checkpoints). Then a pass is plain torch, and shares nothing."""
     return not torch.compiler.is_compiling() and (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )

@@ -8,6 +8,7 @@ adapters' slots until the pass ends; each layer looks for itself whether it may 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
+from operator import is_
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -26,17 +27,26 @@ BUDGET = 2 * 2**30  # bytes for W' of all layers and its gradients, if nothing e
 
 
 class Member(NamedTuple):
-    """An adapter that runs, and its layer."""
+    """An adapter that runs, its layer, and whether no other runs there."""
 
     layer: AdaptedLayer
     adapter: Adapter
     tensors: Tensors
+    alone: bool
 
-    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-        """W and the bias, where W' is all that the layer needs: a plain matrix with this adapter alone on it."""
-        alone = len(self.layer.running()) == 1 and set(self.layer.scales.values()) == {1.0}
+    def plain(self, dtype: torch.dtype) -> Tensor | None:
+        """W, where W' is all that the layer needs: a plain matrix with this adapter alone on it, as it is."""
         dropped = self.adapter.training and self.adapter.dropout
-        return self.layer.base.plain(dtype) if alone and not dropped else None
+        plain = None if dropped or not self.alone else self.layer.base.plain(dtype)
+        return None if plain is None else plain[0]
+
+
+class Known(NamedTuple):
+    """What was seen of an adapter's parameters: alike ones have equal keys."""
+
+    tensors: Tensors
+    looks: list[tuple[torch.dtype, torch.device, bool]]
+    key: Hashable
 
 
 class Scope:
@@ -56,6 +66,7 @@ class Scope:
         self.layers: list[AdaptedLayer] | None = None
         self.parents: list[nn.Module] = []
         self.recomputing: tuple[int, ForwardPass] | None = None
+        self.known: dict[Adapter, Known] = {}
         self.noises: dict[Hashable, Tensor] = {}  # by which W' was rounded in the last training pass
 
     def find(self, model: nn.Module) -> list[AdaptedLayer]:
@@ -69,7 +80,7 @@ class Scope:
         for layer in self.layers:
             for adapter in layer.adapters.values():
                 SCOPES[adapter] = ref(self)
-                adapter.form = self.form if fits else "activations"
+                adapter.form = self.form if fits else "activations"  # type: ignore[assignment]
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():  # a whole model in one graph: layers prepare alone, and the compiler arranges it
@@ -180,24 +191,33 @@ class ForwardPass:
         groups: dict[Hashable, list[Member]] = {}
         if _gradients_may_be_missed():
             return groups
+        known = self.scope.known
         for layer in self.scope.layers or ():
-            for adapter in layer.running():
+            running = layer.running()
+            for adapter in running:
                 tensors = adapter.tensors()
-                if not all([_is_at_hand(t) for t in tensors]):
-                    self.keys.clear()
-                    return {}
-                if (dtype := layer.base.dtype).is_floating_point and dtype.itemsize > 1:
-                    like = tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors])
-                    self.keys[adapter] = key = type(adapter), adapter.batch_key(), like, dtype
-                    groups.setdefault(key, []).append(Member(layer, adapter, tensors))
+                looks = [(t.dtype, t.device, t.requires_grad) for t in tensors]
+                seen_before = known.get(adapter)
+                if seen_before is None or seen_before.looks != looks or not all(map(is_, seen_before.tensors, tensors)):
+                    if not all([_is_at_hand(t) for t in tensors]):
+                        self.keys.clear()
+                        return {}
+                    key = type(adapter), adapter.batch_key(), layer.base.dtype, *[t.shape for t in tensors], *looks
+                    known[adapter] = seen_before = Known(tensors, looks, key)
+                self.keys[adapter] = seen_before.key
+                groups.setdefault(seen_before.key, []).append(Member(layer, adapter, tensors, len(running) == 1))
         return groups
 
     def _prepare_weights(self, key: Hashable, members: list[Member], dtype: torch.dtype) -> None:
         """W' of all of them, in training."""
-        pairs = [(m, plain[0]) for m in members if (plain := m.plain(dtype)) is not None]
-        if not pairs:
-            return
-        members, matrices = [m for m, _ in pairs], [W for _, W in pairs]
+        shapes: dict[torch.Size, list[tuple[Member, Tensor]]] = {}
+        for member in members:
+            if (W := member.plain(dtype)) is not None:
+                shapes.setdefault(W.shape, []).append((member, W))
+        for shape, pairs in shapes.items():
+            self._prepare_weights_of((key, shape), [m for m, _ in pairs], [W for _, W in pairs], dtype)
+
+    def _prepare_weights_of(self, key: Hashable, members: list[Member], matrices: list[Tensor], dtype: torch.dtype) -> None:
         noises, again = self.scope.noises, self.scope.recomputing is not None and self.scope.recomputing[1] is self
         noise = noises.get(key) if again else None  # what is computed again is rounded as before
         noise = noise if noise is not None and len(noise) == len(members) else None
@@ -217,7 +237,7 @@ class ForwardPass:
         if torch.is_grad_enabled() or any([m.adapter.training for m in members]):
             cache.clear()  # the memory is training's
             return [None] * len(members)
-        matrices = [None if (plain := m.plain(dtype)) is None else plain[0] for m in members]
+        matrices = [m.plain(dtype) for m in members]
         found = cache.weights(key, [m.adapter for m in members], [m.tensors for m in members], matrices)
         for member, W, adapted in zip(members, matrices, found, strict=True):
             if W is not None and adapted is not None:

@@ -97,7 +97,7 @@ class LoHa(Dense):
     def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
         return ops.build.call(again, W, *factors, self.scaling, noise)
 
-    def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+    def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> Sequence[Tensor | None]:
         return ops.pull(G, *factors, self.scaling)
 
     def halves(self, *θ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
