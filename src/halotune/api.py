@@ -7,7 +7,6 @@ from .convert.loading import load_lycoris, save_lycoris
 from .core.config import AdapterConfig, PeftType, TaskType
 from .core.config import AdapterConfig as PeftConfig
 from .core.errors import AdapterFileError, HalotuneError
-from .core.registry import methods as _registered
 from .engine.auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -38,6 +37,7 @@ from .methods.bone import BoneConfig, MissConfig
 from .methods.hra import HRAConfig
 from .methods.loha import LoHaConfig
 from .methods.lora import LoraConfig
+from .methods.registry import methods as _registered
 
 HRAModel = tuner_class("HRA")
 LoHaModel = tuner_class("LOHA")

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from halotune import HRAConfig, LoHaConfig, get_peft_model
 from halotune.apply.loading import Base, Saved
 from halotune.cli import main
-from halotune.core import registry
 from halotune.core.errors import AdapterFileError, HalotuneError
 from halotune.core.layer import AdaptedLayer
 from halotune.inspect import figures
 from halotune.inspect.figures import Figures, measure
 from halotune.inspect.grid import short, split
+from halotune.methods import registry
 from tests.laws.cases import Case, Model, grid, matrix, some_bases, train, wrap
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

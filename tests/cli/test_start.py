@@ -41,7 +41,7 @@ def test_the_public_names_come_with_the_first_of_them() -> None:
 
 
 def test_the_registry_fills_itself() -> None:
-    assert python("from halotune.core.registry import method_of; print(method_of('HRA').peft_type)") == "HRA\n"
+    assert python("from halotune.methods.registry import method_of; print(method_of('HRA').peft_type)") == "HRA\n"
 
 
 def test_a_name_that_is_not_there() -> None:

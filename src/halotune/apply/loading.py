@@ -16,10 +16,10 @@ from ..cli import require
 from ..core.config import AdapterConfig, TaskType
 from ..core.errors import HalotuneError
 from ..core.files import CONFIG_NAME, WEIGHTS_NAME, locate
-from ..core.registry import method_of
 from ..engine.auto import AutoPeftModel, fit_vocabulary
 from ..engine.model import PeftModel, PeftModelForSequenceClassification
 from ..engine.state import read_tensors
+from ..methods.registry import method_of
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from ..core.base import base_for
 from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer
 from ..core.precision import compute_dtype
-from ..core.registry import Method, method_of, methods
 from ..engine.merging import check_order, check_storage
+from ..methods.registry import Method, method_of, methods
 from .classes import InFront
 
 _said: set[str] = set()

@@ -16,8 +16,8 @@ from .derived import Loan
 from .errors import HalotuneError
 from .operator import Adapted, Operator
 from .precision import exact_dtype
-from .standin import StandIn
 from .tunerlayer import TunerLayer
+from .wrapper import Wrapper as StandIn
 
 
 class Quick(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..core.config import AdapterConfig
 from ..core.files import write_atomically
-from ..core.registry import method_of
+from ..methods.registry import method_of
 
 CARD_NAME = "README.md"
 LIBRARY = "peft"  # what the hub calls the format

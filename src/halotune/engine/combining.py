@@ -14,7 +14,7 @@ from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..core.layer import AdaptedLayer
 from ..core.precision import exact_dtype
-from ..core.registry import method_of
+from ..methods.registry import method_of
 from .inject import adapted_layers, public_path, visible_modules
 from .targets import shortest_suffixes
 

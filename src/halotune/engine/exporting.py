@@ -15,11 +15,11 @@ from ..core.base import TransposedLinear
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..core.layer import AdaptedLayer
-from ..core.registry import method_of
 from ..export.consumers import Consumer, component_of, consumer_named
 from ..export.header import METADATA_KEY, Header
 from ..export.lora import ExportReport, as_lora
 from ..export.rules import RULES, check
+from ..methods.registry import method_of
 from .card import write_card
 from .inject import public_path, visible_modules
 from .saving import parameter_count, written_config

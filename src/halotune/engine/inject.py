@@ -17,7 +17,7 @@ from ..core.base import LinearLike, base_for, base_kind
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError, warn
 from ..core.layer import BASE, AdaptedLayer, Rows
-from ..core.registry import method_of
+from ..methods.registry import method_of
 from .architectures import default_targets, known_architectures
 from .offloading import check_offloaded
 from .targets import ALL_LINEAR, matches_suffix, select, shortest_suffixes

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
-from ..core.standin import StandIn
+from ..core.wrapper import Wrapper
 from .tuner import AdapterModel
 
 _KEY = "_halotune_adapters"
@@ -26,7 +26,7 @@ def add_in_place(model: nn.Module, adapter_name: str, peft_config: AdapterConfig
     They lie beside the model's modules, not among them; `model.peft_config` holds their configurations. `kwargs` are those of
     `AdapterModel.add_adapter`.
     """
-    if isinstance(model, StandIn):
+    if isinstance(model, Wrapper):
         raise HalotuneError(f"the model is a {type(model).__name__} already. Use its add_adapter, or unload() it first.")
     if adapters_in(model) is None:
         model.__dict__[_KEY] = AdapterModel(model, {})

@@ -19,8 +19,8 @@ from typing_extensions import Self
 
 from ..core.config import AdapterConfig, TaskType
 from ..core.errors import HalotuneError
-from ..core.registry import method_of
-from ..core.standin import StandIn
+from ..core.wrapper import Wrapper
+from ..methods.registry import method_of
 from .card import CARD_NAME, mark_card
 from .hotswap import require_same
 from .hub import upload
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ..export.lora import ExportReport
 
 
-class PeftModel(StandIn):
+class PeftModel(Wrapper):
     """A base model with adapters. The base's own attributes and methods are reached through it.
 
     Args:

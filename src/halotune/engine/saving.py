@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..core.files import WEIGHTS_NAME
-from ..core.registry import method_of
+from ..methods.registry import method_of
 from .card import CARD_NAME, write_card
 from .state import get_peft_model_state_dict, write_tensors
 

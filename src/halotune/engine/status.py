@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from ..core.layer import AdaptedLayer
-from ..core.registry import method_of
+from ..methods.registry import method_of
 from .inject import adapted_layers, whole_modules
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer
-from ..core.registry import method_of
-from ..core.standin import StandIn
+from ..core.wrapper import Wrapper
+from ..methods.registry import method_of
 from .architectures import DEFAULT_TARGETS
 from .combining import combine
 from .inject import (
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 PATIENCE = 32  # training passes, of which several may make one optimizer step, before a penalty is missed
 
 
-class AdapterModel(StandIn):
+class AdapterModel(Wrapper):
     """Adapters on any module, which is changed in place; `model` is that module.
 
     Args:

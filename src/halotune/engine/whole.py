@@ -9,7 +9,7 @@ from torch import nn
 
 from ..core.errors import HalotuneError
 from ..core.layer import Rows
-from ..core.standin import HOOKS
+from ..core.wrapper import HOOKS
 
 
 class WholeModule(nn.Module):

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..apply.loading import Base, Saved
 from ..core.config import AdapterConfig
-from ..core.measures import Column
-from ..core.registry import method_of
+from ..methods.measures import Column
+from ..methods.registry import method_of
 from .figures import Figures
 from .grid import modules
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operator import WeightShape
+from ..core.operator import WeightShape
 
 
 @dataclass(frozen=True)

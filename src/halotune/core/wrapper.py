@@ -10,7 +10,7 @@ from torch import nn
 HOOKS = frozenset({"_hf_hook", "_old_forward", "_diffusers_hook"})
 
 
-class StandIn(nn.Module):
+class Wrapper(nn.Module):
     """A module in the place of a submodule, `_stands_for`: attributes that it lacks are the submodule's."""
 
     _stands_for: ClassVar[str]

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from halotune import HalotuneError, PeftModel, PeftType, get_peft_model
-from halotune.core import registry
 from halotune.core.adapter import Additive
 from halotune.core.config import AdapterConfig
 from halotune.core.operator import WeightShape
-from halotune.core.registry import Method, method_of, methods, register
 from halotune.engine.inject import adapted_layers
+from halotune.methods import registry
+from halotune.methods.registry import Method, method_of, methods, register
 
 
 def test_names():

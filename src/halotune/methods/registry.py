@@ -1,21 +1,19 @@
-"""The methods there are. Filled by `halotune.methods` at the first look, read by the engine, which knows none by name."""
+"""The methods there are: the engine knows none by name. Importing this module imports `halotune.methods`, which fills it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
-from .adapter import Adapter
-from .base import Base
-from .config import AdapterConfig
-from .errors import HalotuneError, closest
-from .lycoris import LycorisForm
+from ..core.adapter import Adapter
+from ..core.base import Base
+from ..core.config import CLASSES, AdapterConfig, look_up
+from ..core.operator import WeightShape
+from .lycoris_form import LycorisForm
 from .measures import Measures
-from .operator import WeightShape
 
 Rewrite = Callable[[Any, dict[str, Tensor]], tuple[AdapterConfig, dict[str, Tensor]]]
 
@@ -67,16 +65,12 @@ _METHODS: dict[str, Method] = {}
 
 def register(method: Method) -> Method:
     _METHODS[method.peft_type] = method
+    CLASSES[method.peft_type] = method.config
     return method
 
 
-def _filled() -> dict[str, Method]:
-    import_module("halotune.methods")  # by its name: no code here depends on a method
-    return _METHODS
-
-
 def methods() -> list[Method]:
-    return list(_filled().values())
+    return list(_METHODS.values())
 
 
 def method_of(peft_type: object) -> Method:
@@ -85,10 +79,4 @@ def method_of(peft_type: object) -> Method:
     Raises:
         HalotuneError: for a name that no method bears.
     """
-    name = str(getattr(peft_type, "value", peft_type))
-    known = _filled()
-    if name in known:
-        return known[name]
-    near = closest(name.upper(), list(known))
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise HalotuneError(f"peft_type: expected one of {', '.join(known)}; got {name!r}.{hint}")
+    return look_up(_METHODS, peft_type)
