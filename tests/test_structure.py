@@ -100,7 +100,7 @@ def test_imports_go_one_way(part):
 def test_the_walk_finds_imports():
     """Else the tests above would hold of anything."""
     model = ROOT / "engine" / "model.py"
-    assert {"halotune.methods.registry.method_of", "halotune.engine.inject.adapted_layers"} <= set(imports(model))
+    assert {"halotune.methods.registry.method_of", "halotune.engine.injection.modules.adapted_layers"} <= set(imports(model))
     assert "halotune.ops.kernels" in set(imports(ROOT / "ops" / "product.py"))  # by name
     assert "halotune.api" in set(imports(ROOT / "__init__.py"))
     hub = ROOT / "core" / "files.py"

@@ -16,8 +16,8 @@ from .engine.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
-from .engine.hotswap import hotswap_adapter
-from .engine.merging import MergeReport
+from .engine.files.hotswap import hotswap_adapter
+from .engine.files.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from .engine.model import (
     PeftModel,
     PeftModelForCausalLM,
@@ -29,9 +29,9 @@ from .engine.model import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from .engine.preparing import parameter_groups, prepare_model_for_kbit_training
-from .engine.state import get_peft_model_state_dict, set_peft_model_state_dict
+from .engine.training import parameter_groups, prepare_model_for_kbit_training
 from .engine.tuner import AdapterModel, tuner_class
+from .engine.weights.merge import MergeReport
 from .integrations import peft as _peft  # noqa: F401  (lets other libraries know our types)
 from .methods.bone import BoneConfig, MissConfig
 from .methods.hra import HRAConfig

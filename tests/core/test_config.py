@@ -20,7 +20,7 @@ from halotune import (
     TaskType,
     get_peft_model,
 )
-from halotune.engine.inject import adapted_layers
+from halotune.engine.injection.modules import adapted_layers
 from halotune.methods.registry import methods
 
 EVERY = pytest.mark.parametrize("config", [m.config for m in methods()], ids=lambda c: c.__name__)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from halotune import BoneConfig, HRAConfig, LoHaConfig, get_peft_model
 from halotune.cli import main
 from halotune.core.config import AdapterConfig
-from halotune.engine.inject import adapted_layers
+from halotune.engine.injection.modules import adapted_layers
 from halotune.export import check
 
 from ..examples.models import save_stable_diffusion

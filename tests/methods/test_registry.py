@@ -13,7 +13,7 @@ from halotune import HalotuneError, PeftModel, PeftType, get_peft_model
 from halotune.core.adapter import Additive
 from halotune.core.config import AdapterConfig
 from halotune.core.operator import WeightShape
-from halotune.engine.inject import adapted_layers
+from halotune.engine.injection.modules import adapted_layers
 from halotune.methods import registry
 from halotune.methods.registry import Method, method_of, methods, register
 

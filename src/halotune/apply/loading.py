@@ -17,8 +17,8 @@ from ..core.config import AdapterConfig, TaskType
 from ..core.errors import HalotuneError
 from ..core.files import CONFIG_NAME, WEIGHTS_NAME, locate
 from ..engine.auto import AutoPeftModel, fit_vocabulary
+from ..engine.files.state_dict import read_tensors
 from ..engine.model import PeftModel, PeftModelForSequenceClassification
-from ..engine.state import read_tensors
 from ..methods.registry import method_of
 
 

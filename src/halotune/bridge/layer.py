@@ -12,7 +12,7 @@ from ..core.base import base_for
 from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer
 from ..core.precision import compute_dtype
-from ..engine.merging import check_order, check_storage
+from ..engine.weights.merge import check_order, check_storage
 from ..methods.registry import Method, method_of, methods
 from .classes import InFront
 

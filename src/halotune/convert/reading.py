@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.errors import AdapterFileError, closest
-from ..engine.targets import matches_suffix, shortest_suffixes
+from ..engine.injection.targets import matches_suffix, shortest_suffixes
 from ..methods.lycoris_form import LycorisForm
 from ..methods.registry import Method
 from .base import Base

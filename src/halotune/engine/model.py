@@ -21,18 +21,19 @@ from ..core.config import AdapterConfig, TaskType
 from ..core.errors import HalotuneError
 from ..core.wrapper import Wrapper
 from ..methods.registry import method_of
-from .card import CARD_NAME, mark_card
-from .hotswap import require_same
-from .hub import upload
-from .inject import adapted_layers, paths_in_state_dict, per_sample
-from .inplace import add_in_place
+from .files.card import CARD_NAME, mark_card
+from .files.hotswap import require_same
+from .files.hub import upload
+from .files.load import AdapterSource
+from .files.save import parameter_count, save_adapters
+from .files.state_dict import set_peft_model_state_dict
+from .injection.activation import per_sample
+from .injection.in_place import add_in_place
+from .injection.modules import adapted_layers, paths_in_state_dict
 from .introduction import introduce
-from .merging import MergeReport, Requantize
-from .saving import parameter_count, save_adapters
-from .source import AdapterSource
-from .state import set_peft_model_state_dict
 from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .tuner import AdapterModel, tuner_class
+from .weights.merge import MergeReport, Requantize
 
 if TYPE_CHECKING:
     from ..export.lora import ExportReport

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core.layer import AdaptedLayer
 from ..methods.registry import method_of
-from .inject import adapted_layers, whole_modules
+from .injection.modules import adapted_layers, whole_modules
 
 if TYPE_CHECKING:
     from .model import PeftModel

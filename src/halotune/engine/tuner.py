@@ -17,28 +17,18 @@ from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer
 from ..core.wrapper import Wrapper
 from ..methods.registry import method_of
-from .architectures import DEFAULT_TARGETS
-from .combining import combine
-from .inject import (
-    activate,
-    adapted_layers,
-    check_bias,
-    eject,
-    enable,
-    freeze,
-    inject,
-    paths_in_state_dict,
-    public_path,
-    remove,
-    train_biases,
-    whole_modules,
-)
+from .files.save import save_adapters
+from .injection.activation import activate, check_bias, enable, freeze, train_biases
+from .injection.default_targets import DEFAULT_TARGETS
+from .injection.inject import inject
+from .injection.modules import adapted_layers, paths_in_state_dict, public_path, whole_modules
+from .injection.offloading import StayingAdapters
+from .injection.surgery import eject, remove
 from .introduction import introduce
 from .lending import Lending
-from .merging import MergeReport, Requantize, merge, unmerge
-from .offloading import StayingAdapters
-from .preparing import mind_penalty, penalty
-from .saving import save_adapters
+from .training import mind_penalty, penalty
+from .weights.combine import combine
+from .weights.merge import MergeReport, Requantize, merge, unmerge
 
 if TYPE_CHECKING:
     from ..export.lora import ExportReport
@@ -254,7 +244,7 @@ class AdapterModel(Wrapper):
 
     def export(self, to: str, folder: str | PathLike[str], **kwargs: Any) -> ExportReport:
         """Write the adapters in another program's format; the arguments of `PeftModel.export`."""
-        from .exporting import export_adapters  # few need it, and `import halotune` stays light
+        from .files.export import export_adapters  # few need it, and `import halotune` stays light
 
         return export_adapters(self, to, folder, **kwargs)
 

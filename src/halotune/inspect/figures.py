@@ -16,7 +16,7 @@ from ..apply.loading import Base, Saved
 from ..core.adapter import Adapter
 from ..core.errors import AdapterFileError, HalotuneError
 from ..core.operator import WeightShape
-from ..engine.inject import adapted_layers
+from ..engine.injection.modules import adapted_layers
 from ..methods.measures import Measures, effective_rank, singular_values
 from ..methods.registry import method_of
 

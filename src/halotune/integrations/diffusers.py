@@ -34,12 +34,13 @@ from ..core.errors import AdapterFileError, HalotuneError, closest
 from ..core.files import CONFIG_NAME, WEIGHTS_NAME, locate, read_json, write_atomically
 from ..core.layer import AdaptedLayer
 from ..core.offload import group_hook
-from ..engine.inject import adapted_layers, remove, taken_out, whole_modules
-from ..engine.inplace import adapters_in, add_in_place, forget, remove_in_place
-from ..engine.merging import MergeReport
-from ..engine.saving import save_adapter
-from ..engine.state import read_tensors, set_peft_model_state_dict
+from ..engine.files.save import save_adapter
+from ..engine.files.state_dict import read_tensors, set_peft_model_state_dict
+from ..engine.injection.in_place import adapters_in, add_in_place, forget, remove_in_place
+from ..engine.injection.modules import adapted_layers, whole_modules
+from ..engine.injection.surgery import remove, taken_out
 from ..engine.tuner import AdapterModel
+from ..engine.weights.merge import MergeReport
 from .peft import peft_types
 
 INDEX_NAME = "adapter_index.json"

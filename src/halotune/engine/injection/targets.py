@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-from ..core.config import AdapterConfig
-from ..core.errors import HalotuneError, closest, warn
+from ...core.config import AdapterConfig
+from ...core.errors import HalotuneError, closest, warn
 
 ALL_LINEAR = "all-linear"
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from ..core.errors import HalotuneError
-from ..core.layer import Rows
-from ..core.wrapper import HOOKS
+from ...core.errors import HalotuneError
+from ...core.layer import Rows
+from ...core.wrapper import HOOKS
 
 
-class WholeModule(nn.Module):
+class ModulesToSaveWrapper(nn.Module):
     """A module with one trained copy per adapter; without an active one, the original."""
 
     def __init__(self, original_module: nn.Module) -> None:

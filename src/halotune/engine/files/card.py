@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..core.config import AdapterConfig
-from ..core.files import write_atomically
-from ..methods.registry import method_of
+from ...core.config import AdapterConfig
+from ...core.files import write_atomically
+from ...methods.registry import method_of
 
 CARD_NAME = "README.md"
 LIBRARY = "peft"  # what the hub calls the format

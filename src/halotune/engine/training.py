@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import warn
-from .inject import adapted_layers
+from .injection.modules import adapted_layers
 
 
 def prepare_model_for_kbit_training(

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from ..core.config import AdapterConfig
-from ..core.errors import HalotuneError
-from ..core.wrapper import Wrapper
-from .tuner import AdapterModel
+from ...core.config import AdapterConfig
+from ...core.errors import HalotuneError
+from ...core.wrapper import Wrapper
+from ..tuner import AdapterModel
 
 _KEY = "_halotune_adapters"
 

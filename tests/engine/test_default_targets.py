@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from halotune.engine import architectures
-from halotune.engine.architectures import (
+from halotune.engine.injection import default_targets as table
+from halotune.engine.injection.default_targets import (
     DEFAULT_TARGETS,
     DIFFUSERS_TARGETS,
     TRANSFORMERS_TARGETS,
@@ -173,6 +173,6 @@ def test_diffusers_config_names_its_class_once_read_from_a_file(tmp_path) -> Non
 
 
 def test_every_architecture_is_listed_once() -> None:
-    groups = architectures._TRANSFORMERS + architectures._DIFFUSERS
+    groups = table._TRANSFORMERS + table._DIFFUSERS
     listed = [name for names, _ in groups for name in names.split()]
     assert sorted(listed) == known_architectures()

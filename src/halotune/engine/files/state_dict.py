@@ -18,9 +18,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.config import AdapterConfig
-from ..core.errors import AdapterFileError, HalotuneError, warn
-from .inject import adapted_layers, visible_modules
+from ...core.config import AdapterConfig
+from ...core.errors import AdapterFileError, HalotuneError, warn
+from ..injection.modules import adapted_layers, visible_modules
 
 
 class LoadResult(NamedTuple):
@@ -127,7 +127,7 @@ def vocabulary_differs(model: nn.Module, config: AdapterConfig) -> bool:
     here = getattr(getattr(model, "config", None), "vocab_size", None)
     if not base or here is None:
         return False
-    from ..core.files import read_json
+    from ...core.files import read_json
 
     file = Path(base) / "config.json"
     if not file.is_file():
@@ -354,7 +354,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[s
     """Write a safetensors file, atomically; tensors that share memory are stored each on its own."""
     from safetensors.torch import save_file
 
-    from ..core.files import write_atomically
+    from ...core.files import write_atomically
 
     own: dict[str, Tensor] = {}
     seen: set[int] = set()

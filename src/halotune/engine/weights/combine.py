@@ -9,14 +9,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..core.adapter import Adapter
-from ..core.config import AdapterConfig
-from ..core.errors import HalotuneError
-from ..core.layer import AdaptedLayer
-from ..core.precision import exact_dtype
-from ..methods.registry import method_of
-from .inject import adapted_layers, public_path, visible_modules
-from .targets import shortest_suffixes
+from ...core.adapter import Adapter
+from ...core.config import AdapterConfig
+from ...core.errors import HalotuneError
+from ...core.layer import AdaptedLayer
+from ...core.precision import exact_dtype
+from ...methods.registry import method_of
+from ..injection.modules import adapted_layers, public_path, visible_modules
+from ..injection.targets import shortest_suffixes
 
 How = Literal["linear", "cat", "lora"]
 

@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from ..core.adapter import Additive
-from ..core.errors import HalotuneError, warn
-from ..core.layer import AdaptedLayer, MergeRecord
-from .inject import adapted_layers, tied_parameters
+from ...core.adapter import Additive
+from ...core.errors import HalotuneError, warn
+from ...core.layer import AdaptedLayer, MergeRecord
+from ..injection.modules import adapted_layers, tied_parameters
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import HalotuneError
+from ...core.errors import HalotuneError
 from .card import CARD_NAME
 
 if TYPE_CHECKING:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import HalotuneError
-from ..core.files import WEIGHTS_NAME
-from ..methods.registry import method_of
+from ...core.config import AdapterConfig
+from ...core.errors import HalotuneError
+from ...core.files import WEIGHTS_NAME
+from ...methods.registry import method_of
 from .card import CARD_NAME, write_card
-from .state import get_peft_model_state_dict, write_tensors
+from .state_dict import get_peft_model_state_dict, write_tensors
 
 if TYPE_CHECKING:
-    from .tuner import AdapterModel
+    from ..tuner import AdapterModel
 
 
 def save_adapters(

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.config import AdapterConfig
-from ..core.errors import AdapterFileError
-from ..core.files import WEIGHTS_NAME, locate
-from .state import read_tensors
+from ...core.config import AdapterConfig
+from ...core.errors import AdapterFileError
+from ...core.files import WEIGHTS_NAME, locate
+from .state_dict import read_tensors
 
 
 class AdapterSource:

@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..core.base import TransposedLinear
-from ..core.config import AdapterConfig
-from ..core.errors import HalotuneError
-from ..core.layer import AdaptedLayer
-from ..export.consumers import Consumer, component_of, consumer_named
-from ..export.header import METADATA_KEY, Header
-from ..export.lora import ExportReport, as_lora
-from ..export.rules import RULES, check
-from ..methods.registry import method_of
+from ...core.base import TransposedLinear
+from ...core.config import AdapterConfig
+from ...core.errors import HalotuneError
+from ...core.layer import AdaptedLayer
+from ...export.consumers import Consumer, component_of, consumer_named
+from ...export.header import METADATA_KEY, Header
+from ...export.lora import ExportReport, as_lora
+from ...export.rules import RULES, check
+from ...methods.registry import method_of
+from ..injection.modules import public_path, visible_modules
+from ..injection.targets import shortest_suffixes
 from .card import write_card
-from .inject import public_path, visible_modules
-from .saving import parameter_count, written_config
-from .state import get_peft_model_state_dict, vocabulary_differs, write_tensors
-from .targets import shortest_suffixes
+from .save import parameter_count, written_config
+from .state_dict import get_peft_model_state_dict, vocabulary_differs, write_tensors
 
 if TYPE_CHECKING:
-    from .tuner import AdapterModel
+    from ..tuner import AdapterModel
 
 
 def export_adapters(

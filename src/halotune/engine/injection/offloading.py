@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.attention import AdaptedAttention
-from ..core.config import AdapterConfig
-from ..core.errors import HalotuneError
-from ..core.layer import AdaptedLayer
-from ..core.offload import GROUP_OFFLOADING, group_hook, offload_hook
+from ...core.attention import AdaptedAttention
+from ...core.config import AdapterConfig
+from ...core.errors import HalotuneError
+from ...core.layer import AdaptedLayer
+from ...core.offload import GROUP_OFFLOADING, group_hook, offload_hook
 
 
 def check_offloaded(
