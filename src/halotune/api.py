@@ -1,7 +1,6 @@
 """All public names of halotune. `halotune` itself offers them, and imports this module when it is first asked for one."""
 
 from . import quant as _quant  # noqa: F401  (registers quantized layers)
-from .bridge import slow_down, speed_up
 from .convert.files import convert_adapter
 from .convert.loading import load_lycoris, save_lycoris
 from .core.config import AdapterConfig, PeftType, TaskType
@@ -32,7 +31,8 @@ from .engine.model import (
 from .engine.training import parameter_groups, prepare_model_for_kbit_training
 from .engine.tuner import AdapterModel, tuner_class
 from .engine.weights.merge import MergeReport
-from .integrations import peft as _peft  # noqa: F401  (lets other libraries know our types)
+from .integrations import peft_types as _peft  # noqa: F401  (lets other libraries know our types)
+from .integrations.peft_bridge import slow_down, speed_up
 from .methods.bone import BoneConfig, MissConfig
 from .methods.hra import HRAConfig
 from .methods.loha import LoHaConfig

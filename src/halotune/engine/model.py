@@ -21,6 +21,7 @@ from ..core.config import AdapterConfig, TaskType
 from ..core.errors import HalotuneError
 from ..core.wrapper import Wrapper
 from ..methods.registry import method_of
+from .external_types import register_external_types
 from .files.card import CARD_NAME, mark_card
 from .files.hotswap import require_same
 from .files.hub import upload
@@ -30,7 +31,6 @@ from .files.state_dict import set_peft_model_state_dict
 from .injection.activation import per_sample
 from .injection.in_place import add_in_place
 from .injection.modules import adapted_layers, paths_in_state_dict
-from .introduction import introduce
 from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .tuner import AdapterModel, tuner_class
 from .weights.merge import MergeReport, Requantize
@@ -56,7 +56,7 @@ class PeftModel(Wrapper):
     _hf_peft_config_loaded: ClassVar[bool] = True  # without it transformers' Trainer refuses a quantized base
 
     def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> Self:
-        return super().__new__(_class_for(_public(cls), type(model), introduce()))  # type: ignore[arg-type]
+        return super().__new__(_class_for(_public(cls), type(model), register_external_types()))  # type: ignore[arg-type]
 
     def __init__(
         self,
@@ -493,7 +493,7 @@ def _public(cls: type[PeftModel]) -> type[PeftModel]:
 
 
 def _blank(cls: type[PeftModel], base: type[nn.Module]) -> PeftModel:
-    return object.__new__(_class_for(cls, base, introduce()))
+    return object.__new__(_class_for(cls, base, register_external_types()))
 
 
 # -- tasks

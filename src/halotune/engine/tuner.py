@@ -17,6 +17,7 @@ from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer
 from ..core.wrapper import Wrapper
 from ..methods.registry import method_of
+from .external_types import register_external_types
 from .files.save import save_adapters
 from .injection.activation import activate, check_bias, enable, freeze, train_biases
 from .injection.default_targets import DEFAULT_TARGETS
@@ -24,7 +25,6 @@ from .injection.inject import inject
 from .injection.modules import adapted_layers, paths_in_state_dict, public_path, whole_modules
 from .injection.offloading import StayingAdapters
 from .injection.surgery import eject, remove
-from .introduction import introduce
 from .lending import Lending
 from .training import mind_penalty, penalty
 from .weights.combine import combine
@@ -65,7 +65,7 @@ class AdapterModel(Wrapper):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         super().__init__()
-        introduce()
+        register_external_types()
         self.model = model
         self.peft_config: dict[str, AdapterConfig] = {}
         self.active_adapters: list[str] = []

@@ -41,7 +41,7 @@ from ..engine.injection.modules import adapted_layers, whole_modules
 from ..engine.injection.surgery import remove, taken_out
 from ..engine.tuner import AdapterModel
 from ..engine.weights.merge import MergeReport
-from .peft import peft_types
+from .peft_types import peft_types
 
 INDEX_NAME = "adapter_index.json"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from halotune.bridge import layer
+from halotune.integrations.peft_bridge import layer
 
 
 @pytest.fixture(autouse=True)

@@ -6,18 +6,18 @@ from collections.abc import Callable
 
 Types = tuple[type, ...]
 
-_introductions: list[Callable[[], Types]] = []
+_functions: list[Callable[[], Types]] = []
 
 
-def introduction(function: Callable[[], Types]) -> Callable[[], Types]:
+def external_types(function: Callable[[], Types]) -> Callable[[], Types]:
     """Have `function` called before a model is wrapped: it makes our layers known to a library, where that is in use.
 
     It returns the library's types that the wrapped model's class must derive from.
     """
-    _introductions.append(function)
+    _functions.append(function)
     return function
 
 
-def introduce() -> Types:
+def register_external_types() -> Types:
     """Make our layers known, and return the types that a wrapper must take on."""
-    return tuple(t for function in _introductions for t in function())
+    return tuple(t for function in _functions for t in function())

@@ -11,12 +11,12 @@ import sys
 from importlib.util import find_spec
 
 from ..core.layer import AdaptedLayer
-from ..engine.introduction import introduction
+from ..engine.external_types import external_types
 
 _READERS = ("peft", "transformers", "accelerate", "diffusers")  # the others load one of these
 
 
-@introduction
+@external_types
 def peft_types() -> tuple[type, ...]:
     """`(peft.PeftModel,)`; empty where PEFT is not installed, or nothing is loaded that would ask."""
     if not any(sys.modules.get(name) for name in _READERS) or find_spec("peft") is None:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.base import base_for
-from ..core.errors import HalotuneError, warn
-from ..core.layer import AdaptedLayer
-from ..core.precision import compute_dtype
-from ..engine.weights.merge import check_order, check_storage
-from ..methods.registry import Method, method_of, methods
+from ...core.base import base_for
+from ...core.errors import HalotuneError, warn
+from ...core.layer import AdaptedLayer
+from ...core.precision import compute_dtype
+from ...engine.weights.merge import check_order, check_storage
+from ...methods.registry import Method, method_of, methods
 from .classes import InFront
 
 _said: set[str] = set()

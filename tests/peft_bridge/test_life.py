@@ -11,7 +11,7 @@ from torch import nn
 
 import halotune
 from halotune import HalotuneError
-from halotune.bridge.layer import FastLayer
+from halotune.integrations.peft_bridge.layer import FastLayer
 
 from ..interop.models import base, error, inputs, output, randomize
 from .models import LLAMA, MLP, QV, Single, calm, every, fast_layers, live, pair, peft, same, tensors, two

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..core.errors import HalotuneError, warn
-from ..core.layer import AdaptedLayer
-from ..engine.injection.activation import per_sample
-from ..engine.injection.modules import tied_parameters
-from ..engine.lending import Lending
+from ...core.errors import HalotuneError, warn
+from ...core.layer import AdaptedLayer
+from ...engine.injection.activation import per_sample
+from ...engine.injection.modules import tied_parameters
+from ...engine.lending import Lending
 from .classes import InFront, put_in_front, runs_own_forward, take_away
 from .layer import FastLayer, Twin, follow, method_of_layer, say_once
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import halotune
-from halotune.bridge.layer import FastLayer
+from halotune.integrations.peft_bridge.layer import FastLayer
 
 from ..interop.models import base, randomize
 
