@@ -1,49 +1,29 @@
-"""Adapters in the models of a diffusers pipeline: UNet or transformer, text encoders, ControlNet.
-
-    adapters = PipelineAdapters(pipe)
-    adapters.add({"unet": HRAConfig(r=8), "text_encoder": LoHaConfig(r=4)}, name="dog")
-    ...                                                     # train it: adapters.parameters()
-    adapters.save("dog")
-    adapters.load("style", name="style")
-    adapters.set(["style", "dog"], weights=[0.7, 1.0])
-    adapters.fuse()
-
-An adapter's folder holds a folder in PEFT's format for each model, named as in the pipeline, and an index.
-"""
+"""Adapters in the models of a diffusers pipeline, under one object."""
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from graphlib import CycleError, TopologicalSorter
-from itertools import chain
 from os import PathLike
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.config import AdapterConfig
-from ..core.errors import AdapterFileError, HalotuneError, closest
-from ..core.files import CONFIG_NAME, WEIGHTS_NAME, locate, read_json, write_atomically
-from ..core.layer import AdaptedLayer
-from ..core.offload import group_hook
-from ..engine.files.save import save_adapter
-from ..engine.files.state_dict import read_tensors, set_peft_model_state_dict
-from ..engine.injection.in_place import adapters_in, add_in_place, forget, remove_in_place
-from ..engine.injection.modules import adapted_layers, whole_modules
-from ..engine.injection.surgery import remove, taken_out
-from ..engine.tuner import AdapterModel
-from ..engine.weights.merge import MergeReport
-from .peft_types import peft_types
-
-INDEX_NAME = "adapter_index.json"
+from ...core.config import AdapterConfig
+from ...core.errors import HalotuneError, closest
+from ...core.files import WEIGHTS_NAME, locate, write_atomically
+from ...engine.files.save import save_adapter
+from ...engine.files.state_dict import read_tensors, set_peft_model_state_dict
+from ...engine.injection.in_place import adapters_in, add_in_place, forget, remove_in_place
+from ...engine.injection.surgery import taken_out
+from ...engine.tuner import AdapterModel
+from ...engine.weights.merge import MergeReport
+from ..peft_types import peft_types
+from .index import INDEX_NAME, read_index, with_base
+from .models import check_alone, check_in_memory, follow, in_order, mark, offload_groups_again, tidy
 
 Weight = float | Mapping[str, float]
 
@@ -85,7 +65,7 @@ class PipelineAdapters:
         found = [(c, m, adapters_in(m)) for c, m in self._models().items()]
         for _, model, tuner in found:
             if tuner is not None:
-                _follow(model, tuner)
+                follow(model, tuner)
         return [(c, tuner) for c, _, tuner in found if tuner is not None and tuner.peft_config]
 
     @property
@@ -100,12 +80,12 @@ class PipelineAdapters:
     @property
     def active(self) -> list[str]:
         """The active adapters, in the order in which they apply."""
-        return _in_order(tuner.active_adapters for _, tuner in self._tuners())
+        return in_order(tuner.active_adapters for _, tuner in self._tuners())
 
     @property
     def fused(self) -> list[str]:
         """The adapters that are in the weights."""
-        return _in_order(tuner.merged_adapters for _, tuner in self._tuners())
+        return in_order(tuner.merged_adapters for _, tuner in self._tuners())
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What is trained, of all models."""
@@ -134,7 +114,7 @@ class PipelineAdapters:
                 )
         with self._adding(configs, name) as models:
             for component, model in models.items():
-                config = _with_base(configs[component], self.pipe)
+                config = with_base(configs[component], self.pipe)
                 add_in_place(model, name, config, autocast_adapter_dtype=autocast_adapter_dtype)
 
     def load(
@@ -156,7 +136,7 @@ class PipelineAdapters:
             trainable: go on training it; else it is frozen.
             kwargs: `revision`, `token`, `cache_dir` … of the hub.
         """
-        saved_as, held = _read_index(folder, self._models(), components, kwargs)
+        saved_as, held = read_index(folder, self._models(), components, kwargs)
         name = name or saved_as
         with self._adding(held, name, f"{folder}: ") as models:
             for component, model in models.items():
@@ -186,7 +166,7 @@ class PipelineAdapters:
             raise HalotuneError(f"save: {folder} is a file. Give a folder.")
         tuners = {c: tuner for c, tuner in self._tuners() if name in tuner.peft_config}
         for tuner in tuners.values():
-            _check_alone(tuner.model, "save")
+            check_alone(tuner.model, "save")
         for component, tuner in tuners.items():
             save_adapter(tuner, name, folder / component, bone_as_miss=bone_as_miss)
         index = {
@@ -212,14 +192,14 @@ class PipelineAdapters:
         if taken:
             raise HalotuneError(f"{taken[0]}: there is an adapter named {name!r} already. Delete it, or use another name.")
         for c in parts:
-            _check_alone(models[c], f"adapter {name!r}")
-            _check_in_memory(models[c])
+            check_alone(models[c], f"adapter {name!r}")
+            check_in_memory(models[c])
         active = self.active
         peft_types()  # diffusers finds adapters by the type of peft's layers, and calls them by that type's methods
         try:
             yield {c: models[c] for c in parts}
             for c in parts:
-                _mark(models[c])
+                mark(models[c])
             self._activate([name])
             for tuner in (tuner for c, tuner in self._tuners() if c in parts):
                 tuner.set_scale(name, 1.0)
@@ -229,7 +209,7 @@ class PipelineAdapters:
                 self._activate(active)
             raise
         for c in parts:
-            _offload_groups_again(models[c])
+            offload_groups_again(models[c])
 
     # -- which adapters run, and how strongly
 
@@ -295,7 +275,7 @@ class PipelineAdapters:
         self._check_known(wanted, self.names)
         tuners = {c: tuner for c, tuner in self._changeable() if any(n in tuner.peft_config for n in wanted)}
         for tuner in tuners.values():
-            _check_alone(tuner.model, "fuse")
+            check_alone(tuner.model, "fuse")
         before = {c: tuner.merged_adapters for c, tuner in tuners.items()}
         reports: dict[str, MergeReport] = {}
         try:
@@ -325,26 +305,26 @@ class PipelineAdapters:
         for component, tuner in self._tuners():
             if component in components and name in tuner.peft_config:
                 remove_in_place(tuner.model, name)
-                _tidy(tuner.model)
+                tidy(tuner.model)
 
     def unload(self) -> None:
         """Take all adapters out: every model is as it was."""
         for _, tuner in self._changeable():
             forget(tuner.model)
-            _tidy(tuner.model)
+            tidy(tuner.model)
 
     def merge_and_unload(self) -> None:
         """Write the active adapters into the weights for good, and take all adapters out: the models are plain ones."""
         self.fuse()
         for _, tuner in self._tuners():
             forget(tuner.model, merged=True)
-            _tidy(tuner.model)
+            tidy(tuner.model)
 
     def _changeable(self) -> list[tuple[str, AdapterModel]]:
         """The models that have adapters, none of them in a state where they must stay as they are."""
         tuners = self._tuners()
         for _, tuner in tuners:
-            _check_in_memory(tuner.model)
+            check_in_memory(tuner.model)
         return tuners
 
     @contextmanager
@@ -374,165 +354,3 @@ def _strengths(name: str, weight: Weight | None, components: Sequence[str]) -> d
         if isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w):
             raise HalotuneError(f"weights: the strength of {name!r} in {c} is {w!r}. Give a finite number, such as 0.7.")
     return {c: float(of.get(c, 1.0)) for c in components}
-
-
-def _in_order(sequences: Iterable[Sequence[str]]) -> list[str]:
-    """All names of several sequences, in the order that these agree on."""
-    sequences = list(sequences)
-    graph: TopologicalSorter[str] = TopologicalSorter()
-    for names in sequences:
-        for i, name in enumerate(names):
-            graph.add(name, *names[:i])
-    try:
-        return list(graph.static_order())
-    except CycleError:  # models that were set one by one, with diffusers' methods
-        return list(dict.fromkeys(chain.from_iterable(sequences)))
-
-
-# -- files
-
-
-def _with_base(config: AdapterConfig, pipe: Any) -> AdapterConfig:
-    """A copy of the configuration that knows the base."""
-    config, base = copy.copy(config), getattr(pipe, "name_or_path", None)
-    if config.base_model_name_or_path is None and base:
-        config.base_model_name_or_path = str(base)
-    return config
-
-
-def _read_index(
-    folder: str | PathLike[str], models: Iterable[str], wanted: Sequence[str] | None, hub: Mapping[str, Any]
-) -> tuple[str, list[str]]:
-    """The name that an adapter was saved under, and the models that it is for."""
-    local = Path(folder)
-    if local.is_dir() and not (local / INDEX_NAME).is_file():  # written model by model, as with peft
-        name: Any = "default"
-        held = [c for c in models if (local / c / CONFIG_NAME).is_file()]
-        if not held:
-            raise AdapterFileError(
-                local,
-                f"holds neither {INDEX_NAME} nor a folder with {CONFIG_NAME} for any of {', '.join(models)}.",
-                remedy="Give a folder that PipelineAdapters.save wrote, or one with an adapter's folder for each model.",
-            )
-    else:
-        file = locate(folder, INDEX_NAME, **hub)
-        index = read_json(file)
-        name = index.get("adapter_name")
-        held = [str(c) for c in index.get("components") or ()]
-        if not isinstance(name, str) or not isinstance(index.get("components"), dict) or not held:
-            raise AdapterFileError(
-                file,
-                "expected a text under adapter_name and the models' names under components.",
-                remedy="Remove the file to load the folders beside it by their names, or save the adapter again.",
-            )
-    strange = [c for c in wanted or () if c not in held]
-    if strange:
-        raise HalotuneError(f"{folder}: holds no adapter for {strange[0]!r}, but for {', '.join(held)}.")
-    return name, held if wanted is None else list(wanted)
-
-
-# -- the models
-
-
-def _follow(model: nn.Module, tuner: AdapterModel) -> None:
-    """Take notice of what diffusers' own methods, which act on the layers, changed."""
-    layers = adapted_layers(model).values()
-    left = {n for layer in layers for n in layer.adapters} | {
-        n for w in whole_modules(model).values() for n in w.modules_to_save
-    }
-    for name in [n for n in tuner.peft_config if n not in left]:
-        remove(model, name)
-        del tuner.peft_config[name]
-    tuner.active_adapters = _in_order(layer.active_adapters for layer in layers)
-    if not tuner.peft_config:
-        forget(model)
-        _tidy(model)
-
-
-def _mark(model: nn.Module) -> None:
-    """Let diffusers know that the model has adapters, and replace what would go wrong with them in silence."""
-    if _is_of_diffusers(model):
-        model._hf_peft_config_loaded = True  # type: ignore[assignment]
-    for name, replacement in _REPLACED.items():
-        if hasattr(type(model), name):
-            model.__dict__[name] = MethodType(_around(getattr(type(model), name), replacement), model)
-
-
-def _tidy(model: nn.Module) -> None:
-    """Adapters were taken out."""
-    if adapters_in(model) is None:
-        for name in _REPLACED:
-            model.__dict__.pop(name, None)
-        if _is_of_diffusers(model) and not hasattr(model, "peft_config"):
-            model.__dict__.pop("_hf_peft_config_loaded", None)
-    _offload_groups_again(model)
-
-
-def _around(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)  # pipelines read the signature
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return replacement(self, original, *args, **kwargs)
-
-    return method
-
-
-def _save_pretrained(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Without adapters: with their names among its own the file would be one that no pipeline can load."""
-    with taken_out(model):
-        return original(model, *args, **kwargs)
-
-
-def _fuse_qkv_projections(model: nn.Module, original: Callable[..., Any]) -> Any:
-    """It takes over the weights alone."""
-    if any(layer.running() for layer in adapted_layers(model).values()):
-        raise HalotuneError(
-            f"fuse_qkv_projections: it would leave out the adapters of the {type(model).__name__}. Fuse these first, or take "
-            "them out."
-        )
-    return original(model)
-
-
-def _fuse_lora(model: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A LoRA over ours would write to the same weight, and each restore it in its own way."""
-    _check_alone(model, "fuse_lora")
-    return original(model, *args, **kwargs)
-
-
-_REPLACED = {
-    "save_pretrained": _save_pretrained,
-    "fuse_qkv_projections": _fuse_qkv_projections,
-    "fuse_lora": _fuse_lora,
-}
-
-
-def _check_alone(model: nn.Module, what: str) -> None:
-    """A LoRA that diffusers loaded lies around our layers, or where one of ours is to be."""
-    base = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
-    if base is not None and any(isinstance(m, base) and not isinstance(m, AdaptedLayer) for m in model.modules()):
-        raise HalotuneError(
-            f"{what}: the {type(model).__name__} has layers of peft, such as those of a LoRA from load_lora_weights. Take all "
-            "adapters out (pipe.unload_lora_weights), then load halotune's first: LoRAs can be loaded over them."
-        )
-
-
-def _is_of_diffusers(model: nn.Module) -> bool:
-    mixin = getattr(sys.modules.get("diffusers.models.modeling_utils"), "ModelMixin", None)
-    return mixin is not None and isinstance(model, mixin)
-
-
-def _offload_groups_again(model: nn.Module) -> None:
-    """Group offloading lists a model's parameters once; where layers were put in or taken out it must list them again."""
-    if any(group_hook(m) is not None for m in model.modules()):
-        from diffusers.hooks import group_offloading
-
-        group_offloading._maybe_remove_and_reapply_group_offloading(model)  # as diffusers does after loading a LoRA
-
-
-def _check_in_memory(model: nn.Module) -> None:
-    for module in model.modules():
-        hook = group_hook(module)
-        if hook is not None and hook.group.offload_to_disk_path is not None:
-            raise HalotuneError(
-                f"group offloading keeps the weights of the {type(model).__name__} in files, which adapters put in, taken out "
-                "or fused now would not reach. Do that first, or offload to memory (without offload_to_disk_path)."
-            )
