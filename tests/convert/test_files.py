@@ -13,7 +13,7 @@ from torch import nn
 
 import halotune
 from halotune import AdapterFileError, HalotuneError, LoHaConfig, PeftModel, convert_adapter, get_peft_model
-from halotune.cli import main
+from halotune.cli.main import main
 from halotune.core.config import AdapterConfig
 from halotune.engine.files.state_dict import read_metadata
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..apply.loading import Base, Saved
+from ..cli.loading import Base, Saved
 from ..core.adapter import Adapter
 from ..core.errors import AdapterFileError, HalotuneError
 from ..core.operator import WeightShape

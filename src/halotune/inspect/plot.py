@@ -10,7 +10,7 @@ import matplotlib
 import matplotlib.ticker
 import numpy as np
 
-from ..apply.loading import Saved
+from ..cli.loading import Saved
 from ..core.files import write_atomically
 from ..methods.measures import Column
 from ..methods.registry import method_of

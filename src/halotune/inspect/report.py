@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from ..apply.loading import Base, Saved
+from ..cli.loading import Base, Saved
 from ..core.config import AdapterConfig
 from ..methods.measures import Column
 from ..methods.registry import method_of

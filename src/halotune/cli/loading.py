@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cli import require
 from ..core.config import AdapterConfig, TaskType
 from ..core.errors import HalotuneError
 from ..core.files import CONFIG_NAME, WEIGHTS_NAME, locate
@@ -20,6 +19,7 @@ from ..engine.auto import AutoPeftModel, fit_vocabulary
 from ..engine.files.state_dict import read_tensors
 from ..engine.model import PeftModel, PeftModelForSequenceClassification
 from ..methods.registry import method_of
+from .main import require
 
 
 @dataclass(frozen=True)

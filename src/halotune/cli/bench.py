@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..bench.benches import BENCHES
+from ..bench.config import CONTENDERS, DTYPES, BenchConfig, parse_contenders
+from ..bench.models import PRESETS, TARGETS
+from ..bench.run import bench
 from ..core.errors import HalotuneError
-from . import report
-from .benches import BENCHES
-from .config import CONTENDERS, DTYPES, BenchConfig, parse_contenders
-from .models import PRESETS, TARGETS
-from .race import Watch
-from .rows import Row
 
 if TYPE_CHECKING:
-    from ..cli import Commands
-
-MEASURED, NOTHING_MEASURED, INTERRUPTED = 0, 1, 130
+    from .main import Commands
 
 
 def add(commands: Commands) -> None:
@@ -102,43 +95,6 @@ def run(args: argparse.Namespace) -> int:
         token_counts=args.token_counts,
     )
     return bench(args.kind, config, args.output_dir, as_json=args.json)
-
-
-def bench(kind: str, config: BenchConfig, output_dir: Path, *, as_json: bool = False) -> int:
-    """Measure and report. The file is written after every turn, so whatever stops a run, the turns before are kept.
-
-    Returns:
-        0; 1 where nothing could be measured; 130 after Ctrl-C.
-    """
-    out = sys.stderr if as_json else sys.stdout
-    file = output_dir / report.FILE
-    output_dir.mkdir(parents=True, exist_ok=True)  # found out now, not after minutes of measuring
-    earlier = report.read_runs(file)
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    rows: list[Row] = []
-
-    def keep(measured: list[Row]) -> None:
-        rows[:] = measured
-        report.write_runs(file, [*earlier, report.run_record(kind, date, rows)])
-
-    interrupted = False
-    try:
-        BENCHES[kind](config, Watch(lambda line: print(line, file=sys.stderr, flush=True), keep))
-    except KeyboardInterrupt:
-        interrupted = True
-    if rows:
-        print(f"{report.heading(kind, rows[0].setting)}\n\n{report.table(rows)}\n", file=out)
-        written = [file.name]
-        chart = output_dir / report.plot_name(kind, rows[0].setting)
-        if report.plot(chart, kind, rows):
-            written.append(chart.name)
-        elif not find_spec("matplotlib"):
-            print("No chart: matplotlib is not installed.", file=out)
-        print(f"Wrote {' and '.join(written)} to {output_dir}", file=out)
-    if as_json:
-        print(report.as_json([report.run_record(kind, date, rows)]))
-    measured = any(row.rounds for row in rows)
-    return INTERRUPTED if interrupted else MEASURED if measured else NOTHING_MEASURED
 
 
 def _whole(text: str, least: int = 0) -> int:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from ..cli import INTERRUPTED
 from ..core.errors import HalotuneError
-from .flags import add_model_flags, add_parser, add_sampling_flags
+from .main import INTERRUPTED
+from .options import add_model_flags, add_parser, add_sampling_flags
 
 if TYPE_CHECKING:
-    from ..cli import Commands
     from ..engine.model import PeftModel
+    from .main import Commands
     from .text import Sampling
 
 EXAMPLES = """

@@ -8,7 +8,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..cli import Commands, Parser
+    from .main import Commands, Parser
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

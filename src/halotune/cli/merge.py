@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import HalotuneError
-from .flags import add_model_flags, add_parser
+from .options import add_model_flags, add_parser
 
 if TYPE_CHECKING:
-    from ..cli import Commands
     from .loading import Base, Saved
+    from .main import Commands
 
 DESCRIPTION = """
 Write an adapter into the weights of its base model, and save the whole, with

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..apply.flags import add_parser
 from ..core.errors import HalotuneError
+from .options import add_parser
 
 if TYPE_CHECKING:
-    from ..cli import Commands
+    from .main import Commands
 
 DESCRIPTION = """
 Show what a saved adapter does, layer by layer: norms, the largest singular
@@ -44,16 +44,16 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..cli import require
+    from .main import require
 
     if args.plot is not None:
         require("plot", ["matplotlib"])
         if args.plot.suffix.lower() != ".png":
             raise HalotuneError(f"--plot {args.plot}: a PNG is written. Let the name end in .png.")
-    from ..apply.loading import Base, Saved
     from ..core.files import write_atomically
-    from . import report
-    from .figures import measure
+    from ..inspect import report
+    from ..inspect.figures import measure
+    from .loading import Base, Saved
 
     saved = Saved.read(args.adapter)
     base = None if args.base is None else Base.load(saved, args.base or None)
@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
         write_atomically(Path(args.json), lambda file: file.write_text(text, encoding="utf-8"))
         print(f"Wrote {args.json}", file=out)
     if args.plot is not None:
-        from .plot import plot
+        from ..inspect.plot import plot
 
         plot(args.plot, saved, layers)
         print(f"Wrote {args.plot}", file=out)

@@ -10,16 +10,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .consumers import CONSUMERS, component_of
-from .rules import RULES
+from ..export.consumers import CONSUMERS, component_of
+from ..export.rules import RULES
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..cli import Commands
     from ..core.config import AdapterConfig
     from ..engine.model import PeftModel
-    from .lora import ExportReport
+    from ..export.lora import ExportReport
+    from .main import Commands
 
 OK, BROKEN = 0, 1
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -59,8 +59,8 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..core.errors import HalotuneError
-    from .header import Header
-    from .rules import check
+    from ..export.header import Header
+    from ..export.rules import check
 
     checked = list(dict.fromkeys(name for names in args.check or [] for name in names))
     if args.output is None and not checked:
@@ -92,7 +92,7 @@ def _export(args: argparse.Namespace) -> ExportReport:
     from ..core.config import AdapterConfig
     from ..core.errors import HalotuneError
     from ..core.files import WEIGHTS_NAME, locate
-    from .header import Header
+    from ..export.header import Header
 
     config = copy.copy(AdapterConfig.from_pretrained(args.adapter))
     config.base_model_name_or_path = base = args.base or config.base_model_name_or_path
@@ -120,7 +120,7 @@ def _with_adapter(adapter: str, config: AdapterConfig, component: str | None) ->
 
 def _of_diffusers(name: str, base: str, component: str | None) -> nn.Module:
     """A model of this class, from its own folder or from a pipeline's."""
-    from ..cli import require
+    from .main import require
 
     require("diffusers", ["diffusers"])
     import diffusers

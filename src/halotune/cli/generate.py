@@ -8,10 +8,10 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from ..core.errors import HalotuneError
-from .flags import add_model_flags, add_parser, add_sampling_flags
+from .options import add_model_flags, add_parser, add_sampling_flags
 
 if TYPE_CHECKING:
-    from ..cli import Commands
+    from .main import Commands
 
 DESCRIPTION = """
 Print the continuation of a prompt as the model writes it. The prompt goes to

@@ -1,7 +1,4 @@
-"""The command line.
-
-Every command is a module with `add(commands)`, imported only where the command is the one asked for.
-"""
+"""The command line's start: it imports the module of the command that is asked for, and no other."""
 
 from __future__ import annotations
 
@@ -13,10 +10,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from . import __version__
-from .core.errors import HalotuneError
+from .. import __version__
+from ..core.errors import HalotuneError
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction["Parser"]
@@ -24,22 +21,16 @@ if TYPE_CHECKING:
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
-class Command(NamedTuple):
-    """A subcommand: the module that adds its parser, and its line in `halotune --help`."""
-
-    module: str
-    help: str
-
-
+# A command is a module here with `add(commands)` -> its line in `halotune --help`.
 COMMANDS = {
-    "inspect": Command("inspect.command", "show a saved adapter layer by layer: sizes, ranks, rotation angles"),
-    "export": Command("export.command", "write an adapter as a LoRA; check who can read one"),
-    "convert": Command("convert.command", "convert adapters: PEFT, LyCORIS, kohya; Bone, MiSS"),
-    "merge": Command("apply.merge", "write an adapter into its base model, and save the whole"),
-    "generate": Command("apply.generate", "continue a prompt with an adapter"),
-    "chat": Command("apply.chat", "talk to a model with an adapter"),
-    "demo": Command("demo.command", "compare all methods on a real model, in minutes"),
-    "bench": Command("bench.command", "compare speed and memory with peft, lycoris-lora, LoRA"),
+    "inspect": "show a saved adapter layer by layer: sizes, ranks, rotation angles",
+    "export": "write an adapter as a LoRA; check who can read one",
+    "convert": "convert adapters: PEFT, LyCORIS, kohya; Bone, MiSS",
+    "merge": "write an adapter into its base model, and save the whole",
+    "generate": "continue a prompt with an adapter",
+    "chat": "talk to a model with an adapter",
+    "demo": "compare all methods on a real model, in minutes",
+    "bench": "compare speed and memory with peft, lycoris-lora, LoRA",
 }
 
 
@@ -68,9 +59,9 @@ def _run(argv: Sequence[str]) -> int:
     parser = Parser(prog="halotune", description="Fine-tune models with HRA, LoHa, Bone, BAT and LoRA adapters.")
     parser.add_argument("--version", action="version", version=f"halotune {__version__}", help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for name, (module, text) in COMMANDS.items():
+    for name, text in COMMANDS.items():
         if name in argv[:1]:
-            import_module(f"{__package__}.{module}").add(commands)
+            import_module(f"{__package__}.{name}").add(commands)
         else:
             commands.add_parser(name, help=text)
     try:
@@ -111,7 +102,3 @@ def require(extra: str, packages: Sequence[str]) -> None:
     missing = [p for p in packages if importlib.util.find_spec(p) is None]
     if missing:
         raise HalotuneError(f'{", ".join(missing)} not installed. Install with: pip install "halotune[{extra}]"')
-
-
-if __name__ == "__main__":
-    sys.exit(main())

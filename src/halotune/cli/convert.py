@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..apply.flags import add_parser
+from .options import add_parser
 
 if TYPE_CHECKING:
-    from ..cli import Commands
+    from .main import Commands
 
 DESCRIPTION = """
 Write an adapter in another format: PEFT's folders, LyCORIS and kohya files
@@ -47,7 +47,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from .files import convert_adapter
+    from ..convert.files import convert_adapter
 
     print(convert_adapter(args.source, args.output, args.to, base=args.base, prefix=args.prefix, names=args.names))
     return 0
