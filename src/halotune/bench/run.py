@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..report.record import json_text, write_record
 from . import report
 from .benches import BENCHES
 from .config import BenchConfig
@@ -31,7 +32,7 @@ def bench(kind: str, config: BenchConfig, output_dir: Path, *, as_json: bool = F
 
     def keep(measured: list[Row]) -> None:
         rows[:] = measured
-        report.write_runs(file, [*earlier, report.run_record(kind, date, rows)])
+        write_record(file, report.as_document([*earlier, report.run_record(kind, date, rows)]))
 
     interrupted = False
     try:
@@ -48,6 +49,6 @@ def bench(kind: str, config: BenchConfig, output_dir: Path, *, as_json: bool = F
             print("No chart: matplotlib is not installed.", file=out)
         print(f"Wrote {' and '.join(written)} to {output_dir}", file=out)
     if as_json:
-        print(report.as_json([report.run_record(kind, date, rows)]))
+        print(json_text(report.as_document([report.run_record(kind, date, rows)])))
     measured = any(row.rounds for row in rows)
     return INTERRUPTED if interrupted else MEASURED if measured else NOTHING_MEASURED

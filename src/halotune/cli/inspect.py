@@ -50,9 +50,9 @@ def _run(args: argparse.Namespace) -> int:
         require("plot", ["matplotlib"])
         if args.plot.suffix.lower() != ".png":
             raise HalotuneError(f"--plot {args.plot}: a PNG is written. Let the name end in .png.")
-    from ..core.files import write_atomically
     from ..inspect import report
     from ..inspect.figures import measure
+    from ..report.record import json_text, write_record
     from .loading import Base, Saved
 
     saved = Saved.read(args.adapter)
@@ -62,10 +62,9 @@ def _run(args: argparse.Namespace) -> int:
     parts = [report.heading(saved, base, layers), report.table(saved, layers), report.closing(layers)]
     print("\n\n".join(part for part in parts if part), file=out)
     if args.json == "-":
-        print(report.as_json(saved, base, layers))
+        print(json_text(report.as_document(saved, base, layers)))
     elif args.json is not None:
-        text = report.as_json(saved, base, layers) + "\n"
-        write_atomically(Path(args.json), lambda file: file.write_text(text, encoding="utf-8"))
+        write_record(Path(args.json), report.as_document(saved, base, layers))
         print(f"Wrote {args.json}", file=out)
     if args.plot is not None:
         from ..inspect.plot import plot
