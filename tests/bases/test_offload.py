@@ -12,7 +12,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import Tensor, nn
 
 from halotune import HalotuneError, HRAConfig, PeftModel, get_peft_model, hotswap_adapter
-from halotune.core.adapter import WeightSide
+from halotune.core.adapter import Dense
 
 from ..laws.cases import matrix
 from ..several.models import METHODS, MLP, adapted, config, differ, every_method, layers, randomized, same_state, state
@@ -196,7 +196,7 @@ def test_the_dense_form_keeps_no_copy_of_the_weight_for_backward(offload: Offloa
     build, size = LAYERS[layer]
     plain = OneLayer(build()).requires_grad_(False)
     ours, theirs = pair(plain, offload, default=config(method, ["up"]))
-    assert isinstance(layers(ours)["up"].adapters["default"], WeightSide)
+    assert isinstance(layers(ours)["up"].adapters["default"], Dense)
     W, x, kept, gradients = matrix(plain.up), torch.randn(size, requires_grad=True), [], []
 
     def pack(t: Tensor) -> Tensor:

@@ -132,5 +132,5 @@ def test_the_definition_is_what_is_kept():
         model(x)
         layer = model.base_model.model[0]
         W = ops.bat(layer.base_layer.weight, layer.adapters["default"].bone_block)
-        kept = model.base_model.lending.cache.weight(layer.adapters["default"], layer.base_layer.weight)
+        kept = model.base_model.scope.cache._kept[layer.adapters["default"]].adapted
     assert torch.equal(kept, W)

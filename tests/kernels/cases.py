@@ -12,7 +12,7 @@ from torch import Tensor
 from halotune.methods.bone import ops as bone
 from halotune.methods.loha import ops as loha
 from halotune.ops.dispatch import Op
-from halotune.ops.product import gather, grams, spread, thin
+from halotune.ops.product import add_product, transposed_products
 
 Make = Callable[..., Tensor]  # sizes -> random numbers
 
@@ -42,27 +42,28 @@ def halves(make: Make, m: int, n: int, r: int) -> tuple[Tensor, ...]:
 
 
 CASES = [
-    Case("thin", thin, lambda t: (t(37, 50), t(37, 40), t(5, 40), t(5, 50), False)),
-    Case("thin-in-place", thin, lambda t: (t(70, 133), t(70, 300), t(17, 300), t(17, 133), True)),
-    Case("thin-strided", thin, lambda t: (sliced(t, 66, 40), sliced(t, 66, 30), sliced(t, 3, 30), sliced(t, 3, 40), True)),
-    Case("thin-one-row", thin, lambda t: (t(1, 7), t(1, 9), t(1, 9), t(1, 7), False)),
-    Case("thin-large-rank", thin, lambda t: (t(9, 20), t(9, 30), t(64, 30), t(64, 20), False)),
-    Case("thin-many-rows", thin, lambda t: (t(2100, 20), t(2100, 30), t(3, 30), t(3, 20), True)),
-    Case("folded", thin, lambda t: (t(5, 26), t(5, 24), None, t(8, 26), False)),
-    Case("folded-remainder", thin, lambda t: (t(70, 23), t(70, 38), None, t(7, 23), True)),
-    Case("folded-wider-than-x", thin, lambda t: (t(3, 5), t(3, 6), None, t(7, 5), False)),
-    Case("unfolded", thin, lambda t: (t(5, 24), t(5, 26), t(8, 26), None, True)),
-    Case("unfolded-remainder", thin, lambda t: (t(80, 23), t(80, 12), t(7, 12), None, False)),
-    Case("unfolded-many-rows", thin, lambda t: (t(2050, 24), t(2050, 12), t(7, 12), None, False)),
-    Case("spread", spread, lambda t: (t(37, 50), t(1, 4, 50), t(1, 4, 50))),
-    Case("spread-siblings", spread, lambda t: (sliced(t, 70, 130), t(3, 5, 130), t(3, 5, 130))),
-    Case("spread-many-rows", spread, lambda t: (t(2100, 24), t(2, 6, 24), t(2, 6, 24))),
-    Case("gather", gather, lambda t: (t(1, 37, 50), t(1, 4, 50), t(1, 4, 50))),
-    Case("gather-siblings", gather, lambda t: (t(3, 70, 130), t(3, 5, 130), t(3, 5, 130))),
-    Case("gather-many-rows", gather, lambda t: (t(2, 2100, 24), t(2, 6, 24), t(2, 6, 24))),
-    Case("grams", grams, lambda t: (t(37, 5), t(37, 50), t(37, 5), t(37, 70))),
-    Case("grams-strided", grams, lambda t: (sliced(t, 300, 33), sliced(t, 300, 20), sliced(t, 300, 33), sliced(t, 300, 90))),
-    Case("grams-siblings", grams, lambda t: (t(130, 3, 5).transpose(0, 1), t(3, 130, 50), t(3, 130, 5), t(130, 50))),
+    Case("add-product", add_product, lambda t: (t(37, 50), t(37, 40), t(5, 40), t(5, 50), False)),
+    Case("add-product-in-place", add_product, lambda t: (t(70, 133), t(70, 300), t(17, 300), t(17, 133), True)),
+    Case(
+        "add-product-strided",
+        add_product,
+        lambda t: (sliced(t, 66, 40), sliced(t, 66, 30), sliced(t, 3, 30), sliced(t, 3, 40), True),
+    ),
+    Case("add-product-one-row", add_product, lambda t: (t(1, 7), t(1, 9), t(1, 9), t(1, 7), False)),
+    Case("add-product-large-rank", add_product, lambda t: (t(9, 20), t(9, 30), t(64, 30), t(64, 20), False)),
+    Case("add-product-many-rows", add_product, lambda t: (t(2100, 20), t(2100, 30), t(3, 30), t(3, 20), True)),
+    Case("folded", add_product, lambda t: (t(5, 26), t(5, 24), None, t(8, 26), False)),
+    Case("folded-remainder", add_product, lambda t: (t(70, 23), t(70, 38), None, t(7, 23), True)),
+    Case("folded-wider-than-x", add_product, lambda t: (t(3, 5), t(3, 6), None, t(7, 5), False)),
+    Case("unfolded", add_product, lambda t: (t(5, 24), t(5, 26), t(8, 26), None, True)),
+    Case("unfolded-remainder", add_product, lambda t: (t(80, 23), t(80, 12), t(7, 12), None, False)),
+    Case("unfolded-many-rows", add_product, lambda t: (t(2050, 24), t(2050, 12), t(7, 12), None, False)),
+    Case("transposed", transposed_products, lambda t: (t(37, 5), t(37, 50), t(37, 5), t(37, 70))),
+    Case(
+        "transposed-strided",
+        transposed_products,
+        lambda t: (sliced(t, 300, 33), sliced(t, 300, 20), sliced(t, 300, 33), sliced(t, 300, 90)),
+    ),
     Case("bat", bone.build_bat, lambda t: (t(24, 40), t(3, 8, 8))),
     Case("bat-odd", bone.build_bat, lambda t: (t(21, 35), t(3, 7, 7))),
     Case("bat-one-block", bone.build_bat, lambda t: (t(33, 33), t(1, 33, 33))),

@@ -28,7 +28,7 @@ def test_as_exact_as_plain_torch(case, dtype):
     arguments = case.arguments(lambda *sizes: torch.randn(*sizes, dtype=dtype))
     exact = case.op.reference(*copied(arguments, torch.float64))
     plain = case.op.reference(*copied(arguments))
-    with backend("triton"), warnings.catch_warnings():
+    with torch.no_grad(), backend("triton"), warnings.catch_warnings():
         warnings.simplefilter("error")  # a kernel that refuses would leave plain torch to be compared with itself
         given = copied(arguments)
         assert case.op.choice(*given) is case.op.kernels[0]
@@ -42,14 +42,21 @@ def test_as_exact_as_plain_torch(case, dtype):
 def test_refusals_are_said():
     b, a, A, Q = torch.randn(8, 8), torch.randn(8, 4), torch.randn(2, 4), torch.randn(2, 8)
     op = CASES[0].op
-    with backend("triton"):
-        with pytest.warns(UserWarning, match="thin: the triton kernel cannot run here: the last dimension"):
+    with torch.no_grad(), backend("triton"):
+        with pytest.warns(UserWarning, match="add_product: the triton kernel cannot run here: the last dimension"):
             assert torch.equal(op(b.t(), a, A, Q, False)[0], torch.addmm(b.t(), a @ A.t(), Q))
         with pytest.warns(UserWarning, match="there is none for torch.float64"):
             op(*(t.double() for t in (b, a, A, Q)), False)
         os.environ["TRITON_INTERPRET"] = "0"
         with pytest.warns(UserWarning, match="needs a CUDA device, and the tensor is on cpu"):
             op(b, a, A, Q, False)
+
+
+def test_what_autograd_records_is_plain_torch():
+    b, a, A, Q = torch.randn(8, 8), torch.randn(8, 4), torch.randn(2, 4, requires_grad=True), torch.randn(2, 8)
+    with backend("triton"):
+        y, _ = CASES[0].op(b, a, A, Q, False)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), A)[0], (Q.sum(1, keepdim=True) @ a.sum(0, keepdim=True)))
 
 
 def test_nothing_runs_unasked_on_a_cpu():
@@ -65,6 +72,6 @@ def test_every_kernel_has_cases():
     import halotune.ops.kernels as product
 
     launchers = {n for m in (product, bone, loha) for n in vars(m) if n.startswith("_launch")}
-    products = {"_launch_tiles", "_launch_few", "_launch_fused", "_launch_grams"}
+    products = {"_launch_tiles", "_launch_few", "_launch_fused", "_launch_transposed"}
     assert launchers == {*products, "_launch_bat", "_launch_pull_bat", "_launch_hadamard", "_launch_pull"}
     assert {type(k) for case in CASES for k in case.op.kernels} == {Kernel}

@@ -12,7 +12,7 @@ from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, get_peft_mod
 from halotune.methods.bone import ops as bone
 from halotune.methods.loha import ops as loha
 from halotune.ops.dispatch import backend
-from halotune.ops.product import gather, grams, spread, thin
+from halotune.ops.product import add_product, transposed_products
 
 from .cases import CASES, Case, copied, error, halves, sliced, tensors
 
@@ -22,17 +22,15 @@ pytestmark = [
 ]
 
 LARGE = [
-    Case("large-thin", thin, lambda t: (t(1031, 3056), t(1031, 1000), t(24, 1000), t(24, 3056), False)),
-    Case("large-thin-strided", thin, lambda t: (sliced(t, 700, 3000), t(700, 900), t(50, 900), t(50, 3000), True)),
-    Case("large-thin-deep", thin, lambda t: (t(500, 1008), t(500, 5000), t(32, 5000), t(32, 1008), True)),
-    Case("large-thin-many-rows", thin, lambda t: (t(3100, 1008), t(3100, 900), t(32, 900), t(32, 1008), True)),
-    Case("large-folded", thin, lambda t: (t(1000, 1040), t(1000, 5003), None, t(64, 1040), True)),
-    Case("large-unfolded", thin, lambda t: (t(1000, 5008), t(1000, 512), t(64, 512), None, True)),
-    Case("large-spread", spread, lambda t: (t(1111, 2064), t(3, 32, 2064), t(3, 32, 2064))),
-    Case("large-spread-many-rows", spread, lambda t: (t(2500, 2064), t(3, 32, 2064), t(3, 32, 2064))),
-    Case("large-gather", gather, lambda t: (t(2, 1111, 2064), t(2, 8, 2064), t(2, 8, 2064))),
-    Case("large-gather-many-rows", gather, lambda t: (t(3, 2222, 2064), t(3, 8, 2064), t(3, 8, 2064))),
-    Case("large-grams", grams, lambda t: (t(3, 2222, 64), t(3, 2222, 1040), t(3, 2222, 64), t(2222, 3056))),
+    Case("large-add-product", add_product, lambda t: (t(1031, 3056), t(1031, 1000), t(24, 1000), t(24, 3056), False)),
+    Case(
+        "large-add-product-strided", add_product, lambda t: (sliced(t, 700, 3000), t(700, 900), t(50, 900), t(50, 3000), True)
+    ),
+    Case("large-add-product-deep", add_product, lambda t: (t(500, 1008), t(500, 5000), t(32, 5000), t(32, 1008), True)),
+    Case("large-add-product-many-rows", add_product, lambda t: (t(3100, 1008), t(3100, 900), t(32, 900), t(32, 1008), True)),
+    Case("large-folded", add_product, lambda t: (t(1000, 1040), t(1000, 5003), None, t(64, 1040), True)),
+    Case("large-unfolded", add_product, lambda t: (t(1000, 5008), t(1000, 512), t(64, 512), None, True)),
+    Case("large-transposed", transposed_products, lambda t: (t(2222, 64), t(2222, 1040), t(2222, 64), t(2222, 3056))),
     Case("large-bat", bone.build_bat, lambda t: (t(960, 1472), t(15, 64, 64))),
     Case("large-bat-pull", bone.pull_bat, lambda t: (t(960, 1472), t(960, 1472), t(15, 64, 64))),
     Case("large-bat-pull-wide", bone.pull_bat, lambda t: (t(96, 8160), t(96, 8160), t(2, 48, 48))),
@@ -49,7 +47,7 @@ def test_as_exact_as_plain_torch(case, dtype):
     arguments = case.arguments(lambda *sizes: torch.randn(*sizes, dtype=dtype, device="cuda"))
     exact = case.op.reference(*copied(arguments, torch.float64))
     plain = case.op.reference(*copied(arguments))
-    with backend("triton"):
+    with torch.no_grad(), backend("triton"):
         given = copied(arguments)
         assert case.op.choice(*given) is case.op.kernels[0]
         result = case.op(*given)

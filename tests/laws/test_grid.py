@@ -6,7 +6,7 @@ import pytest
 
 from halotune import LoHaConfig
 from halotune.core.base import base_for
-from halotune.methods.loha.ops import thin_is_cheaper
+from halotune.methods.loha.ops import low_rank_is_cheaper
 from halotune.methods.registry import method_of, methods
 
 from .cases import BASES, VARIANTS
@@ -33,4 +33,4 @@ def test_the_variants_mean_what_their_names_say(base):
     assert shape.in_features % named["bone-r7"].config.r != 0
     for v in VARIANTS:
         if isinstance(v.config, LoHaConfig):
-            assert thin_is_cheaper(tokens, shape.out_features, shape.in_features, v.config.r) is not v.dense
+            assert low_rank_is_cheaper(tokens, shape.out_features, shape.in_features, v.config.r) is not v.dense

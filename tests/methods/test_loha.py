@@ -43,7 +43,7 @@ def test_definition():
     torch.testing.assert_close(ops.add_hadamard(W, A1, B1, A2, B2, s=0.7), by_hand)
 
 
-def test_thin_factors_are_exact():
+def test_low_rank_factors_are_exact():
     parts = halves()
     B, A = ops.khatri_rao(*parts, s=0.7)
     assert B.shape == (7, 9) and A.shape == (9, 11)
@@ -57,13 +57,13 @@ def test_both_forms_agree(module, monkeypatch):
     layer.scales["default"] = 1.7
     x = torch.randn(*((4, 11) if isinstance(module, nn.Linear) else (2, 6, 5, 4)), dtype=torch.float64).requires_grad_()
     results = []
-    thin_factors = Mock(wraps=ops.khatri_rao)
-    monkeypatch.setattr(ops, "khatri_rao", thin_factors)
+    low_rank_factors = Mock(wraps=ops.khatri_rao)
+    monkeypatch.setattr(ops, "khatri_rao", low_rank_factors)
     for thin in (True, False):
-        monkeypatch.setattr(ops, "thin_is_cheaper", lambda *_, thin=thin: thin)
-        thin_factors.reset_mock()
+        monkeypatch.setattr(ops, "low_rank_is_cheaper", lambda *_, thin=thin: thin)
+        low_rank_factors.reset_mock()
         y = layer(x)
-        assert thin_factors.called is thin
+        assert low_rank_factors.called is thin
         probe = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
         results.append([y, *torch.autograd.grad(y, [x, *layer.adapters.parameters()], probe)])
     for a, b in zip(*results, strict=True):
@@ -73,9 +73,9 @@ def test_both_forms_agree(module, monkeypatch):
 @pytest.mark.parametrize(("n_out", "n_in", "r"), [(3072, 3072, 22), (1024, 3072, 16), (8192, 3072, 27), (3072, 8192, 27)])
 def test_break_even_ranks_of_a_model_3072_wide(n_out, n_in, r):
     many = 1 << 16
-    assert ops.thin_is_cheaper(many, n_out, n_in, r)
-    assert not ops.thin_is_cheaper(many, n_out, n_in, r + 1)
-    assert ops.thin_is_cheaper(16, n_out, n_in, r + 1)  # building ΔW is not worth its while for few tokens
+    assert ops.low_rank_is_cheaper(many, n_out, n_in, r)
+    assert not ops.low_rank_is_cheaper(many, n_out, n_in, r + 1)
+    assert ops.low_rank_is_cheaper(16, n_out, n_in, r + 1)  # building ΔW is not worth its while for few tokens
 
 
 # -- the scale

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from halotune import HalotuneError, PeftModel, PeftType, get_peft_model
-from halotune.core.adapter import Additive
+from halotune.core.adapter import LowRank
 from halotune.core.config import AdapterConfig
 from halotune.core.operator import WeightShape
 from halotune.engine.injection.modules import adapted_layers
@@ -44,7 +44,7 @@ class RowConfig(AdapterConfig):
     TYPE = Type.ROW
 
 
-class Row(Additive):
+class Row(LowRank):
     """`W' = W + b aᵀ`: the whole of a new method."""
 
     rank = 1
@@ -58,8 +58,8 @@ class Row(Additive):
     def create(cls, shape, config):
         return cls(shape)
 
-    def derive(self, *θ):
-        a, b = θ
+    def prepare(self, *parameters):
+        a, b = parameters
         return b.mT, a
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from halotune import HalotuneError, PeftModel
-from halotune.core.adapter import WeightSide
+from halotune.core.adapter import Dense
 
 from .models import MLP, adapted, close, composed, config, differ, every_method, layers
 
@@ -44,7 +44,7 @@ def test_zero_is_the_base_bit_for_bit(crowd: PeftModel, plain: MLP, x: Tensor, m
     with crowd.disable_adapter():
         base = crowd(x)
     assert torch.equal(base, plain(x)) and differ(y, base)
-    if isinstance(layers(crowd)["stem"].adapters[method], WeightSide):
+    if isinstance(layers(crowd)["stem"].adapters[method], Dense):
         close(crowd(x), base)  # the same product, by another kernel
     else:
         assert torch.equal(crowd(x), base)

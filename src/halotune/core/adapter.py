@@ -1,19 +1,21 @@
 """What an adapter is: a map on the weight matrix of one linear operator, `W (out, in) -> W' (out, in)`.
 
-`weight(W)` is the definition. `forward(x, op)` applies the adapted operator, and each of the three families below
-does so at its own price; all must agree with `weight`.
+A method says what depends on its parameters alone (`prepare`), and what the map is, given that (`adapt`). `weight(W)` is the
+definition; `forward(x, op)` applies the adapted operator, and each of the three kinds below does so at its own price.
 
-| family | map | price of a forward pass |
+| kind | map | price of a forward pass |
 |---|---|---|
-| `InputSide` | `W' = W Q` | one thin product on x, base untouched |
-| `Additive` | `W' = W + ΔW`, `ΔW = B A` | two thin products, base untouched |
-| `WeightSide` | any `W' = f(W, θ)` | W' is built, used and dropped; built again in backward |
+| `Rotation` | `W' = W Q` | one low-rank product on x (or one of small blocks), base untouched |
+| `LowRank` | `W' = W + B A` | two low-rank products, base untouched |
+| `Dense` | any `W' = f(W, θ)` | W' is built, used and dropped; built again in backward |
+
+Any of them may be applied as a weight instead: W' of all layers of one shape is then prepared together.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,37 +23,63 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .derived import Loan, usable
-from .fused import Site, thin_linears
+from .frozen_linear import low_rank_linear
 from .operator import Operator, WeightShape
 from .precision import compute_dtype, exact
+from .prepared import Slot, is_transformed, pass_of
+from .recompute import Preparation, Tensors, prepare
+from .weight_form import Rule, weight_form
 
 if TYPE_CHECKING:
     from .config import AdapterConfig
 
 
 class Adapter(nn.Module, ABC):
-    """One adapter on one layer. Its parameters bear PEFT's names, so that file keys follow from module paths."""
+    """One adapter on one layer. Its parameters have PEFT's names, so that file keys follow from module paths."""
 
     scale_free: ClassVar[tuple[str, ...]] = ()  # parameters whose length means nothing: weight decay is wasted on them
 
     def __init__(self, shape: WeightShape) -> None:
         super().__init__()
         self.shape = shape
-        self.loan = Loan()
+        self.slot = Slot()
+        self.names: tuple[str, ...] = ()
 
     @classmethod
     @abstractmethod
     def create(cls, shape: WeightShape, config: AdapterConfig) -> Self:
         """A new adapter for a weight of this shape, initialised as `config` says."""
 
-    @abstractmethod
-    def weight(self, W: Tensor) -> Tensor:
-        """The definition: `W (out, in) -> W' (out, in)`, in the dtype of `W`."""
+    # -- the definition
 
     @abstractmethod
-    def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
-        """Apply the operator with weight `W + scale (weight(W) − W)`, `W` being that of `op`."""
+    def prepare(self, *parameters: Tensor) -> Tensors:
+        """What depends on the parameters alone, in fp32 or better: pure, and differentiable twice.
+
+        Args:
+            parameters: in the order of `parameters()`, all with the same leading dimensions: layers of one shape go together.
+        """
+
+    @abstractmethod
+    def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
+        """`W (…, out, in) -> W'`, in the dtype of W, from what was prepared. Leading dimensions are those of the factors."""
+
+    def weight(self, W: Tensor) -> Tensor:
+        """The definition: `W (out, in) -> W' (out, in)`, in the dtype of `W`."""
+        with exact(W):
+            return self.adapt(W, *self.factors_now())
+
+    def factors_now(self) -> Tensors:
+        """What `prepare` gives for this adapter."""
+        return self.prepare(*self.tensors())
+
+    def tensors(self) -> Tensors:
+        """The parameters as they are now: `functional_call`, replicas and sharding put other tensors in their place."""
+        if not self.names:
+            self.names = tuple([name for name, _ in self.named_parameters()])
+        return tuple([_tensor(self, name) for name in self.names])
+
+    # -- what the engine asks
 
     def start_from(self, op: Operator) -> None:
         """Finish the initialisation with what depends on the weight of the operator, read only where it is needed."""
@@ -90,7 +118,7 @@ class Adapter(nn.Module, ABC):
         """A term to be added to the loss, or None."""
         return None
 
-    def complaint(self) -> str | None:
+    def loading_warning(self) -> str | None:
         """What is wrong with parameters just read from a file though they fit, or None."""
         return None
 
@@ -99,108 +127,121 @@ class Adapter(nn.Module, ABC):
         """The largest chance of any dropout in it; 0 where the forward pass is deterministic."""
         return 0.0
 
-    # -- what forward needs of the parameters
+    # -- forward
 
-    @abstractmethod
-    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
-        """What depends on the parameters alone, in fp32 or better.
-
-        Args:
-            θ: in the order of `parameters()`, all with the same leading dimensions: layers of one shape go together.
-        """
-
-    def kin(self) -> Hashable:
-        """Adapters of one class, with parameters of the same shapes and equal `kin`, derive alike."""
+    def batch_key(self) -> Hashable:
+        """Adapters of one class, with parameters of the same shapes and equal keys, prepare alike."""
         return self.shape
 
-    def derived(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """What `derive` gives for this adapter, in `dtype`: as lent for this forward pass, or computed now."""
-        lent = self.loan.take(dtype)
-        return tuple(usable(t, dtype) for t in self.exact()) if lent is None else lent
+    def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
+        """Apply the operator with weight `W + scale (weight(W) − W)`, `W` being that of `op`."""
+        x = x.to(compute_dtype(x))
+        plain = None
+        if scale == 1.0 and not (self.training and self.dropout) and not is_transformed():
+            plain = op.plain(x.dtype)
+        factors, adapted = self.prepared(x, None if plain is None else plain[0])
+        if plain is None:
+            return self.run(x, op, factors, scale)
+        if adapted is not None:
+            return F.linear(x, adapted, plain[1])
+        return self.run_plain(x, *plain, *factors)
 
-    def family(self) -> Hashable:
-        """Adapters with equal families, on layers that are given the same input, may be siblings; None: never."""
-        return None
+    def prepared(self, x: Tensor, W: Tensor | None = None) -> tuple[Tensors, Tensor | None]:
+        """Factors in the dtype of x; or W', where it was prepared for the plain matrix W.
 
-    stacked: ClassVar[bool] = False  # what is derived for siblings is wanted as one tensor (s, …)
-
-    def on_plain(
-        self, sites: Sequence[Site], stack: tuple[Tensor, ...] | None = None
-    ) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
-        """The forward passes over frozen layers with this adapter and its siblings, as one call on the x of all; or None.
-
-        Args:
-            stack: if `stacked`: what was derived for all of them. One site may come without, and with its own instead.
+        What the running pass has prepared for this adapter, if nothing has changed since; else made now.
         """
-        return None
+        dtype = x.dtype
+        if torch.compiler.is_compiling():  # the graph is guarded by what is in the slot; the compiler arranges the rest
+            ready = self.slot.prepared
+            if ready is not None and ready.dtype is dtype and ready.adapted is None and ready.recorded:
+                return ready.factors, None
+            return usable(self.factors_now(), dtype), None
+        if is_transformed():
+            return usable(self.factors_now(), dtype), None
+        tensors, slot = self.tensors(), self.slot
+        ready = slot.prepared
+        if ready is not None and ready.serves(dtype, tensors, W):
+            return ready.factors, ready.adapted
+        if (running := pass_of(self)) is not None:
+            running.prepare_for(self, dtype, x.numel() // max(1, x.shape[-1]))
+            ready = slot.prepared
+            if ready is not None and ready.serves(dtype, tensors, W):
+                return ready.factors, ready.adapted
+        return prepare(Factors(self, dtype), [tensors])[0], None
 
-    def may_be_plain(self) -> bool:
-        """Whether nothing is dropped, so that `on_plain` is the whole of the forward pass."""
-        return not (self.training and self.dropout)
+    @abstractmethod
+    def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
+        """`forward` for x in its compute dtype, by operations that autograd sees."""
 
-    def quick(self, plain: tuple[Tensor, Tensor | None] | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-        """The forward pass over one frozen layer as one call on x in the dtype of W, or None."""
-        if plain is None or not self.may_be_plain():
-            return None
-        call = self.on_plain([Site(*plain, self.derived(dtype))])
-        return None if call is None else lambda x: call(x)[0]
-
-    def exact(self) -> tuple[Tensor, ...]:
-        """What `derive` gives for this adapter."""
-        return self.derive(*self.parameters())
+    @abstractmethod
+    def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        """`x W'ᵀ + b` for a frozen layer, with nothing dropped, in one autograd node."""
 
 
-class InputSide(Adapter):
+def _tensor(module: Any, name: str) -> Tensor:
+    own = module._parameters.get(name)
+    if own is not None:
+        return own
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def usable(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """As kernels want them: in their dtype, and contiguous."""
+    return tuple([t.to(dtype, memory_format=torch.contiguous_format).contiguous() for t in tensors])  # `to` alone leaves
+    # what has the dtype already
+
+
+class Factors(Preparation):
+    """`Adapter.prepare` for all adapters like this one, cast."""
+
+    def __init__(self, adapter: Adapter, dtype: torch.dtype) -> None:
+        self.adapter, self.dtype = adapter, dtype
+
+    def make(self, *stacked: Tensor) -> Tensors:
+        return usable(self.adapter.prepare(*stacked), self.dtype)
+
+
+class Rotation(Adapter):
     """`W' = W Q`: the input is rotated, then meets the base as it is."""
 
     @abstractmethod
-    def rotate(self, x: Tensor, transpose: bool = False) -> Tensor:
-        """`x Qᵀ` over the last dimension (`x Q` if `transpose`), in the dtype of `x`."""
+    def rotate(self, x: Tensor, *factors: Tensor) -> Tensor:
+        """`x Qᵀ` over the last dimension, in the dtype of `x`."""
 
-    @abstractmethod
-    def thin(self, W: Tensor, *derived: Tensor) -> tuple[Tensor, Tensor]:
-        """`B (out, k)`, `A (k, in)` with `W Q − W == B A`, from what was derived."""
-
-    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        return self.thin(W, *self.exact())
-
-    def weight(self, W: Tensor) -> Tensor:
-        with exact(W):
-            return self.rotate(W, transpose=True)
-
-    def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
-        x = x.to(compute_dtype(x))
-        quick = self.quick(op.plain(x.dtype), x.dtype) if scale == 1.0 else None
-        if quick is not None:
-            return quick(x)
+    def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         if not op.shape.is_linear:  # patches of an image cannot be rotated before they are cut
-            W = op.weight().to(x.device)  # offloaded weights may be elsewhere
-            return add_low_rank(x, x, op, self.thin(W, *self.derived(x.dtype)), scale)
-        rotated = self.rotate(x)
+            return self.run_on_patches(x, op, factors, scale)
+        rotated = self.rotate(x, *factors)
         return op(rotated if scale == 1.0 else torch.lerp(x, rotated, scale))
 
+    @abstractmethod
+    def run_on_patches(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
+        """`run` for a convolution."""
 
-class Additive(Adapter):
-    """`W' = W + B A` with thin factors that do not depend on `W`."""
+
+class LowRank(Adapter):
+    """`W' = W + B A` with low-rank factors that do not depend on `W`."""
 
     input_dropout: float = 0.0
 
     @abstractmethod
-    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
+    def prepare(self, *parameters: Tensor) -> Tensors:
         """`Bᵀ (…, k, out)` and `A (…, k, in)`; without A, x is folded to k numbers."""
 
-    def thin(self, *derived: Tensor) -> tuple[Tensor, Tensor]:
-        """`B (out, k)`, `A (k, in)` from what was derived, in its dtype."""
-        Bt, A = derived
+    def low_rank(self, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        """`B (…, out, k)`, `A (…, k, in)` from what was prepared, in its dtype."""
+        Bt, A = factors
         return Bt.mT, A
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
-        return self.thin(*self.exact())
+        return self.low_rank(*self.factors_now())
 
-    def weight(self, W: Tensor) -> Tensor:
-        B, A = self.thin(*self.exact())
-        with exact(W):
-            return (W + B @ A).to(W.dtype)
+    def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
+        B, A = self.low_rank(*factors)
+        return (W + B @ A).to(W.dtype)
 
     @property
     def dropout(self) -> float:
@@ -209,93 +250,33 @@ class Additive(Adapter):
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.input_dropout) if self.training and self.input_dropout else x
 
-    def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
-        x = x.to(compute_dtype(x))
-        quick = self.quick(op.plain(x.dtype), x.dtype) if scale == 1.0 else None
-        return add_low_rank(x, self.drop(x), op, self.thin(*self.derived(x.dtype)), scale) if quick is None else quick(x)
+    def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
+        return add_low_rank(x, self.drop(x), op, self.low_rank(*factors), scale)
 
-    def family(self) -> Hashable:
-        return type(self)
-
-    def on_plain(
-        self, sites: Sequence[Site], stack: tuple[Tensor, ...] | None = None
-    ) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
-        flat = [t for W, bias, (Bt, *A) in sites for t in (W, bias, Bt, A[0] if A else None)]
-        return lambda x: thin_linears(x, len(sites), *flat)
+    def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        Q, *A = factors
+        return low_rank_linear(x, W, bias, Q, A[0] if A else None)
 
 
-class WeightSide(Adapter):
+class Dense(Adapter):
     """Any other map. `W'` is of full size, so it never outlives the product it is built for."""
 
+    @property
     @abstractmethod
-    def transform(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-        """`(f, θ)` with `weight(W) == f(W, *θ)`; `f` is a pure function."""
+    def rule(self) -> Rule:
+        """`adapt`, and its gradients."""
 
-    def weight(self, W: Tensor) -> Tensor:
-        f, θ = self.transform()
-        return f(W, *θ)
+    def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
+        return self.rule.define(W, *factors)
 
     def reads_weight(self, op: Operator) -> bool:
         return True
 
-    def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
-        x = x.to(compute_dtype(x))
-        quick = self.quick(op.plain(x.dtype), x.dtype) if scale == 1.0 else None
-        return weight_form(x, op, *self.transform(), scale=scale) if quick is None else quick(x)
+    def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
+        return weight_form(x, op, self.rule, factors, scale)
 
 
 def add_low_rank(x: Tensor, dropped: Tensor, op: Operator, factors: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:
     """`op(x) + scale · (B A) dropped`, for x in its compute dtype."""
     B, A = (t.to(x.dtype) for t in factors)
     return op.add_low_rank(op(x), dropped, B if scale == 1.0 else B * scale, A)
-
-
-def weight_form(x: Tensor, op: Operator, f: Callable[..., Tensor], θ: tuple[Tensor, ...], scale: float = 1.0) -> Tensor:
-    """`op` applied to `x` with `W + scale (f(W, *θ) − W)`: the dense form, with nothing of size `W` kept for backward."""
-    dtype = compute_dtype(x)
-    scaled = f if scale == 1.0 else _Scaled(f, scale)
-    x = x.to(dtype)
-    W = op.weight().to(x)  # the device too: it may be offloaded
-    if torch.compiler.is_compiling() or op.hooked:  # the compiler decides itself what to keep; hooks see a plain call
-        return op.with_weight(x, scaled(W, *θ))
-    x = op.pad(x)
-    if op.transient and not W.requires_grad:  # not kept for backward, but made again
-        return op.add_bias(_WeightForm.apply(x, None, (op, W), scaled, *θ))
-    return op.add_bias(_WeightForm.apply(x, W, (op, W), scaled, *θ))
-
-
-class _Scaled:
-    """`W + s (f(W, θ) − W)`."""
-
-    def __init__(self, f: Callable[..., Tensor], scale: float) -> None:
-        self.f, self.scale = f, scale
-
-    def __call__(self, W: Tensor, *θ: Tensor) -> Tensor:
-        return torch.lerp(W, self.f(W, *θ), self.scale)
-
-
-class _WeightForm(torch.autograd.Function):
-    """`y = f(W, θ) x`. Backward builds `f(W, θ)` again, forms `G = dyᵀ x` and pulls it back to θ (and W)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, kept: Tensor | None, made: tuple[Operator, Tensor], f: Callable[..., Tensor], *θ: Tensor
-    ) -> Tensor:
-        op, W = made
-        ctx.save_for_backward(x, kept, *θ)
-        ctx.op, ctx.f = op, f
-        return op.contract(x, f(W, *θ))
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, kept, *θ = ctx.saved_tensors
-        need_x, need_W, _, _, *need_θ = ctx.needs_input_grad
-        W = ctx.op.weight().to(x) if kept is None else kept
-        leaves = [t.detach().requires_grad_(need) for t, need in zip((W, *θ), (need_W, *need_θ), strict=True)]
-        with torch.enable_grad():
-            adapted = ctx.f(*leaves)
-        dx, G = ctx.op.contract_backward(x, adapted.detach(), grad_outputs[0], need_x)
-        wanted = [t for t in leaves if t.requires_grad]
-        found = iter(torch.autograd.grad(adapted, wanted, G) if wanted else ())
-        dW, *dθ = [next(found) if t.requires_grad else None for t in leaves]
-        return dx, dW, None, None, *dθ

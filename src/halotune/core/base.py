@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .errors import HalotuneError
 from .offload import Overlay, is_offloaded, offload_hook
-from .operator import Operator, WeightShape, plus_thin
+from .operator import Operator, WeightShape, add_to
+from .weight_form import Matrix
 
 
 class Base(Operator):
@@ -134,11 +135,10 @@ class LinearLike(Base):
         return F.linear(x, W)
 
     def contract_backward(self, x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
-        dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        return (dy @ W if need_x else None), dy2.t() @ x2
+        return Matrix.contract_backward(x, W, dy, need_x)
 
     def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        return plus_thin(y, F.linear(x, A), B.t())
+        return add_to(y, F.linear(x, A), B.t())
 
 
 def is_bare(module: nn.Module) -> bool:

@@ -2,125 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter
 from .base import Base, base_for
-from .derived import Loan
 from .errors import HalotuneError
+from .merge_record import MergeRecord
 from .operator import Adapted, Operator
 from .precision import exact_dtype
+from .rows import Rows
 from .tunerlayer import TunerLayer
-from .wrapper import Wrapper as StandIn
+from .wrapper import Wrapper
 
 
-class Quick(NamedTuple):
-    """A layer's whole forward pass as one call, for inputs of one dtype."""
-
-    dtype: torch.dtype
-    call: Callable[[Tensor], Tensor]
-    loan: Loan
-
-
-BASE = "__base__"  # in a mixed batch: this sample goes through the base alone
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which adapter each sample of a batch uses; `"__base__"` for none."""
-
-    names: tuple[str, ...]
-
-    def groups(self, x: Tensor) -> list[tuple[str, Tensor]]:
-        """Each name with the rows of `x` that it has. Samples may have become several rows each (beams, flat tokens)."""
-        repeats, rest = divmod(x.shape[0], len(self.names))
-        if rest or not repeats:
-            raise HalotuneError(
-                f"adapter_names: {len(self.names)} names, but a layer got {x.shape[0]} rows, which is no multiple. Give one "
-                "name per sample of the batch."
-            )
-        return [
-            (name, torch.tensor([i for i in range(x.shape[0]) if self.names[i // repeats] == name], device=x.device))
-            for name in dict.fromkeys(self.names)
-        ]
-
-    def run(self, x: Tensor, call: Callable[[str, Tensor], Tensor]) -> Tensor:
-        """`call(name, rows)` for every name, put together again."""
-        groups = self.groups(x)
-        if len(groups) == 1:
-            return call(groups[0][0], x)
-        parts = [call(name, x.index_select(0, index)) for name, index in groups]
-        order = torch.argsort(torch.cat([index for _, index in groups]))
-        return torch.cat(parts).index_select(0, order)
-
-
-@dataclass(frozen=True)
-class MergeRecord:
-    """What one merge did to one weight, or to several.
-
-    Attributes:
-        weight_norm: `‖W‖`.
-        delta_norm: `‖W' − W‖`, before rounding.
-        lost_norm: `‖round(W') − W'‖`.
-        weights: how many there are.
-        changed_weights: how many changed in their stored value.
-    """
-
-    weight_norm: float
-    delta_norm: float
-    lost_norm: float
-    weights: int
-    changed_weights: int
-
-    @property
-    def delta(self) -> float:
-        """The relative size of the delta."""
-        return self.delta_norm / self.weight_norm if self.weight_norm else self.delta_norm
-
-    @property
-    def lost(self) -> float:
-        """The share of the delta lost to the dtype of the base."""
-        return self.lost_norm / self.delta_norm if self.delta_norm else 0.0
-
-    @property
-    def error(self) -> float:
-        """What was lost, relative to the weight."""
-        return self.lost_norm / self.weight_norm if self.weight_norm else self.lost_norm
-
-    @property
-    def changed(self) -> float:
-        """The share of the weights whose stored value changed."""
-        return self.changed_weights / self.weights if self.weights else 0.0
-
-    def to_dict(self) -> dict[str, float]:
-        return {"delta": self.delta, "lost": self.lost, "error": self.error, "changed": self.changed}
-
-    @classmethod
-    def measure(cls, before: Tensor, after: Tensor, stored: Tensor) -> MergeRecord:
-        """`before` and `stored` in the base's dtype, `after` as computed."""
-        before, stored = before.to(after), stored.to(after)
-        return cls(
-            float(before.norm()),
-            float((after - before).norm()),
-            float((stored - after).norm()),
-            before.numel(),
-            int((stored != before).sum()),
-        )
-
-    @classmethod
-    def total(cls, records: list[MergeRecord]) -> MergeRecord:
-        norms = [[r.weight_norm, r.delta_norm, r.lost_norm] for r in records]
-        W, D, L = (math.hypot(*column) for column in zip(*norms, strict=True)) if records else (0.0, 0.0, 0.0)
-        return cls(W, D, L, sum(r.weights for r in records), sum(r.changed_weights for r in records))
-
-
-class AdaptedLayer(TunerLayer, StandIn):
+class AdaptedLayer(TunerLayer, Wrapper):
     """`base_layer` with named adapters. The active ones compose as functions, in order: `W -> F2(F1(W))`.
 
     Where `merged_adapters` is not empty the stored weight holds those already, and a snapshot of the original is kept.
@@ -139,7 +37,6 @@ class AdaptedLayer(TunerLayer, StandIn):
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.enabled = True
-        self.quick: Quick | None = None  # set for the time of one forward pass of the model
         self.rows: Rows | None = None  # set for the time of one call with adapter_names
         self._original: tuple[nn.Module, nn.Parameter, Any] | None = None  # module, weight, snapshot
 
@@ -152,13 +49,9 @@ class AdaptedLayer(TunerLayer, StandIn):
     def merged(self) -> bool:
         return bool(self.merged_adapters)
 
-    def set_quick(self, quick: Quick | None) -> None:
-        """For the time of one forward pass."""
-        self.__dict__["quick"] = quick  # a module's own __setattr__ first looks whether this is a parameter
-
     @property
     def merged_into_floats(self) -> bool:
-        """Whether a plain layer stands in the place of a quantized one."""
+        """Whether a plain layer stands where a quantized one was."""
         return self._original is not None and self._original[0] is not self.base_layer
 
     def _running_names(self) -> list[str]:
@@ -172,11 +65,6 @@ class AdaptedLayer(TunerLayer, StandIn):
         adapters: Any = self._modules["adapters"]
         return [adapters._modules[n] for n in self._running_names()]
 
-    @property
-    def unscaled(self) -> bool:
-        """Whether every adapter has its full strength."""
-        return all([scale == 1.0 for scale in self.scales.values()])
-
     def operator(self) -> Operator:
         """The base with the running adapters."""
         op: Operator = self.base
@@ -185,14 +73,6 @@ class AdaptedLayer(TunerLayer, StandIn):
         return op
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if (
-            not torch.compiler.is_compiling()
-            and (quick := self.quick) is not None
-            and x.dtype is quick.dtype
-            and not (args or kwargs)
-        ):
-            quick.loan.recorded = torch.is_grad_enabled()
-            return quick.call(x)
         if args or kwargs:
             raise HalotuneError(
                 f"{type(self.base_layer).__name__}: an adapted layer takes its input alone; got "
@@ -205,14 +85,14 @@ class AdaptedLayer(TunerLayer, StandIn):
         return Adapted(op, self.adapters[name], self.scales[name])(x) if name in self.adapters else op(x)  # type: ignore[arg-type]
 
     def set_scale(self, name: str, scale: float) -> None:
-        """Apply `W + scale (F(W) − W)` in the place of the adapter's map F."""
+        """Apply `W + scale (F(W) − W)` instead of the adapter's map F."""
         if name in self.merged_adapters:
             raise HalotuneError(f"adapter {name!r} is merged, so its scale is fixed. Call unmerge_adapter() first.")
         if name in self.scales:
             self.scales[name] = float(scale)
-            self.quick = None  # diffusers scales inside a forward pass
 
     def add(self, name: str, adapter: Adapter) -> None:
+        adapter.tensors()  # it learns their names while they are parameters
         self.adapters[name] = adapter
         self.scales[name] = 1.0
 
@@ -263,7 +143,7 @@ class AdaptedLayer(TunerLayer, StandIn):
             safe_merge: refuse values that are not finite.
             keep: hold a snapshot for `unmerge`.
             untie: write to a parameter of this layer's own; the tied one stays as it is.
-            as_float: put a plain layer of this dtype in the place of a quantized one, instead of quantizing again.
+            as_float: put a plain layer of this dtype where the quantized one is, instead of quantizing again.
         """
         wanted = self.active_adapters if adapter_names is None else adapter_names
         names = [n for n in wanted if n in self.adapters and n not in self.merged_adapters]

@@ -38,12 +38,6 @@ def is_offloaded(module: nn.Module) -> bool:
     return offload_hook(module) is not None or group_hook(module) is not None
 
 
-def moves_when_called(model: nn.Module) -> bool:
-    """Whether a model comes to its device in one piece, when its `forward` is called (accelerate's `CpuOffload`)."""
-    whole = any(type(h).__name__ == "CpuOffload" for h in _accelerate_hooks(model))  # by name: accelerate is optional
-    return whole or group_hook(model) is not None
-
-
 class Overlay(Mapping[str, Tensor]):
     """A map of offloaded weights with one replaced; the original map is never written to."""
 

@@ -91,7 +91,7 @@ class Operator(ABC):
         """Whether somebody's hooks want to see the base layer called."""
 
     def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
-        """Apply the operator with `W` `(out, in)` in the place of its weight; its own bias is added."""
+        """Apply the operator with `W` `(out, in)` instead of its weight; its own bias is added."""
         return self.add_bias(self.contract(self.pad(x), W))
 
 
@@ -141,8 +141,9 @@ class Adapted(Operator):
         return self.inner.with_weight(x, W)
 
 
-def plus_thin(y: Tensor, z: Tensor, Bt: Tensor) -> Tensor:
+def add_to(y: Tensor, z: Tensor, Bt: Tensor) -> Tensor:
     """`y + z Bt` in one pass over y: `y (…, out)`, `z (…, r)`, `Bt (r, out)`. Autograd sees it, unlike `ops.product`."""
     if y.dtype != z.dtype:  # a base that answers in a dtype of its own
         return y + (z @ Bt).to(y.dtype)
-    return torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), Bt).view(y.shape)
+    n = y.numel() // max(1, y.shape[-1])
+    return torch.addmm(y.reshape(n, y.shape[-1]), z.reshape(n, z.shape[-1]), Bt).view(y.shape)

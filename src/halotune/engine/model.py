@@ -55,7 +55,10 @@ class PeftModel(Wrapper):
     heads: ClassVar[tuple[str, ...]] = ()  # modules that the task trains whole
     _hf_peft_config_loaded: ClassVar[bool] = True  # without it transformers' Trainer refuses a quantized base
 
-    def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        if "_public" in cls.__dict__:  # made below already: replicas call it without a model
+            return super().__new__(cls)
+        model = args[0] if args else kwargs.get("model")
         return super().__new__(_class_for(_public(cls), type(model), register_external_types()))  # type: ignore[arg-type]
 
     def __init__(

@@ -19,13 +19,13 @@ from ..core.wrapper import Wrapper
 from ..methods.registry import method_of
 from .external_types import register_external_types
 from .files.save import save_adapters
+from .forward.prepare import Scope
 from .injection.activation import activate, check_bias, enable, freeze, train_biases
 from .injection.default_targets import DEFAULT_TARGETS
 from .injection.inject import inject
 from .injection.modules import adapted_layers, paths_in_state_dict, public_path, whole_modules
 from .injection.offloading import StayingAdapters
 from .injection.surgery import eject, remove
-from .lending import Lending
 from .training import mind_penalty, penalty
 from .weights.combine import combine
 from .weights.merge import MergeReport, Requantize, merge, unmerge
@@ -73,7 +73,7 @@ class AdapterModel(Wrapper):
         self._merge_order: list[str] = []
         self._training_passes = 0
         self.staying = StayingAdapters(model)
-        self.lending = Lending(model)
+        self.scope = Scope(model)
         configs = {adapter_name: peft_config} if isinstance(peft_config, AdapterConfig) else dict(peft_config)
         paths = None if state_dict is None else paths_in_state_dict(model, state_dict)
         flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -99,7 +99,11 @@ class AdapterModel(Wrapper):
             self._training_passes += 1
             if self._training_passes == PATIENCE:
                 mind_penalty(self.model)
-        return self.model(*args, **kwargs)
+        try:
+            return self.model(*args, **kwargs)
+        except BaseException:  # KeyboardInterrupt passes hooks by
+            self.scope.close()
+            raise
 
     def cache_weights(self, gib: float) -> None:
         """In eval mode and without gradients, keep each layer's `W'` beside its W, up to this much memory.
@@ -109,12 +113,12 @@ class AdapterModel(Wrapper):
         """
         if not gib >= 0:
             raise HalotuneError(f"gib: expected the memory to use, 0 for none; got {gib}.")
-        self.lending.cache_weights(int(gib * 2**30))
+        self.scope.cache_weights(int(gib * 2**30))
 
     @property
     def cached_weights(self) -> tuple[int, int]:
         """How many layers' `W'` are kept now, and their bytes."""
-        return len(self.lending.cache), self.lending.cache.used
+        return len(self.scope.cache), self.scope.cache.used
 
     # -- adapters
 
@@ -177,7 +181,7 @@ class AdapterModel(Wrapper):
     def _changed(self) -> None:
         """Adapters were put in or taken out."""
         self.staying.reset()
-        self.lending.reset()
+        self.scope.reset()
 
     def _check_known(self, names: list[str]) -> None:
         unknown = [n for n in names if n not in self.peft_config]
@@ -325,7 +329,7 @@ class AdapterModel(Wrapper):
 
     def _remove_hooks(self) -> None:
         self.staying.remove()
-        self.lending.remove()
+        self.scope.remove()
 
 
 @lru_cache

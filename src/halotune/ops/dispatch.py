@@ -41,6 +41,7 @@ class Kernel:
 class Op:
     """A callable: the first kernel that can run on the arguments and wins there, else the reference.
 
+    Kernels know no derivatives, so with gradients enabled it is the reference: inside an autograd function they are not.
     Under `torch.compile` the compiler sees into it, and launches kernels itself.
 
     Attributes:
@@ -86,6 +87,8 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.node(*args[:-1], False) if self.may_be_inplace else self.node(*args)
+        if torch.is_grad_enabled():  # autograd records what runs now, as where a second derivative is wanted
+            return self.reference(*args)
         if _forced:
             return self.prepare(*args)(*args)
         try:

@@ -1,7 +1,7 @@
-"""Products with thin factors `(r, ·)`, r small: what a forward and a backward pass cost beyond the base layer's own.
+"""Products with low-rank factors `(r, ·)`: what a forward and a backward pass cost beyond the base layer's own.
 
-Everywhere A `(…, r, k)` takes k numbers down to r, Q `(…, r, d)` takes r up to d. In the place of either, None stands for
-`[I I …]`: down by it is `fold`, up by it is `unfold`.
+Everywhere A `(r, k)` takes k numbers down to r, Q `(r, d)` takes r up to d. Instead of either, None stands for `[I I …]`: down
+by it is `fold`, up by it is `unfold`.
 """
 
 from __future__ import annotations
@@ -18,58 +18,41 @@ def fold(x: Tensor, r: int) -> Tensor:
     n = x.shape[-1]
     if n % r:
         x = F.pad(x, (0, -n % r))
-    return x.unflatten(-1, (-1, r)).sum(-2)
+    return x.unflatten(-1, (x.shape[-1] // r, r)).sum(-2)
 
 
-def _add_unfolded(b: Tensor, z: Tensor, inplace: bool) -> Tensor:
+def add_unfolded(b: Tensor, z: Tensor, inplace: bool) -> Tensor:
     """`b[:, j] + z[:, j mod r]`."""
     r = z.shape[1]
     whole = b.shape[1] // r * r
     y = b if inplace else b.clone()
-    y[:, :whole].unflatten(-1, (-1, r)).add_(z.unsqueeze(-2))
+    y[:, :whole].unflatten(-1, (whole // r, r)).add_(z.unsqueeze(-2))
     if whole < b.shape[1]:
         y[:, whole:].add_(z[:, : b.shape[1] - whole])
     return y
 
 
-def _thin(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor]:
+def _add_product(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inplace: bool) -> tuple[Tensor, Tensor]:
     if A is None:
         assert Q is not None
         z = fold(a, Q.shape[0])
     else:
         z = torch.mm(a, A.t())
     if Q is None:
-        return _add_unfolded(b, z, inplace), z
+        return add_unfolded(b, z, inplace), z
     return (b.addmm_(z, Q) if inplace else torch.addmm(b, z, Q)), z
 
 
-def _spread(x: Tensor, A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    if A.shape[0] == 1:
-        y, z = _thin(x, x, A[0], Q[0], False)
-        return y.unsqueeze(0), z.unsqueeze(0)
-    s = A.shape[0]
-    z = torch.mm(x, A.flatten(0, 1).t()).view(x.shape[0], s, -1).transpose(0, 1)
-    return torch.baddbmm(x.expand(s, *x.shape), z, Q), z
-
-
-def _gather(d: Tensor, A: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-    if A.shape[0] == 1:
-        y, z = _thin(d[0], d[0], A[0], Q[0], False)
-        return y, z.unsqueeze(0)
-    z = torch.bmm(d, A.mT)
-    return torch.baddbmm(d, z, Q).sum(0), z
-
-
-def _grams(z: Tensor, d: Tensor, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    return z.mT @ d, w.mT @ x
+def _transposed_products(z: Tensor, d: Tensor, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return z.t() @ d, w.t() @ x
 
 
 MOST = 64  # a kernel's r
 
 
-def _complaint(r: int, x: Tensor, *others: Tensor | None) -> str | None:
+def _refusal(r: int, x: Tensor, *others: Tensor | None) -> str | None:
     if r > MOST:
-        return f"r = {r} is above {MOST}: the product is no longer thin"
+        return f"r = {r} is above {MOST}: the product is no longer of low rank"
     for t in (x, *others):
         if t is not None and t.dtype is not x.dtype:
             return f"the tensors differ in dtype: {x.dtype}, {t.dtype}"
@@ -78,26 +61,21 @@ def _complaint(r: int, x: Tensor, *others: Tensor | None) -> str | None:
     return None
 
 
-def _thin_refuses(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inplace: bool) -> str | None:
-    return _complaint((Q if A is None else A).shape[0], b, a, A, Q)  # type: ignore[union-attr]
+def _add_product_refuses(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inplace: bool) -> str | None:
+    return _refusal((Q if A is None else A).shape[0], b, a, A, Q)  # type: ignore[union-attr]
 
 
-def _spread_refuses(x: Tensor, A: Tensor, Q: Tensor) -> str | None:
-    loose = None if A.is_contiguous() and Q.is_contiguous() else "the factors must be contiguous"
-    return loose or _complaint(A.shape[1], x, A, Q)
-
-
-def _grams_refuses(z: Tensor, d: Tensor, w: Tensor, x: Tensor) -> str | None:
-    return _complaint(z.shape[-1], z, d, w, x)
+def _transposed_refuses(z: Tensor, d: Tensor, w: Tensor, x: Tensor) -> str | None:
+    return _refusal(z.shape[-1], z, d, w, x)
 
 
 def _wins(t: Tensor, *_: object) -> bool:
-    # One launch in the place of two or three is what counts up to some thousand rows, the bytes beyond that. Rows that are not
+    # One launch instead of two or three is what counts up to some thousand rows, the bytes beyond that. Rows that are not
     # aligned cannot be read in wide words.
     return t.is_cuda and t.dtype.itemsize == 2 and t.shape[-1] % 16 == 0 and t.numel() > 0
 
 
-def _grams_wins(z: Tensor, d: Tensor, *_: object) -> bool:
+def _transposed_wins(z: Tensor, d: Tensor, *_: object) -> bool:
     # On an H100 in bf16, r 32: 20 µs against 24 for 3072 rows of 3072; r 64: 11 against 15 for 1024 rows, but 51 against 41
     # for 3072 rows of 8192.
     return _wins(d) and (z.shape[-1] <= 32 or d.shape[-2] <= 2048)
@@ -105,37 +83,18 @@ def _grams_wins(z: Tensor, d: Tensor, *_: object) -> bool:
 
 _KERNELS = "halotune.ops.kernels"
 
-# `z = a Aᵀ` and `b + z Q`: a `(n, k)`, b `(n, d)`; the sum in the place of b, or new. Returns both.
-thin = Op(
-    "thin",
-    _thin,
+# `z = a Aᵀ` and `b + z Q`: a `(n, k)`, b `(n, d)`; the sum in b itself, or new. Returns both.
+add_product = Op(
+    "add_product",
+    _add_product,
     like=lambda b, a, A, Q, inplace: (b.new_empty(b.shape), b.new_empty(b.shape[0], (Q if A is None else A).shape[0])),
-    kernels=[triton_kernel(_KERNELS, "thin", _thin_refuses, _wins)],
+    kernels=[triton_kernel(_KERNELS, "add_product", _add_product_refuses, _wins)],
 )
 
-# `z_s = x A_sᵀ` and `x + z_s Q_s` for s siblings, `(s, n, ·)` both: x `(n, k)`, read once.
-spread = Op(
-    "spread",
-    _spread,
-    like=lambda x, A, Q: (x.new_empty(A.shape[0], *x.shape), x.new_empty(A.shape[0], x.shape[0], A.shape[1])),
-    kernels=[triton_kernel(_KERNELS, "spread", _spread_refuses, _wins)],
-)
-
-# `z_s = d_s A_sᵀ` and `Σ_s d_s + z_s Q_s` `(n, k)`: d `(s, n, k)`. The transpose of `spread` in its first result.
-gather = Op(
-    "gather",
-    _gather,
-    like=lambda d, A, Q: (d.new_empty(d.shape[1:]), d.new_empty(*d.shape[:2], A.shape[1])),
-    kernels=[triton_kernel(_KERNELS, "gather", _spread_refuses, _wins)],
-)
-
-# `zᵀ d` and `wᵀ x`: z, w `(…, n, r)`, d `(…, n, p)`, x `(n, q)`.
-grams = Op(
-    "grams",
-    _grams,
-    like=lambda z, d, w, x: (
-        d.new_empty(*d.shape[:-2], z.shape[-1], d.shape[-1]),
-        x.new_empty(*d.shape[:-2], w.shape[-1], x.shape[-1]),
-    ),
-    kernels=[triton_kernel(_KERNELS, "grams", _grams_refuses, _grams_wins)],
+# `zᵀ d` and `wᵀ x`: z, w `(n, r)`, d `(n, p)`, x `(n, q)`.
+transposed_products = Op(
+    "transposed_products",
+    _transposed_products,
+    like=lambda z, d, w, x: (d.new_empty(z.shape[1], d.shape[1]), x.new_empty(w.shape[1], x.shape[1])),
+    kernels=[triton_kernel(_KERNELS, "transposed_products", _transposed_refuses, _transposed_wins)],
 )

@@ -188,7 +188,7 @@ def set_peft_model_state_dict(
     _warn_of_changed_embeddings({k: t for k, t in tensors.items() if k in optional}, state, file)
     for key, tensor in tensors.items():
         _assign(model, targets[key], tensor, replace=low_cpu_mem_usage or keep_dtype, keep_dtype=keep_dtype)
-    _warn_of_complaints(model, adapter_name)
+    _pass_on_warnings(model, adapter_name)
     return LoadResult([], [])
 
 
@@ -305,15 +305,15 @@ def _device_beside(model: nn.Module, path: str) -> torch.device:
     return next(model.get_submodule(f"{owner}.original_module").parameters()).device
 
 
-def _warn_of_complaints(model: nn.Module, name: str) -> None:
-    complaints: dict[str, list[str]] = {}
+def _pass_on_warnings(model: nn.Module, name: str) -> None:
+    found: dict[str, list[str]] = {}
     for path, layer in adapted_layers(model).items():
         if name in layer.adapters:
-            complaint = layer.adapters[name].complaint()  # type: ignore[operator]
-            if complaint:
-                complaints.setdefault(complaint, []).append(path.removeprefix("base_model.model."))
-    for complaint, paths in complaints.items():
-        warn(f"adapter {name!r}, {', '.join(paths)}: {complaint}.")
+            warning = layer.adapters[name].loading_warning()  # type: ignore[operator]
+            if warning:
+                found.setdefault(warning, []).append(path.removeprefix("base_model.model."))
+    for warning, paths in found.items():
+        warn(f"adapter {name!r}, {', '.join(paths)}: {warning}.")
 
 
 # -- files

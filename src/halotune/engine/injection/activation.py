@@ -10,7 +10,8 @@ from torch import nn
 
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
-from ...core.layer import BASE, AdaptedLayer, Rows
+from ...core.layer import AdaptedLayer
+from ...core.rows import BASE, Rows
 from .modules import adapted_layers, whole_modules
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...core.errors import HalotuneError
-from ...core.layer import Rows
+from ...core.rows import Rows
 from ...core.wrapper import HOOKS
 
 

@@ -10,9 +10,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from ...core.adapter import Additive
+from ...core.adapter import LowRank
 from ...core.errors import HalotuneError, warn
-from ...core.layer import AdaptedLayer, MergeRecord
+from ...core.layer import AdaptedLayer
+from ...core.merge_record import MergeRecord
 from ..injection.modules import adapted_layers, tied_parameters
 
 T = TypeVar("T")
@@ -124,7 +125,7 @@ def check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:
     """Merged adapters apply before the others: refuse where that would change what active ones compute."""
     waiting = [n for n in layer.active_adapters if n not in layer.merged_adapters]
     inside = [n for n in names if n in waiting]
-    if inside == waiting[: len(inside)] or all(isinstance(layer.adapters[n], Additive) for n in {*waiting, *names}):
+    if inside == waiting[: len(inside)] or all(isinstance(layer.adapters[n], LowRank) for n in {*waiting, *names}):
         return
     first = waiting[: max(waiting.index(n) for n in inside) + 1]
     raise HalotuneError(

@@ -104,8 +104,8 @@ class Twin(AdaptedLayer):
             if own.shape != p.shape:
                 raise HalotuneError(f"{attribute} is {tuple(p.shape)}, where a weight of {base.shape} needs {tuple(own.shape)}")
             adapter._parameters[attribute] = p
-        complaint = adapter.complaint()
-        self.notes += [*from_peft.differs(layer, name, base), *([complaint] if complaint else [])]
+        warning = adapter.loading_warning()
+        self.notes += [*from_peft.differs(layer, name, base), *([warning] if warning else [])]
         self.add(name, adapter)
         self.sources[name] = list(_sources(layer, name))
 
@@ -140,8 +140,6 @@ class FastLayer(InFront):
         twin = self._halotune
         if args or kwargs:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if twin.quick is not None and twin.quick.dtype is x.dtype:
-            return twin(x)
         follow(self)
         if self.disable_adapters and self.merged:
             self.unmerge()

@@ -13,9 +13,9 @@ from torch import nn
 
 from ...core.errors import HalotuneError, warn
 from ...core.layer import AdaptedLayer
+from ...engine.forward.prepare import Scope
 from ...engine.injection.activation import per_sample
 from ...engine.injection.modules import tied_parameters
-from ...engine.lending import Lending
 from .classes import InFront, put_in_front, runs_own_forward, take_away
 from .layer import FastLayer, Twin, follow, method_of_layer, say_once
 
@@ -90,7 +90,7 @@ def _bridge_of(host: nn.Module) -> Bridge | None:
     return next((owner for owner in owners if isinstance(owner, Bridge)), None)
 
 
-class Bridge(Lending):
+class Bridge(Scope):
     """The hooks of one base model: they find the layers, keep their twins up to date, and derive for all of them at once."""
 
     def __init__(self, host: nn.Module) -> None:
@@ -101,14 +101,14 @@ class Bridge(Lending):
     def find(self, model: nn.Module) -> list[AdaptedLayer]:
         return [layer._halotune for layer in self.fast.values()]
 
-    def before(self, model: nn.Module, args: Any) -> None:
+    def _begin(self, model: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
             if not self._knows(_configs(model)):
                 self.take_in(model)
             for layer in self.fast.values():
                 follow(layer)
             self._tell()
-        super().before(model, args)
+        super()._begin(model, args)
 
     def _knows(self, configs: list[Any]) -> bool:
         known = self.configs

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ...core.adapter import Adapter, Additive, WeightSide
+from ...core.adapter import Adapter, Dense, LowRank
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
-from ...core.fused import Site, dense_linears
-from ...core.operator import Operator, WeightShape, plus_thin
-from ...core.precision import compute_dtype, exact_dtype
+from ...core.operator import Operator, WeightShape, add_to
+from ...core.precision import exact_dtype
+from ...core.recompute import Tensors
+from ...core.weight_form import weight_form_linear
 from ...ops.product import fold
 from . import ops
 from .config import BlockConfig, MissConfig
 
 
-class Bone(Additive):
+class Bone(LowRank):
     """`W' = W + tile(Dᵀ)`: column k of the delta is row `k mod r` of D; `bone_block` D: `(r, out)`, zero at the start.
 
-    Forward: `base(x) + fold(x) D`. Thin factors: `B = Dᵀ`, `A = [I I …]`. Source: arXiv 2409.15371.
+    Forward: `base(x) + fold(x) D`. Low-rank factors: `B = Dᵀ`, `A = [I I …]`. Source: arXiv 2409.15371.
     """
 
     block: ClassVar[str] = "bone_block"
@@ -56,9 +57,9 @@ class Bone(Additive):
         block = self.get_parameter(self.block)
         nn.init.zeros_(block) if identity else nn.init.kaiming_uniform_(block, a=math.sqrt(5))
 
-    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
+    def prepare(self, *parameters: Tensor) -> Tensors:
         """`D (…, r, out)`: the block, repeated over the outputs in the mini form."""
-        D = θ[0].to(exact_dtype(θ[0].dtype))
+        D = parameters[0].to(exact_dtype(parameters[0].dtype))
         repeats = self.shape.out_features // D.shape[-1]
         return (D if repeats == 1 else D.unsqueeze(-2).expand(*D.shape[:-1], repeats, D.shape[-1]).flatten(-2),)
 
@@ -76,27 +77,23 @@ class Bone(Additive):
         block = self.get_parameter(self.block)
         r, columns = block.shape
         if columns >= r:
-            return self.thin(*self.exact())
+            return self.low_rank(*self.factors_now())
         block = block.to(exact_dtype(block.dtype))
         B = ops.unfolding(columns, self.shape.out_features, block).mT
         return B, block.mT.repeat(1, -(-self.shape.in_features // r))[:, : self.shape.in_features]
 
-    def thin(self, *derived: Tensor) -> tuple[Tensor, Tensor]:
-        (D,) = derived
+    def low_rank(self, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        (D,) = factors
         return D.mT, ops.unfolding(self.r, self.shape.in_features, D)
 
-    def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
-        x = x.to(compute_dtype(x))
-        quick = self.quick(op.plain(x.dtype), x.dtype) if scale == 1.0 else None
-        if quick is not None:
-            return quick(x)
+    def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         if not op.shape.is_linear:
-            return super().forward(x, op, scale)
-        (D,) = self.derived(x.dtype)
-        return plus_thin(op(x), fold(self.drop(x), self.r), D if scale == 1.0 else D * scale)
+            return super().run(x, op, factors, scale)
+        (D,) = factors
+        return add_to(op(x), fold(self.drop(x), self.r), D if scale == 1.0 else D * scale)
 
 
-class Bat(WeightSide):
+class Bat(Dense):
     """`W'_ij = W_ij + W_ij B_i + B_i`, W cut into r×r blocks, i the output block; `bone_block` B: `(out/r, r, r)`, zero at
     the start. The delta has full rank. Source: arXiv 2409.15371, where it is called BAT.
     """
@@ -132,22 +129,15 @@ class Bat(WeightSide):
         """The delta `W_ij B_i + B_i` is linear in B, so blocks of one r add."""
         return _sum_of_blocks(adapters, weights) if how == "linear" else None
 
-    rule: ClassVar[ops.BatRule] = ops.BatRule()
+    @property
+    def rule(self) -> ops.BatRule:
+        return ops.BAT
 
-    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
-        return θ
+    def prepare(self, *parameters: Tensor) -> Tensors:
+        return parameters
 
-    def family(self) -> Hashable:
-        return type(self)
-
-    def on_plain(
-        self, sites: Sequence[Site], stack: tuple[Tensor, ...] | None = None
-    ) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        flat = [t for W, bias, θ in sites for t in (W, bias, *θ)]
-        return lambda x: dense_linears(x, self.rule, len(sites), *flat)
-
-    def transform(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-        return ops.bat, (self.get_parameter(self.block),)
+    def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        return weight_form_linear(x, W, bias, self.rule, *factors)
 
     def delta_rows(self, W: Tensor) -> Iterator[Tensor]:
         """One row of blocks at a time."""

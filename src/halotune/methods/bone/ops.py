@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.fused import Rule
 from ...core.precision import exact
+from ...core.weight_form import Rule
 from ...ops.dispatch import Op, triton_kernel
 
 
@@ -19,14 +19,16 @@ def unfolding(r: int, n_in: int, like: Tensor) -> Tensor:
 def bat(W: Tensor, blocks: Tensor) -> Tensor:
     """The definition of BAT: `W'_ij = W_ij + W_ij B_i + B_i`, W cut into r×r blocks, i the output block.
 
-    Shapes: W `(out, in)`, blocks `(out/r, r, r)`, both out and in multiples of r. In the dtype of W.
+    Shapes: W `(…, out, in)`, blocks `(…, out/r, r, r)`, both out and in multiples of r. In the dtype of W.
     """
-    n, r, _ = blocks.shape
+    *_, n, r, _ = blocks.shape
     B = blocks.to(W.dtype)
     with exact(W):
-        stacked = W.reshape(n, -1, r)  # the blocks of one row of blocks, interleaved: (i, row and j, column)
-        product = torch.baddbmm(stacked, stacked, B)
-        return (product.view(n, r, -1, r) + B.unsqueeze(2)).view(W.shape)
+        n_in = W.shape[-1]
+        stacked = W.reshape(W.shape[:-2].numel() * n, n_in, r)  # a row of blocks, interleaved: (i, row and j, column)
+        B = B.flatten(0, -3)
+        product = torch.baddbmm(stacked, stacked, B).view(-1, r, n_in // r, r)
+        return (product + B.unsqueeze(2)).view(W.shape)
 
 
 def _pull_bat(G: Tensor, W: Tensor, blocks: Tensor) -> Tensor:
@@ -76,6 +78,9 @@ pull_bat = Op(
 class BatRule(Rule):
     """`bat` and its gradient."""
 
+    def define(self, W: Tensor, *θ: Tensor) -> Tensor:
+        return bat(W, θ[0])
+
     def build(self, W: Tensor, *θ: Tensor) -> Tensor:
         return build_bat(W, θ[0])
 
@@ -84,3 +89,6 @@ class BatRule(Rule):
 
     def pull(self, G: Tensor, W: Tensor, *θ: Tensor) -> tuple[Tensor, ...]:
         return (pull_bat(G, W, θ[0]),)
+
+
+BAT = BatRule()

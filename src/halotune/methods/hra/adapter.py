@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ...core.adapter import InputSide
+from ...core.adapter import Rotation, add_low_rank
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
-from ...core.fused import Site
-from ...core.operator import WeightShape
+from ...core.operator import Operator, WeightShape
+from ...core.recompute import Tensors
 from . import ops
 from .config import HRAConfig
 
 
-class HRA(InputSide):
+class HRA(Rotation):
     """`W' = W Q`, `Q = H_1 … H_r = I − Û T Ûᵀ`; `hra_u` U: `(in, r)`.
 
-    Forward costs two thin products, `x' = x − (x Û)(Tᵀ Ûᵀ)`, and leaves the base untouched. No gradient depends on the
+    Forward costs two low-rank products, `x' = x − (x Û)(Tᵀ Ûᵀ)`, and leaves the base untouched. No gradient depends on the
     length of a column, so give `hra_u` no weight decay.
 
     Source: arXiv 2405.17484; the form is derived in README.md beside this file.
@@ -63,7 +63,7 @@ class HRA(InputSide):
         elif r % 2 == 0:
             self.hra_u[:, 1::2] = self.hra_u[:, ::2]
 
-    def complaint(self) -> str | None:
+    def loading_warning(self) -> str | None:
         if self.gram_schmidt and not self.hra_u.is_meta:
             rank = int(torch.linalg.matrix_rank(ops.normalize(self.hra_u), atol=1e-3))
             if rank < self.hra_u.shape[1]:
@@ -73,33 +73,36 @@ class HRA(InputSide):
                 )
         return None
 
-    def kin(self) -> Hashable:
+    def batch_key(self) -> Hashable:
         return self.gram_schmidt
 
-    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
+    def prepare(self, *parameters: Tensor) -> Tensors:
         """`Ûᵀ (…, r, in)` and `N = −Tᵀ Ûᵀ (…, r, in)`."""
-        Û, N = ops.wy_factors(θ[0], self.gram_schmidt)
+        Û, N = ops.wy_factors(parameters[0], self.gram_schmidt)
         return Û.mT, N
 
-    def rotate(self, x: Tensor, transpose: bool = False) -> Tensor:
-        Ût, N = self.derived(x.dtype)
-        return ops.rotate(x, N, Ût) if transpose else ops.rotate(x, Ût, N)
+    def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
+        B, A = self._low_rank(W, *(t.to(W.dtype) for t in factors))
+        return W + B @ A
 
-    def family(self) -> Hashable:
-        return type(self), self.kin(), self.hra_u.shape, self.hra_u.dtype, self.hra_u.device
+    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        return self._low_rank(W, *self.factors_now())
 
-    stacked = True
-
-    def on_plain(
-        self, sites: Sequence[Site], stack: tuple[Tensor, ...] | None = None
-    ) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        Ût, N = stack or [t.unsqueeze(0) for t in sites[0].derived]
-        flat = [t for site in sites for t in (site.W, site.bias)]
-        return lambda x: ops.reflected_linears(x, Ût, N, *flat)
-
-    def thin(self, W: Tensor, *derived: Tensor) -> tuple[Tensor, Tensor]:
-        Ût, N = derived
+    @staticmethod
+    def _low_rank(W: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        """`B (…, out, r)`, `A (…, r, in)` with `W Q − W == B A`."""
+        Ût, N = factors
         return W @ N.mT.to(W.dtype), Ût
+
+    def rotate(self, x: Tensor, *factors: Tensor) -> Tensor:
+        return ops.rotate(x, *factors)
+
+    def run_on_patches(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
+        W = op.weight().to(x.device)  # offloaded weights may be elsewhere
+        return add_low_rank(x, x, op, self._low_rank(W, *factors), scale)
+
+    def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        return ops.reflected_linear(x, W, bias, *factors)
 
     @property
     def rank(self) -> int:

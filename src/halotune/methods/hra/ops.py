@@ -9,17 +9,16 @@ so that nothing of size in×in is ever needed (derivation: README.md beside this
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.fused import first_order, flattened
-from ...core.operator import plus_thin
+from ...core.frozen_linear import flattened, gradients_of, unflattened
+from ...core.operator import add_to
 from ...core.precision import exact, exact_dtype
-from ...ops.product import gather, grams, spread
+from ...ops.product import add_product, transposed_products
 
 
 def normalize(U: Tensor) -> Tensor:
@@ -56,20 +55,30 @@ def rank_tolerance(G: Tensor) -> float:
 class _SpanInverse(torch.autograd.Function):
     """`G⁺` of a Gram matrix at constant rank; `dG⁺ = −G⁺ dG G⁺` (the other terms vanish between Û and Ûᵀ)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, G: Tensor) -> Tensor:
+    def forward(G: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         eigenvalues, V = torch.linalg.eigh(G)
         tolerance = rank_tolerance(G)
         inverse = torch.where(eigenvalues > tolerance, 1.0 / eigenvalues.clamp_min(tolerance), 0.0)
-        pinv = (V * inverse.unsqueeze(-2)) @ V.mT
-        ctx.save_for_backward(pinv)
-        return pinv
+        return (V * inverse.unsqueeze(-2)) @ V.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         (pinv,) = ctx.saved_tensors
         dG = -pinv @ grad_outputs[0].mT @ pinv
         return 0.5 * (dG + dG.mT)
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Tensor) -> Tensor:
+        (pinv,) = ctx.saved_tensors
+        return -pinv @ grad_inputs[0] @ pinv
 
 
 def span_core(Û: Tensor) -> Tensor:
@@ -94,51 +103,39 @@ def wy_factors(U: Tensor, gram_schmidt: bool) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, A: Tensor, N: Tensor) -> Tensor:
     """`x + (x Aᵀ) N` over the last dimension, differentiable in everything."""
-    return plus_thin(x, x @ A.mT, N)
+    return add_to(x, x @ A.mT, N)
 
 
-class _ReflectedLinears(torch.autograd.Function):
-    """`Ûᵀ (s, r, in)` and N `(s, r, in)` of s siblings; for each W and b.
-
-    The gradients of the rotated inputs become that of x in one pass over them.
-    """
+class _ReflectedLinear(torch.autograd.Function):
+    """`Ûᵀ (r, in)` and N `(r, in)`. The small product `z = x Û` is an output too: see `core/frozen_linear.py`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, Ût: Tensor, N: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, Ût: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
         rows = flattened(x)
-        ys, z = _reflected_linears(rows, Ût, N, flat, x.shape[:-1])
-        ctx.save_for_backward(rows, z, Ût, N, *flat[::2])
-        ctx.shape = x.shape
-        return ys
+        rotated, z = add_product(rows, rows, Ût, N, False)
+        ctx.save_for_backward(x, z, W, Ût, N)
+        ctx.set_materialize_grads(False)
+        return unflattened(F.linear(rotated, W, bias), x), z
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, z, Ût, N, *Ws = ctx.saved_tensors
-        if len(Ws) == 1:
-            d = torch.mm(flattened(grad_outputs[0]), Ws[0]).unsqueeze(0)  # of the rotated inputs
-        else:  # each in its place: in a compiled graph, where layers run alone, that would be one more copy
-            d = x.new_empty((len(Ws), *x.shape))
-            for dy, W, place in zip(grad_outputs, Ws, d.unbind(), strict=True):
-                torch.mm(flattened(dy), W, out=place)
-        dx, dz = gather(d, N, Ût) if ctx.needs_input_grad[0] else (None, torch.bmm(d, N.mT))
-        dN, dÛt = grams(z, d, dz, x)
-        return (None if dx is None else dx.view(ctx.shape)), dÛt, dN, *[None] * (2 * len(Ws))
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, W, Ût, N = ctx.saved_tensors
+        dy, dz_more = gradients_of(grad_outputs)
+        rows = flattened(x)
+        d = torch.zeros_like(rows) if dy is None else torch.mm(flattened(dy), W)  # of the rotated input
+        dx, dz = add_product(d, d, N, Ût, False) if ctx.needs_input_grad[0] else (None, torch.mm(d, N.t()))
+        if dz_more is not None:
+            dx, dz = None if dx is None else torch.addmm(dx, dz_more, Ût), dz + dz_more
+        dN, dÛt = transposed_products(z, d, dz, rows)
+        return (None if dx is None else unflattened(dx, x)), None, None, dÛt, dN
 
 
-def _reflected_linears(
-    rows: Tensor, Ût: Tensor, N: Tensor, flat: Sequence[Any], size: torch.Size
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    rotated, z = spread(rows, Ût, N)
-    outputs = [F.linear(x, W, b) for x, W, b in zip(rotated.unbind(), flat[::2], flat[1::2], strict=True)]
-    return tuple([y.view(*size, -1) for y in outputs]), z
-
-
-def reflected_linears(x: Tensor, Ût: Tensor, N: Tensor, *flat: Tensor | None) -> tuple[Tensor, ...]:
-    """`(x + (x Û_s) N_s) W_sᵀ + b_s` of siblings: `Ûᵀ (s, r, in)`, `N (s, r, in)`, then each W and b."""
+def reflected_linear(x: Tensor, W: Tensor, bias: Tensor | None, Ût: Tensor, N: Tensor) -> Tensor:
+    """`(x + (x Û) N) Wᵀ + b` for a frozen W; `Ûᵀ (r, in)`, `N (r, in)`."""
     if torch.is_grad_enabled():
-        return _ReflectedLinears.apply(x, Ût, N, *flat)  # type: ignore[return-value]
-    return _reflected_linears(flattened(x), Ût, N, flat, x.shape[:-1])[0]
+        return _ReflectedLinear.apply(x, W, bias, Ût, N)[0]  # type: ignore[index]
+    rows = flattened(x)
+    return unflattened(F.linear(add_product(rows, rows, Ût, N, False)[0], W, bias), x)
 
 
 def orthogonality(U: Tensor, squared: bool) -> Tensor:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from functools import partial
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ...core.adapter import Adapter, WeightSide, add_low_rank, weight_form
+from ...core.adapter import Adapter, Dense, add_low_rank
 from ...core.config import AdapterConfig
-from ...core.fused import Site, dense_linears, thin_linears
+from ...core.frozen_linear import low_rank_linear
 from ...core.operator import Operator, WeightShape
-from ...core.precision import compute_dtype, exact_dtype
+from ...core.precision import exact_dtype
+from ...core.recompute import Tensors
+from ...core.weight_form import Rule, weight_form, weight_form_linear
 from . import ops
 from .config import LoHaConfig
 
 
-class LoHa(WeightSide):
+class LoHa(Dense):
     """`W' = W + (alpha / r) (A1 B1) ∘ (A2 B2)`.
 
     Parameters `hada_w1_a (out, r)`, `hada_w1_b (r, in)`, the same for `w2`. The Tucker form of a convolution has
@@ -28,7 +29,7 @@ class LoHa(WeightSide):
 
     With `use_scalar` ΔW has one more factor, `hada_scalar ()`.
 
-    Small ranks are applied as thin factors of rank r², large ones as `W + ΔW`, whichever costs less for the shapes at
+    Small ranks are applied as low-rank factors of rank r², large ones as `W + ΔW`, whichever costs less for the shapes at
     hand. Source: FedPara, arXiv 2108.06098.
     """
 
@@ -41,7 +42,7 @@ class LoHa(WeightSide):
         super().__init__(shape)
         self.r, self.scaling, self.tucker, self.scalar = r, scaling, tucker, scalar
         self.rank_dropout = self.module_dropout = 0.0
-        self.rule = ops.HadamardRule(scaling)
+        self._rule = ops.HadamardRule(scaling)
         n_out, n_in = shape.out_features, shape.in_channels if tucker else shape.in_features
         core = shape.kernel if len(shape.kernel) > 1 else (*shape.kernel, 1)  # PEFT's files hold (r, r, k, 1) for Conv1d
         for i in "12":
@@ -69,24 +70,34 @@ class LoHa(WeightSide):
         if identity:
             nn.init.zeros_(self.hada_scalar if self.scalar else self.hada_w2_b)
 
-    def kin(self) -> Hashable:
+    @property
+    def rule(self) -> Rule:
+        return self._rule
+
+    def batch_key(self) -> Hashable:
         return self.shape, self.tucker, self.scalar, self.scaling
 
     @property
     def is_small(self) -> bool:
-        """Whether thin factors of rank r² win for any number of tokens."""
-        return ops.thin_is_cheaper(1 << 40, self.shape.out_features, self.shape.in_features, self.r)
+        """Whether low-rank factors of rank r² win for any number of tokens."""
+        return ops.low_rank_is_cheaper(1 << 40, self.shape.out_features, self.shape.in_features, self.r)
 
     @property
-    def derives_factors(self) -> bool:
-        """Whether small thin factors are made for all layers at once, and kept until backward has used them. A CPU, where
+    def prepares_low_rank(self) -> bool:
+        """Whether small low-rank factors are made for all layers at once, and kept until backward has used them. A CPU, where
         launches cost nothing, makes those of each layer twice."""
-        return self.is_small and self.hada_w1_a.device.type != "cpu"
+        return self.is_small and self.tensors()[0].device.type != "cpu"
 
-    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
-        """The thin factors `Bᵀ (…, r², out)` and `A (…, r², in)`, or the halves."""
-        halves = self.halves(*θ)
-        return self._thin_factors(*halves) if self.derives_factors else halves
+    def prepare(self, *parameters: Tensor) -> Tensors:
+        """The low-rank factors `Bᵀ (…, r², out)` and `A (…, r², in)`, or the halves."""
+        halves = self.halves(*parameters)
+        return self._low_rank(*halves) if self.prepares_low_rank else halves
+
+    def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
+        if not self.prepares_low_rank:
+            return self.rule.define(W, *factors)
+        Bt, A = factors
+        return (W + Bt.mT @ A).to(W.dtype)
 
     def halves(self, *θ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`A1 (…, out, r)`, `B1 (…, r, in)`, `A2`, `B2`, in fp32 or better."""
@@ -111,11 +122,8 @@ class LoHa(WeightSide):
             B = B * (torch.rand((), device=B.device) >= self.module_dropout).to(B.dtype)
         return B
 
-    def transform(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-        return partial(ops.add_hadamard, s=self.scaling), self.halves(*self.parameters())
-
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
-        return ops.khatri_rao(*self.halves(*self.parameters()), s=self.scaling)
+        return ops.khatri_rao(*self.halves(*self.tensors()), s=self.scaling)
 
     def reads_weight(self, op: Operator) -> bool:
         return not (self.is_small or op.opaque)
@@ -128,42 +136,30 @@ class LoHa(WeightSide):
     def rank(self) -> int:
         return self.r
 
-    def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
-        x = x.to(compute_dtype(x))
-        quick = self.quick(op.plain(x.dtype), x.dtype) if scale == 1.0 else None
-        if quick is not None:
-            return quick(x)
-        θ = self.derived(x.dtype)
-        if self.derives_factors:
-            Bt, A = θ
+    def weight(self, W: Tensor) -> Tensor:
+        return self.rule.define(W, *self.halves(*self.tensors()))
+
+    def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
+        if self.prepares_low_rank:
+            Bt, A = factors
             return add_low_rank(x, x, op, (self._drop_rows(Bt.mT), A), scale)
-        θ = (self._drop_rows(θ[0]), *θ[1:])
-        if op.opaque or self._thin_for(x):
-            return add_low_rank(x, x, op, ops.khatri_rao(*θ, s=self.scaling), scale)  # type: ignore[call-arg]
-        return weight_form(x, op, partial(ops.add_hadamard, s=self.scaling), θ, scale)
+        factors = (self._drop_rows(factors[0]), *factors[1:])
+        if op.opaque or self._low_rank_for(x):
+            return add_low_rank(x, x, op, ops.khatri_rao(*factors, s=self.scaling), scale)  # type: ignore[call-arg]
+        return weight_form(x, op, self.rule, factors, scale)
 
-    def _thin_for(self, x: Tensor) -> bool:
+    def _low_rank_for(self, x: Tensor) -> bool:
         tokens = x.numel() // (self.shape.in_channels * self.shape.groups)
-        return ops.thin_is_cheaper(tokens, self.shape.out_features, self.shape.in_features, self.r)
+        return ops.low_rank_is_cheaper(tokens, self.shape.out_features, self.shape.in_features, self.r)
 
-    def family(self) -> Hashable:
-        return type(self), self.r, self.kin()
+    def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        if self.prepares_low_rank:
+            return low_rank_linear(x, W, bias, *factors)
+        if self._low_rank_for(x):
+            return low_rank_linear(x, W, bias, *factors, make=self._low_rank)
+        return weight_form_linear(x, W, bias, self.rule, *factors)
 
-    def on_plain(
-        self, sites: Sequence[Site], stack: tuple[Tensor, ...] | None = None
-    ) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        flat = [t for W, bias, θ in sites for t in (W, bias, *θ)]
-        if self.derives_factors:
-            return lambda x: thin_linears(x, len(sites), *flat)
-
-        def call(x: Tensor) -> tuple[Tensor, ...]:
-            if self._thin_for(x):
-                return thin_linears(x, len(sites), *flat, make=self._thin_factors)
-            return dense_linears(x, self.rule, len(sites), *flat)
-
-        return call
-
-    def _thin_factors(self, *halves: Tensor) -> tuple[Tensor, Tensor]:
+    def _low_rank(self, *halves: Tensor) -> tuple[Tensor, Tensor]:
         """`Bᵀ (…, r², out)`, `A (…, r², in)`."""
         B, A = ops.khatri_rao(*halves, s=self.scaling)  # type: ignore[call-arg]
         return B.mT.contiguous(), A
@@ -197,17 +193,20 @@ class DecomposedLoHa(LoHa):
         W = op.weight().to(exact_dtype(m.dtype)).unflatten(1, (self.shape.in_channels, -1))
         m.copy_(torch.linalg.vector_norm(W, dim=(1, 2) if self.on_out else (0, 2)).view_as(m))
 
-    def kin(self) -> Hashable:
-        return self.on_out, super().kin()
+    @property
+    def rule(self) -> Rule:
+        return ops.DecomposedRule(self.scaling, self.shape.in_channels, self.on_out)
 
-    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
-        return *self.halves(*θ[:-1]), θ[-1].to(exact_dtype(θ[-1].dtype))
+    def batch_key(self) -> Hashable:
+        return self.on_out, super().batch_key()
 
-    def _map(self) -> Callable[..., Tensor]:
-        return partial(ops.decomposed_hadamard, s=self.scaling, channels=self.shape.in_channels, on_out=self.on_out)
+    prepares_low_rank = False
 
-    def transform(self) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-        return self._map(), self.derive(*self.parameters())
+    def prepare(self, *parameters: Tensor) -> Tensors:
+        return *self.halves(*parameters[:-1]), parameters[-1].to(exact_dtype(parameters[-1].dtype))
+
+    def weight(self, W: Tensor) -> Tensor:
+        return self.rule.define(W, *self.factors_now())
 
     def factors(self, W: Tensor) -> None:
         return None
@@ -215,13 +214,12 @@ class DecomposedLoHa(LoHa):
     def reads_weight(self, op: Operator) -> bool:
         return True
 
-    def may_be_plain(self) -> bool:
-        return False
+    def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
+        first, *others = factors
+        return weight_form(x, op, self.rule, (self._drop_rows(first), *others), scale)
 
-    def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
-        x = x.to(compute_dtype(x))
-        first, *others = self.derived(x.dtype)
-        return weight_form(x, op, self._map(), (self._drop_rows(first), *others), scale)
+    def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        return weight_form_linear(x, W, bias, self.rule, *factors)
 
 
 def create_loha(shape: WeightShape, config: AdapterConfig) -> Adapter:

@@ -1,12 +1,12 @@
-"""The mathematics of LoHa: `ΔW = s (A1 B1) ∘ (A2 B2)`, `A (out, r)`, `B (r, in)`, and its exact thin factors."""
+"""The mathematics of LoHa: `ΔW = s (A1 B1) ∘ (A2 B2)`, `A (out, r)`, `B (r, in)`, and its exact low-rank factors."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ...core.fused import Rule
 from ...core.precision import exact, exact_dtype
+from ...core.weight_form import Rule
 from ...ops.dispatch import Op, triton_kernel
 
 
@@ -78,6 +78,9 @@ class HadamardRule(Rule):
     def __init__(self, s: float) -> None:
         self.s = s
 
+    def define(self, W: Tensor, *θ: Tensor) -> Tensor:
+        return add_hadamard(W, *θ, s=self.s)  # type: ignore[call-arg]
+
     def build(self, W: Tensor, *θ: Tensor) -> Tensor:
         return build(W, *θ, self.s)
 
@@ -86,6 +89,16 @@ class HadamardRule(Rule):
 
     def pull(self, G: Tensor, W: Tensor, *θ: Tensor) -> tuple[Tensor, ...]:
         return pull(G, *θ, self.s)
+
+
+class DecomposedRule(Rule):
+    """`decomposed_hadamard`; its gradients are autograd's."""
+
+    def __init__(self, s: float, channels: int, on_out: bool) -> None:
+        self.s, self.channels, self.on_out = s, channels, on_out
+
+    def define(self, W: Tensor, *θ: Tensor) -> Tensor:
+        return decomposed_hadamard(W, *θ, s=self.s, channels=self.channels, on_out=self.on_out)  # type: ignore[call-arg]
 
 
 def khatri_rao(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> tuple[Tensor, Tensor]:
@@ -105,10 +118,10 @@ def tucker_rows(t: Tensor, b: Tensor, kernel_dims: int) -> Tensor:
         return torch.einsum("...ijk,...jc->...ick", t, b).flatten(-2)
 
 
-def thin_is_cheaper(tokens: int, n_out: int, n_in: int, r: int) -> bool:
-    """Whether the thin factors of rank r² cost less than building `W + ΔW`, forward and backward together.
+def low_rank_is_cheaper(tokens: int, n_out: int, n_in: int, r: int) -> bool:
+    """Whether the low-rank factors of rank r² cost less than building `W + ΔW`, forward and backward together.
 
-    In units of `2 n_out n_in` operations the thin products cost `3 tokens r² (1/n_out + 1/n_in)`; the dense form costs
+    In units of `2 n_out n_in` operations the low-rank products cost `3 tokens r² (1/n_out + 1/n_in)`; the dense form costs
     `tokens` for `dyᵀ x`, and `8 r` for building ΔW twice and for the gradients of its four factors.
     """
     return 3 * tokens * r * r * (n_out + n_in) < n_out * n_in * (tokens + 8 * r)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ...core.adapter import Additive
+from ...core.adapter import LowRank
 from ...core.config import AdapterConfig
 from ...core.operator import WeightShape
 from ...core.precision import exact_dtype
+from ...core.recompute import Tensors
 from .config import LoraConfig
 
 
@@ -24,7 +25,7 @@ class Factor(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
 
 
-class Lora(Additive):
+class Lora(LowRank):
     """`W' = W + s B A`; `lora_A.weight` A: `(r, in)`, `lora_B.weight` B: `(out, r)`, s = alpha / r.
 
     For a convolution A is a kernel `(r, channels, k…)` and B one of size 1. Source: arXiv 2106.09685.
@@ -67,10 +68,10 @@ class Lora(Additive):
         self.lora_A.weight.flatten(1)[:k] = A
         self.lora_B.weight.flatten(1)[:, :k] = B / self.scaling
 
-    def kin(self) -> Hashable:
+    def batch_key(self) -> Hashable:
         return self.scaling, self.shape
 
-    def derive(self, *θ: Tensor) -> tuple[Tensor, ...]:
+    def prepare(self, *parameters: Tensor) -> Tensors:
         """`s Bᵀ (…, r, out)` and `A (…, r, in)`."""
-        A, B = (t.to(exact_dtype(t.dtype)).flatten(-1 - len(self.shape.kernel)) for t in θ)
+        A, B = (t.to(exact_dtype(t.dtype)).flatten(-1 - len(self.shape.kernel)) for t in parameters)
         return (self.scaling * B).mT, A

@@ -1,0 +1,1 @@
+"""Forward passes: what is prepared for all layers together, and for how long (README.md)."""

@@ -1,0 +1,217 @@
+"""Preparing for all layers of one shape together.
+
+A scope is a model with hooks that mark where its forward passes begin and end. The first adapted layer that is called in a
+pass, and finds nothing prepared for it, has the pass prepare for all layers that prepare alike. What is prepared lies in the
+adapters' slots until the pass ends; each layer looks for itself whether it may use it (`core/prepared.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ...core.adapter import Adapter, Factors
+from ...core.layer import AdaptedLayer
+from ...core.prepared import LOCAL, SCOPES, Prepared, seen, stream_of
+from ...core.recompute import Tensors, prepare
+from .weight_cache import WeightCache
+
+
+class Member(NamedTuple):
+    """An adapter that runs, and its layer."""
+
+    layer: AdaptedLayer
+    adapter: Adapter
+    tensors: Tensors
+
+    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+        """W and the bias, where W' is all that the layer needs: a plain matrix with this adapter alone on it."""
+        alone = len(self.layer.running()) == 1 and set(self.layer.scales.values()) == {1.0}
+        dropped = self.adapter.training and self.adapter.dropout
+        return self.layer.base.plain(dtype) if alone and not dropped else None
+
+
+class Scope:
+    """The hooks of one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.cache = WeightCache()
+        self._reset()
+        self.handles = [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def _reset(self) -> None:
+        self.layers: list[AdaptedLayer] | None = None
+        self.parents: list[nn.Module] = []
+        self.recomputing: tuple[int, ForwardPass] | None = None
+
+    def find(self, model: nn.Module) -> list[AdaptedLayer]:
+        """The layers that prepare together."""
+        return [m for m in model.modules() if isinstance(m, AdaptedLayer)]
+
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():  # a whole model in one graph: layers prepare alone, and the compiler arranges it
+            return
+        if self.layers is None:
+            self.layers, self.parents = self.find(model), [m for m in model.modules() if m._modules]
+            for layer in self.layers:
+                for adapter in layer.adapters.values():
+                    SCOPES[adapter] = ref(self)
+        self.close()  # an earlier pass may have been interrupted past all hooks
+        LOCAL.running = running = ForwardPass(self, LOCAL.running)
+        if any([m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in self.parents]):
+            running.prepare_all()  # compiled code takes what is prepared, and cannot ask for it
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.close()
+
+    def close(self) -> None:
+        """The pass of this scope in this thread is over, and those that began within it."""
+        passes, running = [], LOCAL.running
+        while isinstance(running, ForwardPass):
+            passes.append(running)
+            if running.scope is self:
+                LOCAL.running = running.outer
+                for one in passes:
+                    one.clear()
+                return
+            running = running.outer
+
+    def recomputation(self) -> ForwardPass:
+        task = torch._C._current_graph_task_id()
+        if self.recomputing is None or self.recomputing[0] != task:
+            self.recomputing = task, ForwardPass(self, None)
+            engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+            engine.queue_callback(self.recomputing[1].clear)
+        return self.recomputing[1]
+
+    def cache_weights(self, budget: int) -> None:
+        """Keep W' without gradients, up to a budget of bytes."""
+        self.cache.clear()
+        self.cache.budget = budget
+
+    def reset(self) -> None:
+        """Layers were put in or taken out."""
+        self.cache.clear()
+        self._reset()
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"cache": self.cache, "handles": self.handles}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+
+class ForwardPass:
+    """One pass of a scope in a thread."""
+
+    def __init__(self, scope: Scope, outer: Any) -> None:
+        self.scope, self.outer = scope, outer
+        self.groups: dict[Hashable, list[Member]] | None = None
+        self.keys: dict[Adapter, Hashable] = {}
+        self.tried: set[Hashable] = set()
+        self.filled: list[Prepared] = []
+
+    def prepare_for(self, adapter: Adapter, dtype: torch.dtype, tokens: int) -> None:
+        if self.groups is None:
+            self.groups = self._grouped()
+        key = self.keys.get(adapter)
+        attempt = key, dtype, torch.is_grad_enabled()
+        if key is None or attempt in self.tried:
+            return
+        self.tried.add(attempt)
+        members = self.groups[key]
+        if members[0].layer.base.dtype is not dtype and not _is_autocast(members[0].tensors[0], dtype):
+            return
+        adapted = self._weights(key, members, dtype)
+        rest = [m for m, W in zip(members, adapted, strict=True) if W is None]
+        if len(rest) > 1:
+            made = prepare(Factors(adapter, dtype), [m.tensors for m in rest])
+            for member, factors in zip(rest, made, strict=True):
+                self._fill(member, factors, None, member.tensors, dtype)
+
+    def prepare_all(self) -> None:
+        """For every adapter, in the dtype that its layer runs in."""
+        self.groups = self._grouped() if self.groups is None else self.groups
+        for members in self.groups.values():
+            t = members[0].tensors[0]
+            kind = t.device.type
+            autocast = torch.is_autocast_enabled(kind)
+            self.prepare_for(members[0].adapter, torch.get_autocast_dtype(kind) if autocast else members[0].layer.base.dtype, 0)
+
+    def _grouped(self) -> dict[Hashable, list[Member]]:
+        """Adapters that prepare alike. None where parameters are whole only while their own layer runs."""
+        groups: dict[Hashable, list[Member]] = {}
+        if _gradients_may_be_missed():
+            return groups
+        for layer in self.scope.layers or ():
+            for adapter in layer.running():
+                tensors = adapter.tensors()
+                if not all([_is_at_hand(t) for t in tensors]):
+                    self.keys.clear()
+                    return {}
+                if (dtype := layer.base.dtype).is_floating_point and dtype.itemsize > 1:
+                    like = tuple([(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors])
+                    self.keys[adapter] = key = type(adapter), adapter.batch_key(), like, dtype
+                    groups.setdefault(key, []).append(Member(layer, adapter, tensors))
+        return groups
+
+    def _weights(self, key: Hashable, members: list[Member], dtype: torch.dtype) -> list[Tensor | None]:
+        """W' of those members for which it is prepared."""
+        cache = self.scope.cache
+        if not cache.budget:
+            return [None] * len(members)
+        if torch.is_grad_enabled() or any([m.adapter.training for m in members]):
+            cache.clear()  # the memory is training's
+            return [None] * len(members)
+        matrices = [None if (plain := m.plain(dtype)) is None else plain[0] for m in members]
+        found = cache.weights(key, [m.adapter for m in members], [m.tensors for m in members], matrices)
+        for member, W, adapted in zip(members, matrices, found, strict=True):
+            if W is not None and adapted is not None:
+                self._fill(member, (), adapted, (*member.tensors, W), dtype)
+        return found
+
+    def _fill(self, member: Member, factors: Tensors, adapted: Tensor | None, made_from: Iterable[Tensor], dtype: Any) -> None:
+        made_from = tuple(made_from)
+        recorded, stream = torch.is_grad_enabled(), stream_of(made_from[0])
+        member.adapter.slot.prepared = made = Prepared(factors, adapted, dtype, recorded, stream, seen(made_from))
+        self.filled.append(made)
+
+    def clear(self) -> None:
+        """The pass is over: what was prepared lives on only in graphs that use it."""
+        for prepared in self.filled:
+            prepared.release()
+        self.filled, self.groups, self.keys = [], None, {}
+
+
+def _is_at_hand(t: Tensor) -> bool:
+    """Whether a parameter may be read at any time: no part of a sharded, flat, offloaded or replicated one."""
+    return (
+        type(t) is nn.Parameter
+        and not (t.is_meta or t.is_inference())
+        and not (hasattr(t, "_fsdp_flattened") or hasattr(t, "ds_id"))
+    )
+
+
+def _is_autocast(t: Tensor, dtype: torch.dtype) -> bool:
+    return torch.is_autocast_enabled(t.device.type) and torch.get_autocast_dtype(t.device.type) is dtype
+
+
+def _gradients_may_be_missed() -> bool:
+    """Whether data-parallel training looks for parameters without a gradient: one node for all layers would hide them."""
+    ddp = DistributedDataParallel._active_ddp_module
+    return ddp is not None and torch.is_grad_enabled() and bool(ddp.find_unused_parameters or ddp.static_graph)
