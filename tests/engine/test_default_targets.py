@@ -72,6 +72,8 @@ def shorten(config, layers: int) -> None:
     for key in ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers"):
         if isinstance(getattr(config, key, None), int):
             setattr(config, key, layers)
+    if vars(config).get("layer_types"):  # one entry a layer; some configs compute it
+        config.layer_types = config.layer_types[:layers]
     for value in list(vars(config).values()):
         if isinstance(value, PretrainedConfig):
             shorten(value, layers)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from halotune.methods.bone import ops as bone
 from halotune.methods.loha import ops as loha
+from halotune.ops.build import build_low_rank
 from halotune.ops.dispatch import Op
 from halotune.ops.product import add_product, transposed_products
 
@@ -41,6 +42,10 @@ def halves(make: Make, m: int, n: int, r: int) -> tuple[Tensor, ...]:
     return make(m, r), make(r, n), make(m, r), make(r, n)
 
 
+def layered(make: Make, layers: int, m: int, n: int, r: int) -> tuple[Tensor, ...]:
+    return make(layers, m, r), make(layers, r, n), make(layers, m, r), make(layers, r, n)
+
+
 CASES = [
     Case("add-product", add_product, lambda t: (t(37, 50), t(37, 40), t(5, 40), t(5, 50), False)),
     Case("add-product-in-place", add_product, lambda t: (t(70, 133), t(70, 300), t(17, 300), t(17, 133), True)),
@@ -64,22 +69,29 @@ CASES = [
         transposed_products,
         lambda t: (sliced(t, 300, 33), sliced(t, 300, 20), sliced(t, 300, 33), sliced(t, 300, 90)),
     ),
-    Case("bat", bone.build_bat, lambda t: (t(24, 40), t(3, 8, 8))),
-    Case("bat-odd", bone.build_bat, lambda t: (t(21, 35), t(3, 7, 7))),
-    Case("bat-one-block", bone.build_bat, lambda t: (t(33, 33), t(1, 33, 33))),
-    Case("bat-long-rows", bone.build_bat, lambda t: (t(4, 260), t(2, 2, 2))),
+    Case("low-rank", build_low_rank, lambda t: (t(37, 50), t(37, 5), t(5, 50), None)),
+    Case("low-rank-layers", build_low_rank, lambda t: (t(3, 70, 133), t(3, 70, 17), t(3, 17, 133), None)),
+    Case("low-rank-shared", build_low_rank, lambda t: (t(2, 9, 300), columns(t, 18, 3).reshape(2, 9, 3), t(3, 300), None)),
+    Case("bat", bone.build_bat, lambda t: (t(24, 40), t(3, 8, 8), None)),
+    Case("bat-layers", bone.build_bat, lambda t: (t(2, 24, 40), t(2, 3, 8, 8), None)),
+    Case("bat-odd", bone.build_bat, lambda t: (t(21, 35), t(3, 7, 7), None)),
+    Case("bat-one-block", bone.build_bat, lambda t: (t(33, 33), t(1, 33, 33), None)),
+    Case("bat-long-rows", bone.build_bat, lambda t: (t(4, 260), t(2, 2, 2), None)),
     Case("bat-pull", bone.pull_bat, lambda t: (t(24, 40), t(24, 40), t(3, 8, 8))),
+    Case("bat-pull-layers", bone.pull_bat, lambda t: (t(2, 24, 40), t(2, 24, 40), t(2, 3, 8, 8))),
     Case("bat-pull-odd", bone.pull_bat, lambda t: (t(21, 35), t(21, 35), t(3, 7, 7))),
     Case("bat-pull-one-block", bone.pull_bat, lambda t: (t(33, 33), t(33, 33), t(1, 33, 33))),
     Case("bat-pull-parts", bone.pull_bat, lambda t: (t(6, 1110), t(6, 1110), t(3, 2, 2))),
-    Case("loha", loha.build, lambda t: (t(37, 50), *halves(t, 37, 50, 5), 0.7)),
-    Case("loha-wide", loha.build, lambda t: (t(3, 140), *halves(t, 3, 140, 17), 2.0)),
+    Case("loha", loha.build, lambda t: (t(37, 50), *halves(t, 37, 50, 5), 0.7, None)),
+    Case("loha-layers", loha.build, lambda t: (t(3, 37, 50), *layered(t, 3, 37, 50, 5), 0.7, None)),
+    Case("loha-wide", loha.build, lambda t: (t(3, 140), *halves(t, 3, 140, 17), 2.0, None)),
     Case(
         "loha-strided",
         loha.build,
-        lambda t: (t(37, 50), columns(t, 37, 5), columns(t, 5, 50), columns(t, 37, 5), columns(t, 5, 50), 1.0),
+        lambda t: (t(37, 50), columns(t, 37, 5), columns(t, 5, 50), columns(t, 37, 5), columns(t, 5, 50), 1.0, None),
     ),
     Case("loha-pull", loha.pull, lambda t: (t(37, 50), *halves(t, 37, 50, 5), 0.7)),
+    Case("loha-pull-layers", loha.pull, lambda t: (t(3, 37, 50), *layered(t, 3, 37, 50, 5), 0.7)),
     Case("loha-pull-parts", loha.pull, lambda t: (t(70, 1100), *halves(t, 70, 1100, 3), 0.5)),
     Case("loha-pull-transposed", loha.pull, lambda t: (columns(t, 33, 65), *halves(t, 33, 65, 16), 1.5)),
 ]

@@ -11,6 +11,7 @@ from torch import nn
 from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, get_peft_model
 from halotune.methods.bone import ops as bone
 from halotune.methods.loha import ops as loha
+from halotune.ops.build import build_low_rank
 from halotune.ops.dispatch import backend
 from halotune.ops.product import add_product, transposed_products
 
@@ -31,10 +32,11 @@ LARGE = [
     Case("large-folded", add_product, lambda t: (t(1000, 1040), t(1000, 5003), None, t(64, 1040), True)),
     Case("large-unfolded", add_product, lambda t: (t(1000, 5008), t(1000, 512), t(64, 512), None, True)),
     Case("large-transposed", transposed_products, lambda t: (t(2222, 64), t(2222, 1040), t(2222, 64), t(2222, 3056))),
-    Case("large-bat", bone.build_bat, lambda t: (t(960, 1472), t(15, 64, 64))),
+    Case("large-bat", bone.build_bat, lambda t: (t(960, 1472), t(15, 64, 64), None)),
+    Case("large-low-rank", build_low_rank, lambda t: (t(3, 960, 1472), t(3, 960, 64), t(3, 64, 1472), None)),
     Case("large-bat-pull", bone.pull_bat, lambda t: (t(960, 1472), t(960, 1472), t(15, 64, 64))),
     Case("large-bat-pull-wide", bone.pull_bat, lambda t: (t(96, 8160), t(96, 8160), t(2, 48, 48))),
-    Case("large-loha", loha.build, lambda t: (t(1111, 2050), *halves(t, 1111, 2050, 33), 0.3)),
+    Case("large-loha", loha.build, lambda t: (t(1111, 2050), *halves(t, 1111, 2050, 33), 0.3, None)),
     Case("large-pull", loha.pull, lambda t: (t(1111, 2050), *halves(t, 1111, 2050, 33), 0.3)),
     Case("large-pull-wide", loha.pull, lambda t: (t(96, 8192), *halves(t, 96, 8192, 8), 0.3)),
 ]

@@ -231,7 +231,7 @@ class Model(nn.Module):
 def wrap(model: nn.Module, config: AdapterConfig) -> PeftModel:
     """`get_peft_model`, which warns of the configuration's notices and of nothing else."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)  # ours; pytest's filters keep others' warnings at import
         wrapped = get_peft_model(model, config)
     assert [str(w.message) for w in caught] == config.notices()
     return wrapped

@@ -57,7 +57,7 @@ class Llama(Family):
 
     def build(self, shape: dict[str, Any]) -> nn.Module:
         transformers = imported("transformers")
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(tie_word_embeddings=False, **shape))
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{"tie_word_embeddings": False, **shape}))
 
     def batch(self, shape: dict[str, Any], batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Batch:
         return {"input_ids": torch.randint(shape["vocab_size"], (batch, tokens), device=device)}
@@ -173,6 +173,7 @@ PRESETS: dict[str, Preset] = {
     "llama-8b": Preset(Llama(), _llama(4096, 32, 32, 8, 128, 14336, 128256), 768),
     "llama-3b": Preset(Llama(), _llama(3072, 28, 24, 8, 128, 8192, 128256), 768),
     "llama-1b": Preset(Llama(), _llama(2048, 16, 32, 8, 64, 8192, 128256), 768),
+    "llama-135m": Preset(Llama(), {**_llama(576, 30, 9, 3, 64, 1536, 49152), "tie_word_embeddings": True}, 256),
     "llama-tiny": Preset(Llama(), _llama(128, 2, 4, 2, 32, 256, 512), 64),
     "bert-base": Preset(Bert(), _bert(768, 12, 12, 3072, 30522), 128),
     "bert-tiny": Preset(Bert(), _bert(128, 2, 2, 512, 512), 32),

@@ -23,12 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ..ops.build import build_low_rank
+from ..ops.rounding import DROPPED, draw_noise, round_stochastically
+from .forms import Form, is_weight
 from .frozen_linear import low_rank_linear
 from .operator import Operator, WeightShape
 from .precision import compute_dtype, exact
-from .prepared import Slot, is_transformed, pass_of
+from .prepared import Prepared, Slot, is_transformed, pass_of
 from .recompute import Preparation, Tensors, prepare
-from .weight_form import Rule, weight_form
+from .weight_form import Defined, weight_form, weight_form_linear
 
 if TYPE_CHECKING:
     from .config import AdapterConfig
@@ -44,6 +47,7 @@ class Adapter(nn.Module, ABC):
         self.shape = shape
         self.slot = Slot()
         self.names: tuple[str, ...] = ()
+        self.form: Form = "activations"
 
     @classmethod
     @abstractmethod
@@ -60,14 +64,28 @@ class Adapter(nn.Module, ABC):
             parameters: in the order of `parameters()`, all with the same leading dimensions: layers of one shape go together.
         """
 
+    def weight_factors(self, *parameters: Tensor) -> Tensors:
+        """As `prepare`: what `adapt` needs, where that is something else."""
+        return self.prepare(*parameters)
+
     @abstractmethod
     def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
-        """`W (…, out, in) -> W'`, in the dtype of W, from what was prepared. Leading dimensions are those of the factors."""
+        """`W (…, out, in) -> W'`, in the dtype of W, from `weight_factors`. Leading dimensions are those of the factors."""
 
     def weight(self, W: Tensor) -> Tensor:
         """The definition: `W (out, in) -> W' (out, in)`, in the dtype of `W`."""
         with exact(W):
-            return self.adapt(W, *self.factors_now())
+            return self.adapt(W, *self.weight_factors(*self.tensors()))
+
+    def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
+        """`adapt` without gradients: see `core/weight_form.py`."""
+        if noise is None:
+            return self.adapt(W, *factors)
+        return round_stochastically(self.adapt(W.float(), *(t.float() for t in factors)), noise, W.dtype)
+
+    def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> Sequence[Tensor | None]:
+        """The gradients of the factors from `G = dL/dW'`, which may be overwritten."""
+        return Defined(self, W).pull(factors, (G,))
 
     def factors_now(self) -> Tensors:
         """What `prepare` gives for this adapter."""
@@ -136,39 +154,39 @@ class Adapter(nn.Module, ABC):
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
         """Apply the operator with weight `W + scale (weight(W) − W)`, `W` being that of `op`."""
         x = x.to(compute_dtype(x))
-        plain = None
-        if scale == 1.0 and not (self.training and self.dropout) and not is_transformed():
-            plain = op.plain(x.dtype)
-        factors, adapted = self.prepared(x, None if plain is None else plain[0])
-        if plain is None:
-            return self.run(x, op, factors, scale)
-        if adapted is not None:
-            return F.linear(x, adapted, plain[1])
-        return self.run_plain(x, *plain, *factors)
+        if scale != 1.0 or (self.training and self.dropout) or is_transformed() or (plain := op.plain(x.dtype)) is None:
+            return self.run(x, op, self.prepared(x).factors, scale)
+        W, bias = plain
+        ready = self.prepared(x, W)
+        if ready.adapted is not None:
+            return F.linear(x, ready.adapted, bias)
+        return self.run_plain(x, W, bias, *ready.factors)
 
-    def prepared(self, x: Tensor, W: Tensor | None = None) -> tuple[Tensors, Tensor | None]:
-        """Factors in the dtype of x; or W', where it was prepared for the plain matrix W.
+    def prepared(self, x: Tensor, W: Tensor | None = None) -> Prepared:
+        """Factors in the dtype of x; or W' for the plain matrix W.
 
         What the running pass has prepared for this adapter, if nothing has changed since; else made now.
         """
         dtype = x.dtype
         if torch.compiler.is_compiling():  # the graph is guarded by what is in the slot; the compiler arranges the rest
             ready = self.slot.prepared
-            if ready is not None and ready.dtype is dtype and ready.adapted is None and ready.recorded:
-                return ready.factors, None
-            return usable(self.factors_now(), dtype), None
+            if ready is None or ready.dtype is not dtype or ready.adapted is not None or not ready.recorded:
+                ready = Prepared(usable(self.factors_now(), dtype), None, dtype, True, 0, ())
+            return ready
         if is_transformed():
-            return usable(self.factors_now(), dtype), None
+            return Prepared(usable(self.factors_now(), dtype), None, dtype, True, 0, ())
         tensors, slot = self.tensors(), self.slot
-        ready = slot.prepared
-        if ready is not None and ready.serves(dtype, tensors, W):
-            return ready.factors, ready.adapted
+        as_weight = is_weight(self.form, self.makes_weight, x, W)
+        if (ready := slot.prepared) is not None and ready.serves(dtype, tensors, W, as_weight):
+            return ready
         if (running := pass_of(self)) is not None:
-            running.prepare_for(self, dtype, x.numel() // max(1, x.shape[-1]))
-            ready = slot.prepared
-            if ready is not None and ready.serves(dtype, tensors, W):
-                return ready.factors, ready.adapted
-        return prepare(Factors(self, dtype), [tensors])[0], None
+            running.prepare_for(self, dtype, as_weight)
+            if (ready := slot.prepared) is not None and ready.serves(dtype, tensors, W, as_weight):
+                return ready
+        if as_weight and W is not None:
+            made = prepare(Weights(self, dtype, [W], self.rounds_by_chance), [tensors])[0]
+            return Prepared((), made[0], dtype, True, 0, ())
+        return Prepared(prepare(Factors(self, dtype), [tensors])[0], None, dtype, True, 0, ())
 
     @abstractmethod
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
@@ -177,6 +195,13 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
         """`x W'ᵀ + b` for a frozen layer, with nothing dropped, in one autograd node."""
+
+    makes_weight: ClassVar[bool] = False  # W' is made for every call where it is not prepared
+
+    @property
+    def rounds_by_chance(self) -> bool:
+        """Whether W' in half precision is rounded stochastically: in training, not in evaluation."""
+        return self.training and torch.is_grad_enabled()
 
 
 def _tensor(module: Any, name: str) -> Tensor:
@@ -202,6 +227,44 @@ class Factors(Preparation):
 
     def make(self, *stacked: Tensor) -> Tensors:
         return usable(self.adapter.prepare(*stacked), self.dtype)
+
+
+class Weights(Preparation):
+    """W' for all adapters like this one, on plain matrices; rounded stochastically in training."""
+
+    def __init__(
+        self, adapter: Adapter, dtype: torch.dtype, matrices: Sequence[Tensor], noisy: bool, noise: Tensor | None = None
+    ) -> None:
+        self.adapter, self.dtype, self.matrices = adapter, dtype, matrices
+        self.noise = noise
+        if noisy and noise is None and dtype in DROPPED:
+            self.noise = draw_noise(matrices[0].expand(len(matrices), -1, -1))
+        self.versions = [W._version for W in matrices]
+
+    def part(self, rows: Sequence[int]) -> Weights:
+        return Weights(self.adapter, self.dtype, [self.matrices[i] for i in rows], False)
+
+    def _stacked(self) -> Tensor:
+        if [W._version for W in self.matrices] != self.versions:
+            raise RuntimeError("a base weight was modified in place between the forward pass and its backward.")
+        return torch.stack(list(self.matrices))
+
+    def make(self, *stacked: Tensor) -> Tensors:
+        W = self._stacked()
+        factors = usable(self.adapter.weight_factors(*stacked), self.dtype)
+        if torch.is_grad_enabled():  # a second derivative is recorded
+            return (self.adapter.adapt(W, *factors),)
+        return (self.adapter.build(W, *factors, noise=self.noise),)
+
+    def pull(self, stacked: Tensors, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        (G,) = grads
+        if torch.is_grad_enabled() or G is None:
+            return super().pull(stacked, grads)
+        leaves = [t.detach().requires_grad_() for t in stacked]
+        with torch.enable_grad():
+            factors = usable(self.adapter.weight_factors(*leaves), self.dtype)
+        pulled = self.adapter.pull(G, self._stacked(), *[t.detach() for t in factors])
+        return torch.autograd.grad(factors, leaves, pulled, allow_unused=True)
 
 
 class Rotation(Adapter):
@@ -236,6 +299,13 @@ class LowRank(Adapter):
         Bt, A = factors
         return Bt.mT, A
 
+    def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
+        return build_low_rank(W, *self.low_rank(*factors), noise)
+
+    def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        B, A = self.low_rank(*factors)
+        return (A @ G.mT, B.mT @ G)[: len(factors)]
+
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
         return self.low_rank(*self.factors_now())
 
@@ -261,19 +331,16 @@ class LowRank(Adapter):
 class Dense(Adapter):
     """Any other map. `W'` is of full size, so it never outlives the product it is built for."""
 
-    @property
-    @abstractmethod
-    def rule(self) -> Rule:
-        """`adapt`, and its gradients."""
-
-    def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
-        return self.rule.define(W, *factors)
+    makes_weight = True
 
     def reads_weight(self, op: Operator) -> bool:
         return True
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
-        return weight_form(x, op, self.rule, factors, scale)
+        return weight_form(x, op, self, factors, scale, noisy=self.rounds_by_chance)
+
+    def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        return weight_form_linear(x, W, bias, self, *factors, noisy=self.rounds_by_chance)
 
 
 def add_low_rank(x: Tensor, dropped: Tensor, op: Operator, factors: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:

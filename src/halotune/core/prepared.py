@@ -65,13 +65,18 @@ class Prepared:
         """It serves no more, in whatever thread."""
         self.factors, self.adapted, self.dtype, self.made_from = (), None, None, ()
 
-    def serves(self, dtype: torch.dtype, parameters: Sequence[Tensor], W: Tensor | None) -> bool:
-        """Whether it is what would be made now, for a layer with the plain matrix W, or with none."""
-        if self.dtype is not dtype or not (self.recorded or not torch.is_grad_enabled()):
+    def serves(self, dtype: torch.dtype, parameters: Sequence[Tensor], W: Tensor | None, as_weight: bool) -> bool:
+        """Whether it is what would be made now, for a layer with the plain matrix W, or with none.
+
+        Args:
+            as_weight: W' is wanted; where nothing is recorded, either is as good.
+        """
+        recording = torch.is_grad_enabled()
+        if self.dtype is not dtype or (recording and not self.recorded):
             return False
-        if self.adapted is not None:
-            if W is None:
-                return False
+        if (self.adapted is not None) is not as_weight and (recording or as_weight or W is None):
+            return False
+        if self.adapted is not None and W is not None:
             parameters = (*parameters, W)
         return unchanged(self.made_from, parameters) and self.stream == stream_of(parameters[0])
 
@@ -91,8 +96,12 @@ class Slot(threading.local):
 class Pass(Protocol):
     """One forward pass of a model in one thread, or what a backward pass computes again."""
 
-    def prepare_for(self, adapter: Any, dtype: torch.dtype, tokens: int) -> None:
-        """Fill the slots of all adapters that prepare together with this one, if that was not tried in this pass yet."""
+    def prepare_for(self, adapter: Any, dtype: torch.dtype, as_weight: bool) -> None:
+        """Fill the slots of all adapters that prepare together with this one, if that was not tried in this pass yet.
+
+        Args:
+            as_weight: with W', else with factors.
+        """
         ...
 
 

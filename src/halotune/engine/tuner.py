@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError, warn
+from ..core.forms import Form
 from ..core.layer import AdaptedLayer
 from ..core.wrapper import Wrapper
 from ..methods.registry import method_of
@@ -114,6 +115,21 @@ class AdapterModel(Wrapper):
         if not gib >= 0:
             raise HalotuneError(f"gib: expected the memory to use, 0 for none; got {gib}.")
         self.scope.cache_weights(int(gib * 2**30))
+
+    def set_adapter_form(self, form: Form, budget_gib: float = 2.0) -> None:
+        """In which form adapters are trained on plain linear layers.
+
+        Args:
+            form: "activations": the input or the output of a layer is changed (BAT and LoHa of a large rank, which have no
+                such form, build W' layer by layer); "weights": W' of all layers of one shape is built together at the
+                beginning of a pass, and a layer is one product with it; "auto": whichever costs less for the sizes at hand.
+            budget_gib: where W' of all layers and their gradients would take more memory, it is "activations".
+        """
+        if form not in ("auto", "activations", "weights"):
+            raise HalotuneError(f'form: expected "auto", "activations" or "weights"; got {form!r}.')
+        if not budget_gib >= 0:
+            raise HalotuneError(f"budget_gib: expected the memory to use, 0 for none; got {budget_gib}.")
+        self.scope.set_form(form, int(budget_gib * 2**30))
 
     @property
     def cached_weights(self) -> tuple[int, int]:

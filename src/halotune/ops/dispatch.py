@@ -102,9 +102,9 @@ class Op:
             run = self.prepared[key] = self.prepare(*args)
         return run(*args)
 
-    def again(self, *args: Any) -> Any:
-        """A call that repeats an earlier one, whose result nobody keeps for it."""
-        return self.node_again(*args) if torch.compiler.is_compiling() else self(*args)
+    def call(self, again: bool, *args: Any) -> Any:
+        """A call that, if `again`, repeats an earlier one whose result nobody keeps for it."""
+        return self.node_again(*args) if again and torch.compiler.is_compiling() else self(*args)
 
     def prepare(self, *args: Any) -> Callable[..., Any]:
         """What a call with arguments like these runs."""

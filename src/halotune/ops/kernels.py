@@ -55,6 +55,62 @@ def rounded(x, to: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def by_chance(y, noise, to: tl.constexpr):
+    """y in fp32, rounded to numbers of another dtype by the noise (`ops/rounding.py`)."""
+    if to == tl.bfloat16:
+        bits = (y.to(tl.int32, bitcast=True) + (noise & 0xFFFF)) & -0x10000
+    else:
+        bits = (y.to(tl.int32, bitcast=True) + (noise & 0x1FFF)) & -0x2000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _build_low_rank(
+    w_ptr, b_ptr, a_ptr, noise_ptr, out_ptr, m, n, b_row, b_col, b_batch, a_row, a_col, a_batch,
+    R: tl.constexpr, RANK: tl.constexpr, NOISY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One tile of `W + B A` of one layer."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    layer = tl.program_id(2).to(tl.int64)
+    ranks = tl.arange(0, RANK)
+    at_b = layer * b_batch + rows[:, None].to(tl.int64) * b_row + ranks[None] * b_col
+    b = tl.load(b_ptr + at_b, (rows[:, None] < m) & (ranks[None] < R), other=0.0)
+    at_a = layer * a_batch + ranks[:, None].to(tl.int64) * a_row + cols[None] * a_col
+    a = tl.load(a_ptr + at_a, (ranks[:, None] < R) & (cols[None] < n), other=0.0)
+    inside = (rows[:, None] < m) & (cols[None] < n)
+    at = layer * m * n + rows[:, None].to(tl.int64) * n + cols[None]
+    w = tl.load(w_ptr + at, inside, other=0.0)
+    y = w.to(tl.float32) + dot(b, a, INTERPRETED)
+    if NOISY:
+        noise_ptr += layer * (m + n)
+        own = tl.load(noise_ptr + rows[:, None], rows[:, None] < m, other=0)
+        y = by_chance(y, own + tl.load(noise_ptr + m + cols[None], cols[None] < n, other=0), w.dtype)
+    tl.store(out_ptr + at, rounded(y, w.dtype, INTERPRETED), inside)
+
+
+_launch_build = Launcher(_build_low_rank, num_warps=4)
+
+
+def build_low_rank(W: Tensor, B: Tensor, A: Tensor, noise: Tensor | None) -> Callable[..., Tensor]:
+    """`W + B A` of all layers: W read once, W' written once, rounded once."""
+    m, n = W.shape[-2:]
+    r = A.shape[-2]
+    grid = tiles(m, 64), tiles(n, 128), W.shape[:-2].numel()
+    batches = [t.stride(0) if t.dim() > 2 else 0 for t in (B, A)]
+    strides = *B.stride()[-2:], batches[0], *A.stride()[-2:], batches[1]
+    launch = _launch_build.prepare(grid, m, n, *strides, r, filled(r), noise is not None, 64, 128)
+
+    def run(W: Tensor, B: Tensor, A: Tensor, noise: Tensor | None) -> Tensor:
+        out = torch.empty_like(W)
+        launch(W, B, A, W if noise is None else noise, out)
+        return out
+
+    return run
+
+
+@triton.jit
 def _down(a_ptr, q_ptr, n, k, rows, ranks, a_row, q_row, R: tl.constexpr, RANK: tl.constexpr, FOLD: tl.constexpr,
           ROWS: tl.constexpr, DEPTH: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """Some rows of `z = a Aᵀ`, in fp32."""

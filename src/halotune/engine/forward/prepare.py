@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...core.adapter import Adapter, Factors
+from ...core.adapter import Adapter, Factors, Weights
+from ...core.forms import Form
 from ...core.layer import AdaptedLayer
 from ...core.prepared import LOCAL, SCOPES, Prepared, seen, stream_of
 from ...core.recompute import Tensors, prepare
 from .weight_cache import WeightCache
+
+BUDGET = 2 * 2**30  # bytes for W' of all layers and its gradients, if nothing else is asked for
 
 
 class Member(NamedTuple):
@@ -41,6 +44,8 @@ class Scope:
 
     def __init__(self, model: nn.Module) -> None:
         self.cache = WeightCache()
+        self.form: Form = "auto"
+        self.budget = BUDGET
         self._reset()
         self.handles = [
             model.register_forward_pre_hook(self._begin),
@@ -51,19 +56,26 @@ class Scope:
         self.layers: list[AdaptedLayer] | None = None
         self.parents: list[nn.Module] = []
         self.recomputing: tuple[int, ForwardPass] | None = None
+        self.noises: dict[Hashable, Tensor] = {}  # by which W' was rounded in the last training pass
 
     def find(self, model: nn.Module) -> list[AdaptedLayer]:
         """The layers that prepare together."""
         return [m for m in model.modules() if isinstance(m, AdaptedLayer)]
 
+    def _look(self, model: nn.Module) -> None:
+        self.layers, self.parents = self.find(model), [m for m in model.modules() if m._modules]
+        matrices = [p for layer in self.layers if (p := getattr(layer.base_layer, "weight", None)) is not None]
+        fits = 2 * sum([p.numel() * p.itemsize for p in matrices]) <= self.budget  # W', and the gradients that wait for it
+        for layer in self.layers:
+            for adapter in layer.adapters.values():
+                SCOPES[adapter] = ref(self)
+                adapter.form = self.form if fits else "activations"
+
     def _begin(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():  # a whole model in one graph: layers prepare alone, and the compiler arranges it
             return
         if self.layers is None:
-            self.layers, self.parents = self.find(model), [m for m in model.modules() if m._modules]
-            for layer in self.layers:
-                for adapter in layer.adapters.values():
-                    SCOPES[adapter] = ref(self)
+            self._look(model)
         self.close()  # an earlier pass may have been interrupted past all hooks
         LOCAL.running = running = ForwardPass(self, LOCAL.running)
         if any([m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in self.parents]):
@@ -98,6 +110,11 @@ class Scope:
         self.cache.clear()
         self.cache.budget = budget
 
+    def set_form(self, form: Form, budget: int) -> None:
+        """See `PeftModel.set_adapter_form`."""
+        self.form, self.budget = form, budget
+        self._reset()
+
     def reset(self) -> None:
         """Layers were put in or taken out."""
         self.cache.clear()
@@ -109,7 +126,7 @@ class Scope:
         self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"cache": self.cache, "handles": self.handles}
+        return {"cache": self.cache, "form": self.form, "budget": self.budget, "handles": self.handles}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -126,18 +143,21 @@ class ForwardPass:
         self.tried: set[Hashable] = set()
         self.filled: list[Prepared] = []
 
-    def prepare_for(self, adapter: Adapter, dtype: torch.dtype, tokens: int) -> None:
+    def prepare_for(self, adapter: Adapter, dtype: torch.dtype, as_weight: bool) -> None:
         if self.groups is None:
             self.groups = self._grouped()
         key = self.keys.get(adapter)
-        attempt = key, dtype, torch.is_grad_enabled()
+        attempt = key, dtype, torch.is_grad_enabled(), as_weight
         if key is None or attempt in self.tried:
             return
         self.tried.add(attempt)
         members = self.groups[key]
         if members[0].layer.base.dtype is not dtype and not _is_autocast(members[0].tensors[0], dtype):
             return
-        adapted = self._weights(key, members, dtype)
+        if as_weight:
+            self._prepare_weights(key, members, dtype)
+            return
+        adapted = self._kept_weights(key, members, dtype)
         rest = [m for m, W in zip(members, adapted, strict=True) if W is None]
         if len(rest) > 1:
             made = prepare(Factors(adapter, dtype), [m.tensors for m in rest])
@@ -151,7 +171,9 @@ class ForwardPass:
             t = members[0].tensors[0]
             kind = t.device.type
             autocast = torch.is_autocast_enabled(kind)
-            self.prepare_for(members[0].adapter, torch.get_autocast_dtype(kind) if autocast else members[0].layer.base.dtype, 0)
+            self.prepare_for(
+                members[0].adapter, torch.get_autocast_dtype(kind) if autocast else members[0].layer.base.dtype, False
+            )
 
     def _grouped(self) -> dict[Hashable, list[Member]]:
         """Adapters that prepare alike. None where parameters are whole only while their own layer runs."""
@@ -170,8 +192,25 @@ class ForwardPass:
                     groups.setdefault(key, []).append(Member(layer, adapter, tensors))
         return groups
 
-    def _weights(self, key: Hashable, members: list[Member], dtype: torch.dtype) -> list[Tensor | None]:
-        """W' of those members for which it is prepared."""
+    def _prepare_weights(self, key: Hashable, members: list[Member], dtype: torch.dtype) -> None:
+        """W' of all of them, in training."""
+        pairs = [(m, plain[0]) for m in members if (plain := m.plain(dtype)) is not None]
+        if not pairs:
+            return
+        members, matrices = [m for m, _ in pairs], [W for _, W in pairs]
+        noises, again = self.scope.noises, self.scope.recomputing is not None and self.scope.recomputing[1] is self
+        noise = noises.get(key) if again else None  # what is computed again is rounded as before
+        noise = noise if noise is not None and len(noise) == len(members) else None
+        adapter = members[0].adapter
+        weights = Weights(adapter, dtype, matrices, adapter.rounds_by_chance, noise)
+        if weights.noise is not None:
+            noises[key] = weights.noise
+        made = prepare(weights, [m.tensors for m in members])
+        for member, W, (adapted,) in zip(members, matrices, made, strict=True):
+            self._fill(member, (), adapted, (*member.tensors, W), dtype)
+
+    def _kept_weights(self, key: Hashable, members: list[Member], dtype: torch.dtype) -> list[Tensor | None]:
+        """W' of those members for which there is room in the cache."""
         cache = self.scope.cache
         if not cache.budget:
             return [None] * len(members)

@@ -17,7 +17,6 @@ from ...core.errors import HalotuneError
 from ...core.operator import Operator, WeightShape, add_to
 from ...core.precision import exact_dtype
 from ...core.recompute import Tensors
-from ...core.weight_form import weight_form_linear
 from ...ops.product import fold
 from . import ops
 from .config import BlockConfig, MissConfig
@@ -129,15 +128,17 @@ class Bat(Dense):
         """The delta `W_ij B_i + B_i` is linear in B, so blocks of one r add."""
         return _sum_of_blocks(adapters, weights) if how == "linear" else None
 
-    @property
-    def rule(self) -> ops.BatRule:
-        return ops.BAT
-
     def prepare(self, *parameters: Tensor) -> Tensors:
         return parameters
 
-    def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        return weight_form_linear(x, W, bias, self.rule, *factors)
+    def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
+        return ops.bat(W, factors[0])
+
+    def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
+        return ops.build_bat.call(again, W, factors[0], noise)
+
+    def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> tuple[Tensor]:
+        return (ops.pull_bat(G, W, factors[0]),)
 
     def delta_rows(self, W: Tensor) -> Iterator[Tensor]:
         """One row of blocks at a time."""

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.kernels import added, dot, filled, shares
+from ...ops.kernels import added, by_chance, dot, filled, rounded, shares
 from ...ops.launch import Launcher, tiles
 
 ROWS = 128
@@ -17,7 +17,8 @@ PULL_ROWS = 64
 
 
 @triton.jit
-def _bat(w_ptr, b_ptr, out_ptr, n_in, R: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr):
+def _bat(w_ptr, b_ptr, noise_ptr, out_ptr, n_in, blocks, R: tl.constexpr, SIDE: tl.constexpr, NOISY: tl.constexpr,
+         ROWS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """A row of blocks lies in memory as a matrix of `n_in` rows of r numbers: `ROWS` of those meet `B_i`."""
     i = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -29,21 +30,31 @@ def _bat(w_ptr, b_ptr, out_ptr, n_in, R: tl.constexpr, SIDE: tl.constexpr, ROWS:
     b = tl.load(block + cols[:, None] * R + cols[None], (cols[:, None] < R) & (cols[None] < R), other=0.0)
     own = tl.load(block + (rows // (n_in // R))[:, None] * R + cols[None], inside, other=0.0)
     new = w.to(tl.float32) + dot(w, b, INTERPRETED) + own.to(tl.float32)
-    tl.store(out_ptr + at, new.to(w.dtype), inside)
+    if NOISY:
+        width = n_in // R  # blocks in a row of W
+        layer = i // blocks
+        noise_ptr += layer.to(tl.int64) * (blocks * R + n_in)
+        row = (i % blocks) * R + rows // width
+        a = tl.load(noise_ptr + row[:, None], rows[:, None] < n_in, other=0)
+        col = (rows % width)[:, None] * R + cols[None]
+        b = tl.load(noise_ptr + blocks * R + col, inside, other=0)
+        new = by_chance(new, a + b, w.dtype)
+    tl.store(out_ptr + at, rounded(new, w.dtype, INTERPRETED), inside)
 
 
 _launch_bat = Launcher(_bat, num_warps=4)
 
 
-def bat(W: Tensor, blocks: Tensor) -> Callable[..., Tensor]:
-    """`W_ij + W_ij B_i + B_i`: W read once, W' written once, rounded once."""
-    n, r, _ = blocks.shape
-    n_in = W.shape[1]
-    launch = _launch_bat.prepare((n, tiles(n_in, ROWS), 1), n_in, r, filled(r), ROWS)
+def bat(W: Tensor, blocks: Tensor, noise: Tensor | None) -> Callable[..., Tensor]:
+    """`W_ij + W_ij B_i + B_i` of all layers: W read once, W' written once, rounded once."""
+    *_, n, r, _ = blocks.shape
+    n_in = W.shape[-1]
+    grid = blocks.shape[:-2].numel(), tiles(n_in, ROWS), 1
+    launch = _launch_bat.prepare(grid, n_in, n, r, filled(r), noise is not None, ROWS)
 
-    def run(W: Tensor, blocks: Tensor) -> Tensor:
+    def run(W: Tensor, blocks: Tensor, noise: Tensor | None) -> Tensor:
         out = torch.empty_like(W)
-        launch(W, blocks, out)
+        launch(W, blocks, W if noise is None else noise, out)
         return out
 
     return run
@@ -75,14 +86,14 @@ _launch_pull_bat = Launcher(_pull_bat, num_warps=4)
 
 def pull_bat(G: Tensor, W: Tensor, blocks: Tensor) -> Callable[..., Tensor]:
     """`Σ_j (W_ijᵀ G_ij + G_ij)`: W and G read once."""
-    n, r, _ = blocks.shape
-    n_in = W.shape[1]
+    *_, r, _ = blocks.shape
+    n, n_in = blocks.shape[:-2].numel(), W.shape[-1]
     parts, share = shares(n_in, n, PULL_ROWS)
     launch = _launch_pull_bat.prepare((n, parts, 1), n_in, share, r, filled(r), PULL_ROWS)
 
     def run(G: Tensor, W: Tensor, blocks: Tensor) -> Tensor:
         out = torch.empty(parts, n, r, r, dtype=torch.float32, device=G.device)
         launch(W, G, out)
-        return added(out, blocks.dtype)
+        return added(out, blocks.dtype).view(blocks.shape)
 
     return run

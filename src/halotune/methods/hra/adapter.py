@@ -15,6 +15,7 @@ from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.operator import Operator, WeightShape
 from ...core.recompute import Tensors
+from ...ops.build import build_low_rank
 from . import ops
 from .config import HRAConfig
 
@@ -81,25 +82,32 @@ class HRA(Rotation):
         Û, N = ops.wy_factors(parameters[0], self.gram_schmidt)
         return Û.mT, N
 
-    def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
-        B, A = self._low_rank(W, *(t.to(W.dtype) for t in factors))
-        return W + B @ A
-
-    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        return self._low_rank(W, *self.factors_now())
-
-    @staticmethod
-    def _low_rank(W: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
+    def low_rank(self, W: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
         """`B (…, out, r)`, `A (…, r, in)` with `W Q − W == B A`."""
         Ût, N = factors
         return W @ N.mT.to(W.dtype), Ût
+
+    def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
+        B, A = self.low_rank(W, *(t.to(W.dtype) for t in factors))
+        return W + B @ A
+
+    def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
+        return build_low_rank(W, *self.low_rank(W, *factors), noise)
+
+    def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
+        Ût, N = factors
+        dB = G @ Ût.mT
+        return (W @ N.mT).mT @ G, dB.mT @ W
+
+    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        return self.low_rank(W, *self.factors_now())
 
     def rotate(self, x: Tensor, *factors: Tensor) -> Tensor:
         return ops.rotate(x, *factors)
 
     def run_on_patches(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         W = op.weight().to(x.device)  # offloaded weights may be elsewhere
-        return add_low_rank(x, x, op, self._low_rank(W, *factors), scale)
+        return add_low_rank(x, x, op, self.low_rank(W, *factors), scale)
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
         return ops.reflected_linear(x, W, bias, *factors)

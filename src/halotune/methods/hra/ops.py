@@ -75,6 +75,10 @@ class _SpanInverse(torch.autograd.Function):
         dG = -pinv @ grad_outputs[0].mT @ pinv
         return 0.5 * (dG + dG.mT)
 
+
+class _SpanInverseForward(_SpanInverse):
+    """With forward-mode derivatives, which a compiler refuses to see."""
+
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Tensor) -> Tensor:
         (pinv,) = ctx.saved_tensors
@@ -87,7 +91,8 @@ def span_core(Û: Tensor) -> Tensor:
     The columns are normalised, so eigenvalues of G lie in [0, r]; those under `16 r eps` count as zero: a zero column or
     one that depends on the others is no reflection.
     """
-    return 2.0 * _SpanInverse.apply(Û.mT @ Û)
+    inverse = _SpanInverse if torch.compiler.is_compiling() else _SpanInverseForward
+    return 2.0 * inverse.apply(Û.mT @ Û)
 
 
 def wy_factors(U: Tensor, gram_schmidt: bool) -> tuple[Tensor, Tensor]:

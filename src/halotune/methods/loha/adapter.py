@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ...core.frozen_linear import low_rank_linear
 from ...core.operator import Operator, WeightShape
 from ...core.precision import exact_dtype
 from ...core.recompute import Tensors
-from ...core.weight_form import Rule, weight_form, weight_form_linear
+from ...core.weight_form import weight_form
 from . import ops
 from .config import LoHaConfig
 
@@ -42,7 +42,6 @@ class LoHa(Dense):
         super().__init__(shape)
         self.r, self.scaling, self.tucker, self.scalar = r, scaling, tucker, scalar
         self.rank_dropout = self.module_dropout = 0.0
-        self._rule = ops.HadamardRule(scaling)
         n_out, n_in = shape.out_features, shape.in_channels if tucker else shape.in_features
         core = shape.kernel if len(shape.kernel) > 1 else (*shape.kernel, 1)  # PEFT's files hold (r, r, k, 1) for Conv1d
         for i in "12":
@@ -70,10 +69,6 @@ class LoHa(Dense):
         if identity:
             nn.init.zeros_(self.hada_scalar if self.scalar else self.hada_w2_b)
 
-    @property
-    def rule(self) -> Rule:
-        return self._rule
-
     def batch_key(self) -> Hashable:
         return self.shape, self.tucker, self.scalar, self.scaling
 
@@ -93,11 +88,17 @@ class LoHa(Dense):
         halves = self.halves(*parameters)
         return self._low_rank(*halves) if self.prepares_low_rank else halves
 
+    def weight_factors(self, *parameters: Tensor) -> Tensors:
+        return self.halves(*parameters)
+
     def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
-        if not self.prepares_low_rank:
-            return self.rule.define(W, *factors)
-        Bt, A = factors
-        return (W + Bt.mT @ A).to(W.dtype)
+        return ops.add_hadamard(W, *factors, s=self.scaling)  # type: ignore[call-arg]
+
+    def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
+        return ops.build.call(again, W, *factors, self.scaling, noise)
+
+    def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        return ops.pull(G, *factors, self.scaling)
 
     def halves(self, *θ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`A1 (…, out, r)`, `B1 (…, r, in)`, `A2`, `B2`, in fp32 or better."""
@@ -136,9 +137,6 @@ class LoHa(Dense):
     def rank(self) -> int:
         return self.r
 
-    def weight(self, W: Tensor) -> Tensor:
-        return self.rule.define(W, *self.halves(*self.tensors()))
-
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         if self.prepares_low_rank:
             Bt, A = factors
@@ -146,7 +144,7 @@ class LoHa(Dense):
         factors = (self._drop_rows(factors[0]), *factors[1:])
         if op.opaque or self._low_rank_for(x):
             return add_low_rank(x, x, op, ops.khatri_rao(*factors, s=self.scaling), scale)  # type: ignore[call-arg]
-        return weight_form(x, op, self.rule, factors, scale)
+        return weight_form(x, op, self, factors, scale, noisy=self.rounds_by_chance)
 
     def _low_rank_for(self, x: Tensor) -> bool:
         tokens = x.numel() // (self.shape.in_channels * self.shape.groups)
@@ -157,7 +155,7 @@ class LoHa(Dense):
             return low_rank_linear(x, W, bias, *factors)
         if self._low_rank_for(x):
             return low_rank_linear(x, W, bias, *factors, make=self._low_rank)
-        return weight_form_linear(x, W, bias, self.rule, *factors)
+        return super().run_plain(x, W, bias, *factors)
 
     def _low_rank(self, *halves: Tensor) -> tuple[Tensor, Tensor]:
         """`Bᵀ (…, r², out)`, `A (…, r², in)`."""
@@ -193,20 +191,27 @@ class DecomposedLoHa(LoHa):
         W = op.weight().to(exact_dtype(m.dtype)).unflatten(1, (self.shape.in_channels, -1))
         m.copy_(torch.linalg.vector_norm(W, dim=(1, 2) if self.on_out else (0, 2)).view_as(m))
 
-    @property
-    def rule(self) -> Rule:
-        return ops.DecomposedRule(self.scaling, self.shape.in_channels, self.on_out)
-
     def batch_key(self) -> Hashable:
         return self.on_out, super().batch_key()
 
-    prepares_low_rank = False
+    @property
+    def prepares_low_rank(self) -> bool:
+        return False
 
     def prepare(self, *parameters: Tensor) -> Tensors:
         return *self.halves(*parameters[:-1]), parameters[-1].to(exact_dtype(parameters[-1].dtype))
 
-    def weight(self, W: Tensor) -> Tensor:
-        return self.rule.define(W, *self.factors_now())
+    def weight_factors(self, *parameters: Tensor) -> Tensors:
+        return self.prepare(*parameters)
+
+    def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
+        return ops.decomposed_hadamard(W, *factors, self.scaling, self.shape.in_channels, self.on_out)  # type: ignore[arg-type]
+
+    def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
+        return Dense.build(self, W, *factors, noise=noise)
+
+    def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> Sequence[Tensor | None]:
+        return Dense.pull(self, G, W, *factors)
 
     def factors(self, W: Tensor) -> None:
         return None
@@ -216,10 +221,12 @@ class DecomposedLoHa(LoHa):
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         first, *others = factors
-        return weight_form(x, op, self.rule, (self._drop_rows(first), *others), scale)
+        return weight_form(x, op, self, (self._drop_rows(first), *others), scale, noisy=self.rounds_by_chance)
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        return weight_form_linear(x, W, bias, self.rule, *factors)
+        if torch.compiler.is_compiling():  # which does not see into the gradients of autograd's own
+            return nn.functional.linear(x, self.adapt(W, *factors), bias)
+        return Dense.run_plain(self, x, W, bias, *factors)
 
 
 def create_loha(shape: WeightShape, config: AdapterConfig) -> Adapter:

@@ -9,22 +9,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.kernels import added, dot, filled, shares
+from ...ops.kernels import added, by_chance, dot, filled, rounded, shares
 from ...ops.launch import Launcher, tiles
 
 ROWS, COLS = 64, 128
 PULL_ROWS, PULL_COLS = 64, 64
 
 
+def _batch(t: Tensor) -> int:
+    """The step from one layer to the next."""
+    return t.stride(0) if t.dim() > 2 else 0
+
+
 @triton.jit
 def _hadamard(
-    w_ptr, a1_ptr, b1_ptr, a2_ptr, b2_ptr, out_ptr, m, n, w_row, w_col, a_row, a_col, b_row, b_col, s,
-    R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr,
+    w_ptr, a1_ptr, b1_ptr, a2_ptr, b2_ptr, noise_ptr, out_ptr, m, n, w_row, w_col, a_row, a_col, b_row, b_col,
+    w_batch, a_batch, b_batch, s, R: tl.constexpr, RANK: tl.constexpr, NOISY: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One tile of `W + s (A1 B1) ∘ (A2 B2)`: the products never leave the chip."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     ranks = tl.arange(0, RANK)
+    layer = tl.program_id(2).to(tl.int64)
+    w_ptr += layer * w_batch
+    out_ptr += layer * m * n
+    a1_ptr += layer * a_batch
+    a2_ptr += layer * a_batch
+    b1_ptr += layer * b_batch
+    b2_ptr += layer * b_batch
     at_a = rows[:, None] * a_row + ranks[None] * a_col
     in_a = (rows[:, None] < m) & (ranks[None] < R)
     at_b = ranks[:, None] * b_row + cols[None] * b_col
@@ -34,23 +47,30 @@ def _hadamard(
     delta = dot(a1, b1, INTERPRETED) * dot(a2, b2, INTERPRETED)
     inside = (rows[:, None] < m) & (cols[None] < n)
     w = tl.load(w_ptr + rows[:, None].to(tl.int64) * w_row + cols[None].to(tl.int64) * w_col, inside, other=0.0)
-    tl.store(out_ptr + rows[:, None].to(tl.int64) * n + cols[None], (w.to(tl.float32) + s * delta).to(w.dtype), inside)
+    y = w.to(tl.float32) + s * delta
+    if NOISY:
+        noise_ptr += layer * (m + n)
+        own = tl.load(noise_ptr + rows[:, None], rows[:, None] < m, other=0)
+        y = by_chance(y, own + tl.load(noise_ptr + m + cols[None], cols[None] < n, other=0), w.dtype)
+    tl.store(out_ptr + rows[:, None].to(tl.int64) * n + cols[None], rounded(y, w.dtype, INTERPRETED), inside)
 
 
 _launch_hadamard = Launcher(_hadamard, num_warps=4)
 
 
-def hadamard(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> Callable[..., Tensor]:
-    """`W + s (A1 B1) ∘ (A2 B2)`: W read once, W' written once, rounded once."""
-    m, n = W.shape
-    r = A1.shape[1]
-    strides = *W.stride(), *A1.stride(), *B1.stride()
-    grid = tiles(m, ROWS), tiles(n, COLS), 1
-    launch = _launch_hadamard.prepare(grid, m, n, *strides, float(s), r, filled(r), ROWS, COLS)
+def hadamard(
+    W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float, noise: Tensor | None
+) -> Callable[..., Tensor]:
+    """`W + s (A1 B1) ∘ (A2 B2)` of all layers: W read once, W' written once, rounded once."""
+    m, n = W.shape[-2:]
+    r = A1.shape[-1]
+    strides = *W.stride()[-2:], *A1.stride()[-2:], *B1.stride()[-2:], *(_batch(t) for t in (W, A1, B1))
+    grid = tiles(m, ROWS), tiles(n, COLS), W.shape[:-2].numel()
+    launch = _launch_hadamard.prepare(grid, m, n, *strides, float(s), r, filled(r), noise is not None, ROWS, COLS)
 
-    def run(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> Tensor:
-        out = W.new_empty((m, n))
-        launch(W, A1, B1, A2, B2, out)
+    def run(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float, noise: Tensor | None) -> Tensor:
+        out = W.new_empty(W.shape)
+        launch(W, A1, B1, A2, B2, W if noise is None else noise, out)
         return out
 
     return run
@@ -58,12 +78,19 @@ def hadamard(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float
 
 @triton.jit
 def _pull(
-    g_ptr, p1_ptr, q1_ptr, p2_ptr, q2_ptr, out_ptr, m, n, g_row, g_col, p_row, p_col, q_row, q_col, share, s,
+    g_ptr, p1_ptr, q1_ptr, p2_ptr, q2_ptr, out_ptr, m, n, g_row, g_col, p_row, p_col, q_row, q_col,
+    g_batch, p_batch, q_batch, share, s,
     R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """`ROWS` rows of `dP1 = s (G ∘ (P2 Q2ᵀ)) Q1` and of dP2, summed over a share of the columns of G."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
+    layer = tl.program_id(2).to(tl.int64)
+    g_ptr += layer * g_batch
+    p1_ptr += layer * p_batch
+    p2_ptr += layer * p_batch
+    q1_ptr += layer * q_batch
+    q2_ptr += layer * q_batch
     ranks = tl.arange(0, RANK)
     at_p = rows[:, None] * p_row + ranks[None] * p_col
     in_p = (rows[:, None] < m) & (ranks[None] < R)
@@ -81,7 +108,7 @@ def _pull(
         m2 = dot(p2, tl.trans(q2), INTERPRETED)
         d1 += dot((g * m2).to(q1.dtype), q1, INTERPRETED)
         d2 += dot((g * m1).to(q2.dtype), q2, INTERPRETED)
-    at = part.to(tl.int64) * 2 * m * R + rows[:, None] * R + ranks[None]
+    at = (part.to(tl.int64) * tl.num_programs(2) + layer) * 2 * m * R + rows[:, None] * R + ranks[None]
     tl.store(out_ptr + at, d1, in_p)
     tl.store(out_ptr + at + m * R, d2, in_p)
 
@@ -90,18 +117,19 @@ _launch_pull = Launcher(_pull, num_warps=4)
 
 
 def _pull_half(G: Tensor, P1: Tensor, Q1: Tensor, s: float) -> Callable[..., Tensor]:
-    """`s (G ∘ (P2 Q2ᵀ)) Q1` and `s (G ∘ (P1 Q1ᵀ)) Q2` `(2, m, r)`: G `(m, n)` read once, P `(m, r)`, Q `(n, r)`."""
-    m, n = G.shape
-    r = P1.shape[1]
+    """`s (G ∘ (P2 Q2ᵀ)) Q1` and `s (G ∘ (P1 Q1ᵀ)) Q2` `(…, 2, m, r)`: G `(…, m, n)` read once, P `(…, m, r)`, Q `(…, n, r)`."""
+    *layers, m, n = G.shape
+    r = P1.shape[-1]
+    batch = G.shape[:-2].numel()
     blocks = tiles(m, PULL_ROWS)
-    parts, share = shares(n, blocks, PULL_COLS)
-    strides = *G.stride(), *P1.stride(), *Q1.stride()
+    parts, share = shares(n, blocks * batch, PULL_COLS)
+    strides = *G.stride()[-2:], *P1.stride()[-2:], *Q1.stride()[-2:], *(_batch(t) for t in (G, P1, Q1))
     launch = _launch_pull.prepare(
-        (blocks, parts, 1), m, n, *strides, share, float(s), r, filled(r), PULL_ROWS, PULL_COLS
+        (blocks, parts, batch), m, n, *strides, share, float(s), r, filled(r), PULL_ROWS, PULL_COLS
     )  # fmt: skip
 
     def run(G: Tensor, P1: Tensor, Q1: Tensor, P2: Tensor, Q2: Tensor) -> Tensor:
-        out = torch.empty(parts, 2, m, r, dtype=torch.float32, device=G.device)
+        out = torch.empty(parts, *layers, 2, m, r, dtype=torch.float32, device=G.device)
         launch(G, P1, Q1, P2, Q2, out)
         return added(out, P1.dtype)
 
@@ -113,8 +141,8 @@ def pull(G: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) ->
     of_A, of_B = _pull_half(G, A1, B1.mT, s), _pull_half(G.mT, B1.mT, A1, s)
 
     def run(G: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> tuple[Tensor, ...]:
-        dA1, dA2 = of_A(G, A1, B1.mT, A2, B2.mT).unbind()
-        dB1, dB2 = of_B(G.mT, B1.mT, A1, B2.mT, A2).unbind()
+        dA1, dA2 = of_A(G, A1, B1.mT, A2, B2.mT).unbind(-3)
+        dB1, dB2 = of_B(G.mT, B1.mT, A1, B2.mT, A2).unbind(-3)
         return dA1, dB1.mT, dA2, dB2.mT
 
     return run

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...core.precision import exact, exact_dtype
-from ...core.weight_form import Rule
 from ...ops.dispatch import Op, triton_kernel
+from ...ops.rounding import round_stochastically
 
 
 def add_hadamard(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> Tensor:
@@ -27,24 +29,31 @@ def decomposed_hadamard(
         channels: of the input (of one group of it); a convolution's `in` is `channels · k…`.
         on_out: the lengths are those of rows.
     """
-    V = add_hadamard(W, A1, B1, A2, B2, s).unflatten(1, (channels, -1))
-    norm = torch.linalg.vector_norm(V, dim=(1, 2) if on_out else (0, 2), keepdim=True, dtype=exact_dtype(V.dtype))
+    V = add_hadamard(W, A1, B1, A2, B2, s).unflatten(-1, (channels, W.shape[-1] // channels))
+    norm = torch.linalg.vector_norm(V, dim=(-2, -1) if on_out else (-3, -1), keepdim=True, dtype=exact_dtype(V.dtype))
     factor = m.reshape(norm.shape) / (norm + torch.finfo(norm.dtype).eps)
-    return (V * factor.to(V.dtype)).flatten(1)
+    return (V * factor.to(V.dtype)).flatten(-2)
+
+
+def _build(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float, noise: Tensor | None) -> Tensor:
+    if noise is None:
+        return add_hadamard(W, A1, B1, A2, B2, s)
+    exact = add_hadamard(W.float(), A1.float(), B1.float(), A2.float(), B2.float(), s)
+    return round_stochastically(exact, noise, W.dtype)
 
 
 def _pull(G: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dM1, dM2 = torch.mm(A2, B2).mul_(G), torch.mm(A1, B1).mul_(G)
-    return (dM1 @ B1.t()).mul_(s), (A1.t() @ dM1).mul_(s), (dM2 @ B2.t()).mul_(s), (A2.t() @ dM2).mul_(s)
+    dM1, dM2 = (A2 @ B2).mul_(G), (A1 @ B1).mul_(G)
+    return (dM1 @ B1.mT).mul_(s), (A1.mT @ dM1).mul_(s), (dM2 @ B2.mT).mul_(s), (A2.mT @ dM2).mul_(s)
 
 
-def _kernel_refuses(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> str | None:
+def _kernel_refuses(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float, noise: Any = None) -> str | None:
     if len({t.dtype for t in (W, A1, B1, A2, B2)}) > 1:
         return f"the tensors differ in dtype: W is {W.dtype}, the factors are {A1.dtype}"
     if A1.stride() != A2.stride() or B1.stride() != B2.stride():
         return "the two halves are not laid out alike"
-    if A1.shape[1] > 128:
-        return f"r = {A1.shape[1]} is above 128: the factors' tiles no longer fit on the chip"
+    if A1.shape[-1] > 128:
+        return f"r = {A1.shape[-1]} is above 128: the factors' tiles no longer fit on the chip"
     return None
 
 
@@ -54,10 +63,10 @@ def _kernel_wins(W: Tensor, *_: object) -> bool:
 
 _KERNELS = "halotune.methods.loha.kernels"
 
-# `add_hadamard` without gradients: one pass over W, on an H100 25 µs against 50 for 3072 x 3072 in bf16.
+# `add_hadamard` without gradients, W `(…, out, in)`: one pass over W, on an H100 25 µs against 50 for 3072 x 3072 in bf16.
 build = Op(
     "build_loha",
-    add_hadamard,
+    _build,
     repeats=True,
     like=lambda W, *_: W.new_empty(W.shape),
     kernels=[triton_kernel(_KERNELS, "hadamard", _kernel_refuses, _kernel_wins)],
@@ -70,35 +79,6 @@ pull = Op(
     like=lambda G, *factors: tuple(t.new_empty(t.shape) for t in factors[:4]),
     kernels=[triton_kernel(_KERNELS, "pull", _kernel_refuses, _kernel_wins)],
 )
-
-
-class HadamardRule(Rule):
-    """`add_hadamard` and its gradients."""
-
-    def __init__(self, s: float) -> None:
-        self.s = s
-
-    def define(self, W: Tensor, *θ: Tensor) -> Tensor:
-        return add_hadamard(W, *θ, s=self.s)  # type: ignore[call-arg]
-
-    def build(self, W: Tensor, *θ: Tensor) -> Tensor:
-        return build(W, *θ, self.s)
-
-    def rebuild(self, W: Tensor, *θ: Tensor) -> Tensor:
-        return build.again(W, *θ, self.s)
-
-    def pull(self, G: Tensor, W: Tensor, *θ: Tensor) -> tuple[Tensor, ...]:
-        return pull(G, *θ, self.s)
-
-
-class DecomposedRule(Rule):
-    """`decomposed_hadamard`; its gradients are autograd's."""
-
-    def __init__(self, s: float, channels: int, on_out: bool) -> None:
-        self.s, self.channels, self.on_out = s, channels, on_out
-
-    def define(self, W: Tensor, *θ: Tensor) -> Tensor:
-        return decomposed_hadamard(W, *θ, s=self.s, channels=self.channels, on_out=self.on_out)  # type: ignore[call-arg]
 
 
 def khatri_rao(A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,28 @@
+"""Rounding that is right on average.
+
+A fine-tuning changes a weight by 1e-3 to 1e-2 of itself, half a unit of bf16 is 2e-3 of it: rounded to nearest, most of it is
+lost. Where W' is stored in half precision in training, it is rounded up or down by chance, so that its mean is W'.
+
+The chances are `u_ij = (a_i + b_j) mod 2^k` with a and b drawn uniformly: uniform each, and independent in pairs, so that any
+sum of rounding errors has the variance of independent ones, for `out + in` random numbers instead of `out · in`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # bits that fp32 has more
+
+
+def draw_noise(like: Tensor) -> Tensor:
+    """a and b for a weight `(…, out, in)`, as `(…, out + in)` int32, from torch's generator."""
+    return torch.randint(0, 1 << 16, (*like.shape[:-2], sum(like.shape[-2:])), dtype=torch.int32, device=like.device)
+
+
+def round_stochastically(y: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
+    """`y (…, out, in)` in fp32, in `dtype`: up or down with the chances that make its mean y."""
+    k = DROPPED[dtype]
+    n_out = y.shape[-2]
+    u = (noise[..., :n_out, None] + noise[..., None, n_out:]) & ((1 << k) - 1)
+    return ((y.contiguous().view(torch.int32) + u) & -(1 << k)).view(torch.float32).to(dtype)
