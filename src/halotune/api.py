@@ -1,13 +1,11 @@
 """All public names of halotune. `halotune` itself offers them, and imports this module when it is first asked for one."""
 
 from . import quant as _quant  # noqa: F401  (registers quantized layers)
-from .bridge import slow_down, speed_up
 from .convert.files import convert_adapter
 from .convert.loading import load_lycoris, save_lycoris
 from .core.config import AdapterConfig, PeftType, TaskType
 from .core.config import AdapterConfig as PeftConfig
 from .core.errors import AdapterFileError, HalotuneError
-from .core.registry import methods as _registered
 from .engine.auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -17,8 +15,8 @@ from .engine.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
-from .engine.hotswap import hotswap_adapter
-from .engine.merging import MergeReport
+from .engine.files.hotswap import hotswap_adapter
+from .engine.files.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from .engine.model import (
     PeftModel,
     PeftModelForCausalLM,
@@ -30,14 +28,16 @@ from .engine.model import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from .engine.preparing import parameter_groups, prepare_model_for_kbit_training
-from .engine.state import get_peft_model_state_dict, set_peft_model_state_dict
+from .engine.training import parameter_groups, prepare_model_for_kbit_training
 from .engine.tuner import AdapterModel, tuner_class
-from .integrations import peft as _peft  # noqa: F401  (lets other libraries know our types)
+from .engine.weights.merge import MergeReport
+from .integrations import peft_types as _peft  # noqa: F401  (lets other libraries know our types)
+from .integrations.peft_bridge import slow_down, speed_up
 from .methods.bone import BoneConfig, MissConfig
 from .methods.hra import HRAConfig
 from .methods.loha import LoHaConfig
 from .methods.lora import LoraConfig
+from .methods.registry import methods as _registered
 
 HRAModel = tuner_class("HRA")
 LoHaModel = tuner_class("LOHA")

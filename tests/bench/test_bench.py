@@ -21,7 +21,7 @@ from halotune.bench.models import PRESETS, build, target_names
 from halotune.bench.race import Entry, Turn, race
 from halotune.bench.rows import Ratio, compare
 from halotune.bench.timing import saved_bytes
-from halotune.cli import main
+from halotune.cli.main import main
 
 if find_spec("transformers") is None:
     pytest.skip("transformers is not installed", allow_module_level=True)
@@ -252,7 +252,7 @@ def test_the_table_without_rich_and_no_chart_without_matplotlib(
 ) -> None:
     missing = lambda name: None if name in ("rich", "matplotlib") else find_spec(name)  # noqa: E731
     monkeypatch.setattr("halotune.bench.report.find_spec", missing)
-    monkeypatch.setattr("halotune.bench.command.find_spec", missing)
+    monkeypatch.setattr("halotune.bench.run.find_spec", missing)
     assert command("layer", "frozen,ours:hra-r2,ours:lora-r2") == 0
     out = capsys.readouterr().out
     header = next(line for line in out.splitlines() if line.startswith("contender"))

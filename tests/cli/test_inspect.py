@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from halotune import HRAConfig, LoHaConfig, get_peft_model
-from halotune.apply.loading import Base, Saved
-from halotune.cli import main
-from halotune.core import registry
+from halotune.cli.loading import Base, Saved
+from halotune.cli.main import main
 from halotune.core.errors import AdapterFileError, HalotuneError
 from halotune.core.layer import AdaptedLayer
 from halotune.inspect import figures
 from halotune.inspect.figures import Figures, measure
 from halotune.inspect.grid import short, split
+from halotune.methods import registry
 from tests.laws.cases import Case, Model, grid, matrix, some_bases, train, wrap
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -264,7 +264,7 @@ def test_matplotlib_is_asked_for_by_its_extra(
 
 
 def test_a_closed_pipe_is_no_error(adapters: Path) -> None:
-    command = [sys.executable, "-m", "halotune.cli", "inspect", str(adapters / "hra")]
+    command = [sys.executable, "-m", "halotune", "inspect", str(adapters / "hra")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         process.stdout.close()

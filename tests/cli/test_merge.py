@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from halotune import HRAConfig, LoraConfig, PeftModel, get_peft_model
-from halotune.apply import merge
-from halotune.cli import main
+from halotune.cli import merge
+from halotune.cli.main import main
 from tests.cli.conftest import save_tokenizer
 from tests.laws.cases import train
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from halotune import HRAConfig, PeftModel, get_peft_model
-from halotune.apply.chat import Chat, converse
-from halotune.apply.text import Sampling, stream
-from halotune.cli import main
+from halotune.cli.chat import Chat, converse
+from halotune.cli.main import main
+from halotune.cli.text import Sampling, stream
 from tests.cli.conftest import save_tokenizer
 
 GREEDY = Sampling(max_new_tokens=8, temperature=0.0, top_p=1.0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import halotune
 from halotune import HalotuneError, LoHaConfig, convert_adapter, get_peft_model
 from halotune.convert.base import Base, load_bases
-from halotune.engine.state import read_metadata
+from halotune.engine.files.state_dict import read_metadata
 
 from .models import randomize, same
 

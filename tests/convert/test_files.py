@@ -13,9 +13,9 @@ from torch import nn
 
 import halotune
 from halotune import AdapterFileError, HalotuneError, LoHaConfig, PeftModel, convert_adapter, get_peft_model
-from halotune.cli import main
+from halotune.cli.main import main
 from halotune.core.config import AdapterConfig
-from halotune.engine.state import read_metadata
+from halotune.engine.files.state_dict import read_metadata
 
 from ..interop.models import base, error, output
 from .models import FIXTURES, Layers, randomize, same

@@ -12,7 +12,7 @@ from torch import nn
 
 import halotune
 from halotune import LoHaConfig, LoraConfig, PeftModel, get_peft_model
-from halotune.engine.inject import adapted_layers
+from halotune.engine.injection.modules import adapted_layers
 
 from .models import Layers, randomize, same
 

@@ -20,8 +20,8 @@ from halotune import (
     TaskType,
     get_peft_model,
 )
-from halotune.core.registry import methods
-from halotune.engine.inject import adapted_layers
+from halotune.engine.injection.modules import adapted_layers
+from halotune.methods.registry import methods
 
 EVERY = pytest.mark.parametrize("config", [m.config for m in methods()], ids=lambda c: c.__name__)
 WITH_TWIN = pytest.mark.parametrize("config", [HRAConfig, LoHaConfig, MissConfig], ids=lambda c: c.__name__)

@@ -10,7 +10,7 @@ from halotune import BoneConfig, HalotuneError, HRAConfig
 from halotune.core import base as bases
 from halotune.core.base import Linear, base_for, base_kind, register_base
 from halotune.core.layer import AdaptedLayer
-from halotune.core.registry import method_of
+from halotune.methods.registry import method_of
 
 
 def layer_with(*names: str, module: nn.Module | None = None) -> AdaptedLayer:

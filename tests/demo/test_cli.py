@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from halotune.cli import main
+from halotune.cli.main import main
 from halotune.demo.methods import METHODS
 
 
@@ -61,5 +61,5 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_command_line_does_not_import_the_demo() -> None:
     heavy = "{'transformers', 'matplotlib', 'rich', 'halotune.demo.run'}"
-    code = f"import sys, halotune.cli as c; c.main(['demo', '--help']); print({heavy} & set(sys.modules))"
+    code = f"import sys, halotune.cli.main as c; c.main(['demo', '--help']); print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")

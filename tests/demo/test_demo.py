@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import halotune
-from halotune.cli import main
+from halotune.cli.main import main
 from halotune.demo import run
 from halotune.demo.methods import METHODS
 
@@ -141,7 +141,7 @@ def test_an_interrupted_proof_leaves_the_earlier_adapter(demo, monkeypatch: pyte
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_sigint_ends_a_real_run(encoder: str) -> None:
-    command = [sys.executable, "-W", "error::UserWarning", "-m", "halotune.cli", "demo", "--model", encoder]
+    command = [sys.executable, "-W", "error::UserWarning", "-m", "halotune", "demo", "--model", encoder]
     process = subprocess.Popen(
         [*command, "--epochs", "0.5", "--method", "hra,loha,bone,bat,lora"],
         stdout=subprocess.PIPE,

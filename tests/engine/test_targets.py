@@ -12,7 +12,7 @@ from torch import nn
 
 import halotune
 from halotune import HalotuneError, HRAConfig, LoHaConfig
-from halotune.engine.inject import adapted_layers
+from halotune.engine.injection.modules import adapted_layers
 
 from ..interop.models import base, error, output, randomize
 

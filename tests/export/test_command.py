@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from halotune import AutoPeftModel, LoraConfig
-from halotune.cli import main
+from halotune.cli.main import main
 from halotune.core.files import WEIGHTS_NAME
 
 from ..interop.models import FIXTURES, base, error, output

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from halotune import BoneConfig, HRAConfig, LoHaConfig, get_peft_model
-from halotune.cli import main
+from halotune.cli.main import main
 from halotune.core.config import AdapterConfig
-from halotune.engine.inject import adapted_layers
+from halotune.engine.injection.modules import adapted_layers
 from halotune.export import check
 
 from ..examples.models import save_stable_diffusion

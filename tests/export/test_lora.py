@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from halotune import BoneConfig, HalotuneError, HRAConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from halotune.core.operator import WeightShape
-from halotune.engine.inject import adapted_layers
+from halotune.engine.injection.modules import adapted_layers
 from halotune.export.factors import SKETCHED, TRUNCATED, factors_of, laid_out, sketched, truncated
 
 from ..laws.cases import BASES, VARIANTS, Base, Case, Model, Variant, fits, matrix, relative, wrap

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from halotune import AdapterFileError, HalotuneError, HRAConfig, LoHaConfig, PeftModel, inject_adapter_in_model
 from halotune.core.layer import AdaptedLayer
-from halotune.engine.inject import adapted_layers
+from halotune.engine.injection.modules import adapted_layers
 from halotune.integrations.diffusers import INDEX_NAME, PipelineAdapters
 
 from .pipelines import (

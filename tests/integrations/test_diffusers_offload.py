@@ -18,7 +18,7 @@ from accelerate import cpu_offload
 from torch import Tensor, nn
 
 from halotune import HalotuneError
-from halotune.engine.inject import adapted_layers
+from halotune.engine.injection.modules import adapted_layers
 from halotune.integrations.diffusers import PipelineAdapters
 
 from .pipelines import CONFIGS, CONVOLUTIONS, add, differ, image, load, near, randomize

@@ -22,7 +22,7 @@ from halotune.core.adapter import Adapter
 from halotune.core.config import AdapterConfig
 from halotune.core.layer import AdaptedLayer
 from halotune.core.operator import WeightShape
-from halotune.core.registry import method_of
+from halotune.methods.registry import method_of
 
 
 @dataclass(frozen=True)

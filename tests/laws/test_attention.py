@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from halotune import PeftModel
-from halotune.engine.inject import adapted_layers
+from halotune.engine.injection.modules import adapted_layers
 
 from .cases import VARIANTS, Variant, relative, train, trained_parameters, wrap
 

@@ -6,8 +6,8 @@ import pytest
 
 from halotune import LoHaConfig
 from halotune.core.base import base_for
-from halotune.core.registry import method_of, methods
 from halotune.methods.loha.ops import low_rank_is_cheaper
+from halotune.methods.registry import method_of, methods
 
 from .cases import BASES, VARIANTS
 

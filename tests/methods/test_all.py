@@ -11,7 +11,7 @@ from torch import nn
 from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, MissConfig, get_peft_model
 from halotune.core.layer import AdaptedLayer
 from halotune.core.operator import WeightShape
-from halotune.core.registry import method_of, methods
+from halotune.methods.registry import method_of, methods
 
 # The value of `bias` that means the biases of the adapted layers; MiSS has two names for it, as peft's files have.
 OWN_BIASES = {

@@ -10,7 +10,7 @@ import torch
 
 from halotune import HalotuneError, HRAConfig, get_peft_model, parameter_groups
 from halotune.core.operator import WeightShape
-from halotune.engine.inject import adapted_layers
+from halotune.engine.injection.modules import adapted_layers
 from halotune.methods.hra import HRA, ops
 
 BOTH = pytest.mark.parametrize("gram_schmidt", [False, True], ids=["chain", "gram-schmidt"])

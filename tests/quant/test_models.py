@@ -11,7 +11,7 @@ from torch import nn
 
 import halotune
 from halotune import BoneConfig, HRAConfig, LoHaConfig, PeftModel
-from halotune.engine.inject import adapted_layers
+from halotune.engine.injection.modules import adapted_layers
 
 from ..laws.cases import relative, train
 from .cases import Case, each_base, same, some, stored_tensors

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from halotune import HRAConfig, PeftModel, get_peft_model
 from halotune.core.config import AdapterConfig
-from halotune.engine.inject import adapted_layers, whole_modules
+from halotune.engine.injection.modules import adapted_layers, whole_modules
 
 from ..conftest import MLP
 from ..laws.cases import VARIANTS, matrix, train

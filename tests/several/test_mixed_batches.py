@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from halotune import HalotuneError, PeftModel, PeftModelForSequenceClassification, TaskType, get_peft_model
-from halotune.engine.inject import adapted_layers, whole_modules
+from halotune.engine.injection.modules import adapted_layers, whole_modules
 
 from .models import METHODS, MLP, adapted, close, composed, config, differ, every_method, layers, randomized
 

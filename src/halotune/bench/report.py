@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import textwrap
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -13,6 +12,8 @@ from typing import Any
 
 from ..core.errors import HalotuneError
 from ..core.files import write_atomically
+from ..report.record import read_record
+from ..report.table import text_table
 from .rows import Row, short
 
 FILE, FORMAT = "bench.json", 1
@@ -74,12 +75,7 @@ def table(rows: Sequence[Row]) -> str:
     words = {"contender", "at", "measure", "status"}
     if find_spec("rich"):
         return _rich(headers, body, words)
-    widths = [max(map(len, column)) for column in zip(headers, *body, strict=True)]
-    lines = [
-        "  ".join(c.ljust(w) if h in words else c.rjust(w) for c, w, h in zip(line, widths, headers, strict=True))
-        for line in [headers, ["─" * w for w in widths], *body]
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    return text_table(headers, body, left=words)
 
 
 def _rich(headers: list[str], body: list[list[str]], words: set[str]) -> str:
@@ -105,12 +101,9 @@ def read_runs(file: Path) -> list[dict[str, Any]]:
     """The runs that are in the file already; none where there is no file."""
     if not file.exists():
         return []
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        if document["format"] == FORMAT:
-            return list(document["runs"])
-    except (ValueError, KeyError, TypeError):
-        pass
+    record = read_record(file, FORMAT)
+    if record is not None and isinstance(record.get("runs"), list):
+        return record["runs"]
     raise HalotuneError(f"{file}: is not a file of this benchmark, so no run can be added. Choose another --output-dir.")
 
 
@@ -118,13 +111,8 @@ def run_record(kind: str, date: str, rows: Sequence[Row]) -> dict[str, Any]:
     return {"kind": kind, "date": date, "rows": [row.to_dict() for row in rows]}
 
 
-def as_json(runs: Sequence[dict[str, Any]]) -> str:
-    return json.dumps({"format": FORMAT, "runs": list(runs)}, indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def write_runs(file: Path, runs: Sequence[dict[str, Any]]) -> None:
-    text = as_json(runs) + "\n"
-    write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def as_document(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {"format": FORMAT, "runs": list(runs)}
 
 
 # -- the chart

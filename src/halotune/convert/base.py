@@ -19,7 +19,7 @@ from ..core.errors import AdapterFileError, HalotuneError
 from ..core.files import locate, read_json
 from ..core.layer import AdaptedLayer
 from ..core.operator import WeightShape
-from ..engine.inject import visible_modules
+from ..engine.injection.modules import visible_modules
 from .originals import Part, original_names
 
 # The models of a diffusers pipeline that adapters are made for.

@@ -12,9 +12,9 @@ from typing import Any
 from ..core.config import AdapterConfig
 from ..core.errors import AdapterFileError, HalotuneError
 from ..core.files import CONFIG_NAME, WEIGHTS_NAME, locate
-from ..core.registry import method_of
-from ..engine.saving import write_adapter
-from ..engine.state import read_metadata, read_tensors, write_tensors
+from ..engine.files.save import write_adapter
+from ..engine.files.state_dict import read_metadata, read_tensors, write_tensors
+from ..methods.registry import method_of
 from .base import COMPONENTS, Base, load_bases
 from .loading import check_names, check_output, left_out, read_lycoris
 from .lycoris import PEFT_PREFIX, PREFIXES, Adapter, LycorisFile, is_lycoris

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ..core.errors import AdapterFileError, HalotuneError, warn
+from ..engine.files.load import AdapterSource
+from ..engine.files.state_dict import config_of, get_peft_model_state_dict, read_metadata, read_tensors, write_tensors
 from ..engine.model import PeftModel
-from ..engine.source import AdapterSource
-from ..engine.state import config_of, get_peft_model_state_dict, read_metadata, read_tensors, write_tensors
 from ..engine.tuner import AdapterModel
 from .base import Base
 from .lycoris import PEFT_PREFIX, Adapter, LycorisFile, parse

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.errors import AdapterFileError
-from ..core.lycoris import LycorisForm
-from ..core.registry import Method, methods
+from ..methods.lycoris_form import LycorisForm
+from ..methods.registry import Method, methods
 
 PEFT_PREFIX = "base_model.model."
 

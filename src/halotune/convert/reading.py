@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.errors import AdapterFileError, closest
-from ..core.lycoris import LycorisForm
-from ..core.registry import Method
-from ..engine.targets import matches_suffix, shortest_suffixes
+from ..engine.injection.targets import matches_suffix, shortest_suffixes
+from ..methods.lycoris_form import LycorisForm
+from ..methods.registry import Method
 from .base import Base
 from .lycoris import PEFT_PREFIX, Adapter, LycorisFile
 from .originals import Part

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import AdapterFileError, HalotuneError
-from ..core.lycoris import LycorisForm
+from ..methods.lycoris_form import LycorisForm
 from .originals import Part
 
 

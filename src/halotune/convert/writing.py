@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
-from ..core.lycoris import LycorisForm
-from ..core.registry import method_of, methods
+from ..methods.lycoris_form import LycorisForm
+from ..methods.registry import method_of, methods
 from .base import Base
 from .lycoris import PEFT_PREFIX, Adapter
 from .rows import stack

@@ -16,7 +16,7 @@ from .base import LinearLike, register_base
 from .errors import HalotuneError
 from .layer import AdaptedLayer
 from .operator import WeightShape
-from .standin import StandIn
+from .wrapper import Wrapper
 
 
 class Projection(nn.Module):
@@ -75,7 +75,7 @@ def projection_names(attention: nn.MultiheadAttention) -> dict[str, str]:
     return {f"{i}_proj": f"{i}_proj_weight" for i in "qkv"}
 
 
-class AdaptedAttention(StandIn):
+class AdaptedAttention(Wrapper):
     """Attention with adapters on its projections: `in_proj` (or `q_proj`, `k_proj`, `v_proj`) here, `out_proj` in the base."""
 
     _stands_for = "base_layer"

@@ -6,17 +6,19 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from enum import Enum
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from typing_extensions import Self
 
 from .errors import AdapterFileError, HalotuneError, closest
 from .files import CONFIG_NAME, locate, read_json, write_atomically
+
+T = TypeVar("T")
 
 
 class PeftType(str, Enum):
@@ -233,8 +235,6 @@ class AdapterConfig(BaseConfig):
     @classmethod
     def from_pretrained(cls, model_id: str | PathLike[str], subfolder: str | None = None, **kwargs: Any) -> AdapterConfig:
         """The configuration in a folder, or in a repository of the hub; of whichever method it is of."""
-        from .registry import method_of
-
         file = locate(model_id, CONFIG_NAME, subfolder=subfolder, **kwargs)
         entries = read_json(file)
         if "peft_type" not in entries:
@@ -245,7 +245,7 @@ class AdapterConfig(BaseConfig):
                 remedy='It names the method, e.g. "HRA"; is this an adapter\'s folder?',
             )
         try:
-            config = method_of(entries["peft_type"]).config.from_dict(entries)
+            config = look_up(CLASSES, entries["peft_type"]).from_dict(entries)
         except HalotuneError as e:
             raise AdapterFileError(file, str(e), remedy="Mend the file, or save the adapter again.") from e
         if not isinstance(config, cls):
@@ -264,6 +264,23 @@ class AdapterConfig(BaseConfig):
     def is_prompt_learning(self) -> bool:
         """False; asked for by code written for PEFT."""
         return False
+
+
+CLASSES: dict[str, type[AdapterConfig]] = {}  # by the name in files; registering a method adds its own
+
+
+def look_up(known: Mapping[str, T], peft_type: object) -> T:
+    """The entry of a method's name.
+
+    Raises:
+        HalotuneError: for a name that no method bears.
+    """
+    name = str(_plain(peft_type))
+    if name in known:
+        return known[name]
+    near = closest(name.upper(), list(known))
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise HalotuneError(f"peft_type: expected one of {', '.join(known)}; got {name!r}.{hint}")
 
 
 def _plain(value: Any) -> Any:

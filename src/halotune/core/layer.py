@@ -14,11 +14,11 @@ from .merge_record import MergeRecord
 from .operator import Adapted, Operator
 from .precision import exact_dtype
 from .rows import Rows
-from .standin import StandIn
 from .tunerlayer import TunerLayer
+from .wrapper import Wrapper
 
 
-class AdaptedLayer(TunerLayer, StandIn):
+class AdaptedLayer(TunerLayer, Wrapper):
     """`base_layer` with named adapters. The active ones compose as functions, in order: `W -> F2(F1(W))`.
 
     Where `merged_adapters` is not empty the stored weight holds those already, and a snapshot of the original is kept.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from ..core.files import write_atomically
+from ..report.record import read_record
 
 METRICS, PLOT = "metrics.json", "learning_curves.png"
 FORMAT = 1
@@ -22,20 +22,12 @@ Record = dict[str, Any]
 
 def read_metrics(file: Path) -> dict[str, Record]:
     """The records of earlier runs, by method; none where there is no such file, or not one of this format."""
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        return dict(document["methods"]) if document["format"] == FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+    methods = (read_record(file, FORMAT) or {}).get("methods")
+    return methods if isinstance(methods, dict) else {}
 
 
-def write_metrics(file: Path, records: dict[str, Record]) -> None:
-    text = as_json(records) + "\n"
-    write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def as_json(records: dict[str, Record]) -> str:
-    return json.dumps({"format": FORMAT, "methods": records}, indent=1, allow_nan=False)
+def as_document(records: dict[str, Record]) -> dict[str, Any]:
+    return {"format": FORMAT, "methods": records}
 
 
 def table(records: dict[str, Record]) -> Table:

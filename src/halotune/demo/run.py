@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from .. import get_peft_model
 from ..core.errors import HalotuneError
+from ..report.record import json_text, write_record
 from . import report
 from .data import RatedWords, read_ratings, split
 from .memory import PeakMemory
@@ -136,7 +137,7 @@ def demo(methods: list[str], *, model: str | None, epochs: float, seed: int, out
         if results:
             conclude(console, output_dir, results, time.perf_counter() - started)
     if as_json and results:
-        print(report.as_json(keep(output_dir, results)))
+        print(json_text(report.as_document(keep(output_dir, results))))
     failed = not all(r["proof"]["reloads"] and r["proof"]["merges"] for r in results.values())
     return status or (UNPROVED if failed else OK)
 
@@ -184,7 +185,7 @@ def keep(output_dir: Path, results: dict[str, Record]) -> dict[str, Record]:
     file = output_dir / report.METRICS
     merged = {**report.read_metrics(file), **results}
     merged = {name: merged[name] for name in [*METHODS, *merged] if name in merged}  # in one order, always
-    report.write_metrics(file, merged)
+    write_record(file, report.as_document(merged))
     return merged
 
 

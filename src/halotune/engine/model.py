@@ -19,26 +19,27 @@ from typing_extensions import Self
 
 from ..core.config import AdapterConfig, TaskType
 from ..core.errors import HalotuneError
-from ..core.registry import method_of
-from ..core.standin import StandIn
-from .card import CARD_NAME, mark_card
-from .hotswap import require_same
-from .hub import upload
-from .inject import adapted_layers, paths_in_state_dict, per_sample
-from .inplace import add_in_place
-from .introduction import introduce
-from .merging import MergeReport, Requantize
-from .saving import parameter_count, save_adapters
-from .source import AdapterSource
-from .state import set_peft_model_state_dict
+from ..core.wrapper import Wrapper
+from ..methods.registry import method_of
+from .external_types import register_external_types
+from .files.card import CARD_NAME, mark_card
+from .files.hotswap import require_same
+from .files.hub import upload
+from .files.load import AdapterSource
+from .files.save import parameter_count, save_adapters
+from .files.state_dict import set_peft_model_state_dict
+from .injection.activation import per_sample
+from .injection.in_place import add_in_place
+from .injection.modules import adapted_layers, paths_in_state_dict
 from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .tuner import AdapterModel, tuner_class
+from .weights.merge import MergeReport, Requantize
 
 if TYPE_CHECKING:
     from ..export.lora import ExportReport
 
 
-class PeftModel(StandIn):
+class PeftModel(Wrapper):
     """A base model with adapters. The base's own attributes and methods are reached through it.
 
     Args:
@@ -58,7 +59,7 @@ class PeftModel(StandIn):
         if "_public" in cls.__dict__:  # made below already: replicas call it without a model
             return super().__new__(cls)
         model = args[0] if args else kwargs.get("model")
-        return super().__new__(_class_for(_public(cls), type(model), introduce()))  # type: ignore[arg-type]
+        return super().__new__(_class_for(_public(cls), type(model), register_external_types()))  # type: ignore[arg-type]
 
     def __init__(
         self,
@@ -495,7 +496,7 @@ def _public(cls: type[PeftModel]) -> type[PeftModel]:
 
 
 def _blank(cls: type[PeftModel], base: type[nn.Module]) -> PeftModel:
-    return object.__new__(_class_for(cls, base, introduce()))
+    return object.__new__(_class_for(cls, base, register_external_types()))
 
 
 # -- tasks

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from ..core.layer import AdaptedLayer
-from ..core.registry import method_of
-from .inject import adapted_layers, whole_modules
+from ..methods.registry import method_of
+from .injection.modules import adapted_layers, whole_modules
 
 if TYPE_CHECKING:
     from .model import PeftModel

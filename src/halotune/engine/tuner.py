@@ -16,30 +16,20 @@ from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError, warn
 from ..core.forms import Form
 from ..core.layer import AdaptedLayer
-from ..core.registry import method_of
-from ..core.standin import StandIn
-from .architectures import DEFAULT_TARGETS
-from .combining import combine
+from ..core.wrapper import Wrapper
+from ..methods.registry import method_of
+from .external_types import register_external_types
+from .files.save import save_adapters
 from .forward.prepare import Scope
-from .inject import (
-    activate,
-    adapted_layers,
-    check_bias,
-    eject,
-    enable,
-    freeze,
-    inject,
-    paths_in_state_dict,
-    public_path,
-    remove,
-    train_biases,
-    whole_modules,
-)
-from .introduction import introduce
-from .merging import MergeReport, Requantize, merge, unmerge
-from .offloading import StayingAdapters
-from .preparing import mind_penalty, penalty
-from .saving import save_adapters
+from .injection.activation import activate, check_bias, enable, freeze, train_biases
+from .injection.default_targets import DEFAULT_TARGETS
+from .injection.inject import inject
+from .injection.modules import adapted_layers, paths_in_state_dict, public_path, whole_modules
+from .injection.offloading import StayingAdapters
+from .injection.surgery import eject, remove
+from .training import mind_penalty, penalty
+from .weights.combine import combine
+from .weights.merge import MergeReport, Requantize, merge, unmerge
 
 if TYPE_CHECKING:
     from ..export.lora import ExportReport
@@ -48,7 +38,7 @@ if TYPE_CHECKING:
 PATIENCE = 32  # training passes, of which several may make one optimizer step, before a penalty is missed
 
 
-class AdapterModel(StandIn):
+class AdapterModel(Wrapper):
     """Adapters on any module, which is changed in place; `model` is that module.
 
     Args:
@@ -76,7 +66,7 @@ class AdapterModel(StandIn):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         super().__init__()
-        introduce()
+        register_external_types()
         self.model = model
         self.peft_config: dict[str, AdapterConfig] = {}
         self.active_adapters: list[str] = []
@@ -274,7 +264,7 @@ class AdapterModel(StandIn):
 
     def export(self, to: str, folder: str | PathLike[str], **kwargs: Any) -> ExportReport:
         """Write the adapters in another program's format; the arguments of `PeftModel.export`."""
-        from .exporting import export_adapters  # few need it, and `import halotune` stays light
+        from .files.export import export_adapters  # few need it, and `import halotune` stays light
 
         return export_adapters(self, to, folder, **kwargs)
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..apply.loading import Base, Saved
+from ..cli.loading import Base, Saved
 from ..core.adapter import Adapter
 from ..core.errors import AdapterFileError, HalotuneError
-from ..core.measures import Measures, effective_rank, singular_values
 from ..core.operator import WeightShape
-from ..core.registry import method_of
-from ..engine.inject import adapted_layers
+from ..engine.injection.modules import adapted_layers
+from ..methods.measures import Measures, effective_rank, singular_values
+from ..methods.registry import method_of
 
 THIN = 1024  # factors of a higher rank are not decomposed: minutes a layer
 NOISE = 1e-12  # of ‖W‖: a delta under it is rounding, in the fp64 that all is computed in

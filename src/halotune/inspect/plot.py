@@ -10,10 +10,10 @@ import matplotlib
 import matplotlib.ticker
 import numpy as np
 
-from ..apply.loading import Saved
+from ..cli.loading import Saved
 from ..core.files import write_atomically
-from ..core.measures import Column
-from ..core.registry import method_of
+from ..methods.measures import Column
+from ..methods.registry import method_of
 from .figures import Figures
 from .grid import short, split
 from .report import COMMON, known_columns, value_of

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from ..apply.loading import Base, Saved
+from ..cli.loading import Base, Saved
 from ..core.config import AdapterConfig
-from ..core.measures import Column
-from ..core.registry import method_of
+from ..methods.measures import Column
+from ..methods.registry import method_of
+from ..report.table import text_table
 from .figures import Figures
 from .grid import modules
 
@@ -113,15 +113,7 @@ def table(saved: Saved, layers: Sequence[Figures]) -> str:
         for name, group in modules(layers).items()
         if len(group) > 1
     ]
-    left = 2 if kinds else 1
-    widths = [max(map(len, cells)) for cells in zip(head, *body, *means, strict=True)]
-
-    def line(cells: Iterable[str]) -> str:
-        padded = (f"{c:<{w}}" if i < left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-        return "  ".join(padded).rstrip()
-
-    rule = ["─" * w for w in widths]
-    return "\n".join(map(line, [head, rule, *body, *([rule, *means] if means else [])]))
+    return text_table(head, body, means, left={"layer", "kind"})
 
 
 def _written(value: float | None, column: Column) -> str:
@@ -152,8 +144,8 @@ def closing(layers: Sequence[Figures]) -> str:
 _TOTALS = {"weight_norm": "‖W‖", "delta_norm": "‖ΔW‖", "relative_delta": "‖ΔW‖/‖W‖"}
 
 
-def as_json(saved: Saved, base: Base | None, layers: Sequence[Figures]) -> str:
-    document = {
+def as_document(saved: Saved, base: Base | None, layers: Sequence[Figures]) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "adapter": saved.source,
         "base": base.name if base else None,
@@ -163,4 +155,3 @@ def as_json(saved: Saved, base: Base | None, layers: Sequence[Figures]) -> str:
         "total": total(layers),
         "layers": {layer.path: layer.to_dict() for layer in layers},
     }
-    return json.dumps(document, indent=1, allow_nan=False)

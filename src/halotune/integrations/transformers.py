@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..core.errors import HalotuneError
 from ..engine.model import PeftModel
-from ..engine.preparing import penalty
+from ..engine.training import penalty
 
 try:
     from accelerate.utils import is_peft_model

@@ -1,7 +1,7 @@
 """Bone and BAT: block-affine adapters; MiSS is their name in newer PEFT."""
 
 from ...core.config import PeftType
-from ...core.registry import Method, register
+from ..registry import Method, register
 from .adapter import Bat, Bone, Miss, MissBat, create_bone, create_miss
 from .config import BoneConfig, MissConfig, as_bone, as_miss
 from .from_peft import BONE_FROM_PEFT, MISS_FROM_PEFT

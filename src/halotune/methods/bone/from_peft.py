@@ -10,7 +10,7 @@ from typing import Any
 
 from ...core.base import Base
 from ...core.operator import WeightShape
-from ...core.registry import FromPeft
+from ..registry import FromPeft
 from .adapter import Bat, Bone, Miss, MissBat
 
 

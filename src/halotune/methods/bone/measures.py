@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ...core.measures import Column, Measures, effective_rank
 from ...core.operator import WeightShape
+from ..measures import Column, Measures, effective_rank
 from .adapter import Bat, Bone
 from .config import BlockConfig
 

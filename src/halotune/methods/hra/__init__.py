@@ -1,7 +1,7 @@
 """HRA: Householder reflection adaptation."""
 
 from ...core.config import PeftType
-from ...core.registry import Method, register
+from ..registry import Method, register
 from .adapter import HRA
 from .config import HRAConfig
 from .from_peft import FROM_PEFT

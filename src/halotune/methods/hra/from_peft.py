@@ -8,7 +8,7 @@ import torch
 
 from ...core.base import Base
 from ...core.operator import WeightShape
-from ...core.registry import FromPeft
+from ..registry import FromPeft
 from .adapter import HRA
 
 

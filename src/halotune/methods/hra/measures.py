@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ...core.measures import Column, Measures
 from ...core.operator import WeightShape
+from ..measures import Column, Measures
 from . import ops
 from .adapter import HRA
 from .config import HRAConfig

@@ -1,7 +1,7 @@
 """LoHa: low-rank Hadamard products."""
 
 from ...core.config import PeftType
-from ...core.registry import Method, register
+from ..registry import Method, register
 from .adapter import DecomposedLoHa, LoHa, create_loha
 from .config import LoHaConfig
 from .from_peft import FROM_PEFT

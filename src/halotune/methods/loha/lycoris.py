@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from ...core.errors import HalotuneError
-from ...core.lycoris import LycorisForm, read_alpha, write_alpha
 from ...core.operator import WeightShape
 from ...core.precision import exact_dtype
+from ..lycoris_form import LycorisForm, read_alpha, write_alpha
 from .config import LoHaConfig
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

@@ -7,8 +7,8 @@ from math import prod
 
 from torch import Tensor
 
-from ...core.measures import Measures
 from ...core.operator import WeightShape
+from ..measures import Measures
 from .config import LoHaConfig
 
 

@@ -1,7 +1,7 @@
 """LoRA: the baseline."""
 
 from ...core.config import PeftType
-from ...core.registry import Method, register
+from ..registry import Method, register
 from .adapter import Lora
 from .config import LoraConfig
 from .lycoris import FORM

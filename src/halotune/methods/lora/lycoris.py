@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core.lycoris import LycorisForm, read_alpha, write_alpha
 from ...core.operator import WeightShape
+from ..lycoris_form import LycorisForm, read_alpha, write_alpha
 from .config import LoraConfig
 
 _NAMES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}

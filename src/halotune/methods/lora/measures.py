@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ...core.measures import Measures
 from ...core.operator import WeightShape
+from ..measures import Measures
 from .config import LoraConfig
 
 

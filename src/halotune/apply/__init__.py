@@ -1,1 +1,0 @@
-"""Saved adapters on their base models, from the command line: merge, generate, chat."""

@@ -1,0 +1,53 @@
+"""`halotune convert`, from the flags to the exit status."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .options import add_parser
+
+if TYPE_CHECKING:
+    from .main import Commands
+
+DESCRIPTION = """
+Write an adapter in another format: PEFT's folders, LyCORIS and kohya files
+(LoHa, LoRA), Bone and MiSS. The source's format is recognised. Tensors are
+copied bit for bit; the base model's weights are not read.
+"""
+EXAMPLES = """
+halotune convert style.safetensors --to peft --base ./sdxl --output my-adapter
+halotune convert my-adapter --to kohya --base ./sdxl --output style.safetensors
+halotune convert my-bone --to miss --output my-miss
+"""
+
+
+def add(commands: Commands) -> None:
+    parser = add_parser(commands, "convert", DESCRIPTION, EXAMPLES)
+    flag = parser.add_argument
+    flag("source", metavar="SOURCE", help="a LyCORIS or kohya file, an adapter's folder, or a hub id")
+    flag(
+        "--to",
+        required=True,
+        choices=("peft", "miss", "bone", "lycoris", "kohya"),
+        help="peft keeps the method; miss and bone are one adapter, for peft from 0.19 and up to 0.18; lycoris names modules "
+        "as the model does, kohya as sd-scripts does",
+    )
+    flag(
+        "--base",
+        metavar="MODEL",
+        help="folder or hub id of the base model or diffusers pipeline; needed to read LyCORIS and kohya files, and to write "
+        "the original names of SDXL and FLUX",
+    )
+    flag("--output", required=True, type=Path, metavar="PATH", help="a folder; for lycoris and kohya a .safetensors file")
+    flag("--prefix", metavar="NAME", help="of keys in the LyCORIS file, if not the usual: lycoris, lora_unet, lora_te1 …")
+    flag("--names", choices=("model", "original"), help="of modules in the file written (default: as the format has them)")
+    parser.set_defaults(run=run, prog=parser.prog)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..convert.files import convert_adapter
+
+    print(convert_adapter(args.source, args.output, args.to, base=args.base, prefix=args.prefix, names=args.names))
+    return 0

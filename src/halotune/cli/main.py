@@ -1,0 +1,104 @@
+"""The command line's start: it imports the module of the command that is asked for, and no other."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, NoReturn
+
+from .. import __version__
+from ..core.errors import HalotuneError
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction["Parser"]
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+# A command is a module here with `add(commands)` -> its line in `halotune --help`.
+COMMANDS = {
+    "inspect": "show a saved adapter layer by layer: sizes, ranks, rotation angles",
+    "export": "write an adapter as a LoRA; check who can read one",
+    "convert": "convert adapters: PEFT, LyCORIS, kohya; Bone, MiSS",
+    "merge": "write an adapter into its base model, and save the whole",
+    "generate": "continue a prompt with an adapter",
+    "chat": "talk to a model with an adapter",
+    "demo": "compare all methods on a real model, in minutes",
+    "bench": "compare speed and memory with peft, lycoris-lora, LoRA",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors take one line; the usage is under --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status: 0, 1 failed, 2 bad input, 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no "→" must not end a run
+    try:
+        status = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
+        return 0
+
+
+def _run(argv: Sequence[str]) -> int:
+    parser = Parser(prog="halotune", description="Fine-tune models with HRA, LoHa, Bone, BAT and LoRA adapters.")
+    parser.add_argument("--version", action="version", version=f"halotune {__version__}", help="show the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, text in COMMANDS.items():
+        if name in argv[:1]:
+            import_module(f"{__package__}.{name}").add(commands)
+        else:
+            commands.add_parser(name, help=text)
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as e:
+        return int(e.code or 0)
+    if not hasattr(args, "run"):
+        parser.print_help(sys.stderr)
+        return BAD_INPUT
+    prog = getattr(args, "prog", parser.prog)
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"{prog}: warning: {message}\n"
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except HalotuneError as e:
+        return _fail(prog, e, BAD_INPUT)
+    except BrokenPipeError:
+        raise
+    except OSError as e:  # a full disk, a file that is gone: nothing that a traceback would explain
+        return _fail(prog, e, FAILED)
+    except RuntimeError as e:
+        if type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here for its name
+            raise
+        return _fail(prog, e, FAILED)
+    finally:
+        warnings.formatwarning = usual
+
+
+def _fail(prog: str, error: Exception, status: int) -> int:
+    print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def require(extra: str, packages: Sequence[str]) -> None:
+    """Raise an error that names the pip command, unless all the packages of an extra can be imported."""
+    missing = [p for p in packages if importlib.util.find_spec(p) is None]
+    if missing:
+        raise HalotuneError(f'{", ".join(missing)} not installed. Install with: pip install "halotune[{extra}]"')

@@ -1,0 +1,136 @@
+"""`halotune merge`: the base model with an adapter written into its weights, saved as a model of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import HalotuneError
+from .options import add_model_flags, add_parser
+
+if TYPE_CHECKING:
+    from .loading import Base, Saved
+    from .main import Commands
+
+DESCRIPTION = """
+Write an adapter into the weights of its base model, and save the whole, with
+its tokenizer, as a folder that from_pretrained loads without halotune. The
+base may be a pipeline of diffusers. A report says what the merge changed in
+every layer, and what share of the adapter was lost to rounding; --dtype
+float32 loses none, and makes larger files.
+"""
+EXAMPLES = """
+halotune merge my-adapter --output merged
+halotune merge my-adapter --base ./llama --dtype float32 --output merged
+"""
+MARKS = ("config.json", "model_index.json")  # a folder with one of these holds a model
+
+
+def add(commands: Commands) -> None:
+    parser = add_parser(commands, "merge", DESCRIPTION, EXAMPLES)
+    add_model_flags(parser, device="cpu")
+    flag = parser.add_argument
+    flag("--output", type=Path, required=True, metavar="DIR", help="the new folder")
+    flag("--force", action="store_true", help="replace a model that is there already")
+    flag("--no-safe-merge", action="store_true", help="do not check first that all merged weights are finite")
+    flag("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="of one file of weights (default: 5GB)")
+    parser.set_defaults(run=_run, prog=parser.prog)
+
+
+def _run(args: argparse.Namespace) -> int:
+    check_output(args.output, force=args.force)
+    from .loading import Base, Saved, find_device
+
+    device = find_device(args.device)
+    saved = Saved.read(args.adapter)
+    check_apart(args.output, args.adapter, args.base or saved.config.base_model_name_or_path)
+    base = Base.load(saved, args.base, args.dtype, device)
+    model = saved.on(base)
+    tuner = model.base_model
+    merged = Base(base.name, model.merge_and_unload(safe_merge=not args.no_safe_merge), base.component)
+    print(tuner.merge_report)
+    write_folder(args.output, lambda folder: save(merged, saved, folder, args.max_shard_size))
+    print(f"\nWrote {args.output}")
+    return 0
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]i?B", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 5GB; got {text!r}")
+    return text
+
+
+def save(base: Base, saved: Saved, folder: Path, max_shard_size: str) -> None:
+    """The model with all that it needs to run: a tokenizer or processor, or the rest of its pipeline."""
+    if base.component is not None:
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+        from .loading import loadable
+
+        with loadable("the pipeline", base.name):
+            pipeline = DiffusionPipeline.from_pretrained(base.name, **{base.component: base.model})
+        pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
+        return
+    base.model.save_pretrained(folder, max_shard_size=max_shard_size)  # type: ignore[operator]
+    processor = _processor(saved, base.name)
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def _processor(saved: Saved, base: str) -> Any:
+    """What turns input into tensors: the tokenizer, for text. None where there is none."""
+    from transformers import AutoProcessor
+
+    from .loading import tokenizer_source
+
+    try:
+        return AutoProcessor.from_pretrained(tokenizer_source(saved, base))
+    except (OSError, ValueError, KeyError, ImportError):  # none, or a package that it needs is not here
+        return None
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse a folder that must not be written, before anything is loaded."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise HalotuneError(f"--output {output}: is a file. Name a folder.")
+    if not any(output.iterdir()):
+        return
+    if not force:
+        raise HalotuneError(f"--output {output}: exists. Choose another, or replace it with --force.")
+    if not any((output / mark).is_file() for mark in MARKS):
+        raise HalotuneError(f"--output {output}: holds no model, so --force does not replace it. Choose another folder.")
+
+
+def check_apart(output: Path, *sources: str | None) -> None:
+    """Refuse to replace what is read."""
+    target = output.resolve()
+    for source in sources:
+        if source and (path := Path(source)).exists() and target in (path.resolve(), *path.resolve().parents):
+            raise HalotuneError(f"--output {output}: {source} is read from there. Choose another folder.")
+
+
+def write_folder(output: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder beside `output`, then rename it: there is the old folder or the new, never half.
+
+    Between the two renames that replace an old folder there is none for a moment.
+    """
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
+    try:
+        new = temporary / "new"
+        new.mkdir()  # with the user's own mode; mkdtemp's is 0700
+        write(new)
+        if output.exists():
+            os.replace(output, temporary / "old")
+        os.replace(new, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Adapters as files: state dicts, folders, the hub."""

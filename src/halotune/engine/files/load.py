@@ -1,0 +1,61 @@
+"""Reading a saved adapter: its configuration and its tensors, from a folder or the hub."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...core.config import AdapterConfig
+from ...core.errors import AdapterFileError
+from ...core.files import WEIGHTS_NAME, locate
+from .state_dict import read_tensors
+
+
+class AdapterSource:
+    """An adapter's configuration and tensors, as read."""
+
+    def __init__(self, file: Path, config: AdapterConfig, tensors: dict[str, Tensor], complete: bool) -> None:
+        self.file, self.config, self.tensors = file, config, tensors
+        self.complete = complete  # every parameter comes from the file, so none needs to be initialised
+
+    @property
+    def ignore_mismatched_sizes(self) -> bool:
+        return not self.complete
+
+    @classmethod
+    def read(
+        cls,
+        model_id: str | PathLike[str],
+        config: AdapterConfig | None,
+        is_trainable: bool,
+        key_mapping: Mapping[str, str] | None,
+        *,
+        subfolder: str | None = None,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> AdapterSource:
+        config = copy.copy(config or AdapterConfig.from_pretrained(model_id, subfolder=subfolder, **kwargs))
+        config.inference_mode = not is_trainable
+        file = locate(model_id, WEIGHTS_NAME, subfolder=subfolder, **kwargs)
+        tensors = _renamed(read_tensors(file), key_mapping, file)
+        return cls(file, config, tensors, complete=not ignore_mismatched_sizes)
+
+
+def _renamed(tensors: dict[str, Tensor], mapping: Mapping[str, str] | None, file: Path) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        new = key
+        for pattern, replacement in (mapping or {}).items():
+            new, n = re.subn(pattern, replacement, new)
+            if n:
+                break
+        if new in out:
+            raise AdapterFileError(file, f"key_mapping gives {new} twice.", key=key, remedy="Make the mapping one to one.")
+        out[new] = tensor
+    return out

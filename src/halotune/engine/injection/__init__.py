@@ -1,0 +1,1 @@
+"""Putting adapters into a model, activating them, and taking them out again."""

@@ -1,0 +1,110 @@
+"""Which adapters are active, for which samples, and what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ...core.config import AdapterConfig
+from ...core.errors import HalotuneError
+from ...core.layer import AdaptedLayer
+from ...core.rows import BASE, Rows
+from .modules import adapted_layers, whole_modules
+
+
+def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None:
+    """Make these adapters the active ones, in this order; exactly they are trained."""
+    wholes = whole_modules(model)
+    for path, wrapper in wholes.items():
+        wrapper.check(names, path)
+    for layer in adapted_layers(model).values():
+        layer.set_adapter(names, inference_mode=not trainable)
+    for wrapper in wholes.values():
+        wrapper.active_adapters = [n for n in names if n in wrapper.modules_to_save]
+        for n, module in wrapper.modules_to_save.items():
+            for p in module.parameters():
+                if p.is_floating_point():
+                    p.requires_grad_(trainable and n in names)
+
+
+def enable(model: nn.Module, on: bool) -> None:
+    for module in (*adapted_layers(model).values(), *whole_modules(model).values()):
+        module.enabled = on
+
+
+@contextmanager
+def per_sample(
+    model: nn.Module, names: Sequence[str], batch: int | None = None, modules: Sequence[Any] | None = None
+) -> Iterator[None]:
+    """Inside, sample i of a batch goes through adapter `names[i]`, or through the base for `"__base__"`.
+
+    Args:
+        batch: the number of samples, where it is known.
+        modules: the layers with adapters, where they are no submodules of the model.
+    """
+    if batch is not None and len(names) != batch:
+        raise HalotuneError(f"adapter_names: got {len(names)} names for a batch of {batch} samples. Give one name per sample.")
+    if modules is None:
+        modules = [*adapted_layers(model).values(), *whole_modules(model).values()]
+    known = {n for m in modules for n in (m.adapters if isinstance(m, AdaptedLayer) else m.modules_to_save)}
+    unknown = sorted(set(names) - known - {BASE})
+    if unknown or not names:
+        raise HalotuneError(f"adapter_names: {unknown or 'empty'}; the model has {sorted(known)}, and {BASE!r} for none.")
+    if any(isinstance(m, AdaptedLayer) and m.merged for m in modules):
+        raise HalotuneError("adapter_names: adapters are merged into the weights. Call unmerge_adapter() first.")
+    if not all(m.enabled for m in modules):
+        raise HalotuneError(f"adapter_names: adapters are disabled. Leave disable_adapter(), or name {BASE!r} for samples.")
+    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        raise HalotuneError(
+            "adapter_names: checkpointed blocks run again in backward, when the names are gone. Turn gradient checkpointing "
+            "off, or train one adapter at a time."
+        )
+    rows = Rows(tuple(names))
+    for m in modules:
+        m.rows = rows
+    try:
+        yield
+    finally:
+        for m in modules:
+            m.rows = None
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze what is no adapter and no trained copy."""
+    ours: set[int] = set()
+    for layer in adapted_layers(model).values():
+        ours |= {id(p) for p in layer.adapters.parameters()}
+    for wrapper in whole_modules(model).values():
+        ours |= {id(p) for p in wrapper.modules_to_save.parameters()}
+    for p in model.parameters():
+        if id(p) not in ours:
+            p.requires_grad_(False)
+
+
+def check_bias(others: Mapping[str, AdapterConfig], config: AdapterConfig, name: str) -> None:
+    """Two adapters cannot both train biases, which belong to the base."""
+    if getattr(config, "bias", "none") == "none":
+        return
+    trained = [n for n, c in others.items() if n != name and getattr(c, "bias", "none") != "none"]
+    if trained:
+        raise HalotuneError(
+            f"adapter {name!r}: bias={config.bias!r}, but {trained[0]!r} trains biases already, and they belong to the "  # type: ignore[attr-defined]
+            'base. Use bias="none" for all adapters but one.'
+        )
+
+
+def train_biases(model: nn.Module, config: AdapterConfig, name: str) -> None:
+    """Make trainable the biases that the configuration names."""
+    bias = getattr(config, "bias", "none")
+    if bias == "none":
+        return
+    for layer in adapted_layers(model).values() if bias != "all" else ():
+        if name in layer.adapters and isinstance(layer.base.bias, nn.Parameter):
+            layer.base.bias.requires_grad_(True)
+    if bias == "all":
+        for key, p in model.named_parameters():
+            if (key == "bias" or key.endswith(".bias")) and ".original_module." not in key:
+                p.requires_grad_(True)

@@ -1,0 +1,152 @@
+"""Putting adapters into a model's layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from ...core.adapter import Adapter
+from ...core.attention import Projection
+from ...core.config import AdapterConfig
+from ...core.errors import HalotuneError, warn
+from ...core.layer import AdaptedLayer
+from ...methods.registry import method_of
+from .modules import is_attention, tied_parameters, visible_modules
+from .modules_to_save import ModulesToSaveWrapper
+from .offloading import check_offloaded
+from .resolve import resolve_targets, whole_targets
+from .surgery import leave_fused_paths, swap
+
+
+def check_name(name: str) -> None:
+    """Adapter names become names of modules and of folders."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_\-]*", name) or hasattr(nn.ModuleDict, name):
+        raise HalotuneError(
+            f"adapter name {name!r}: use letters, digits, '_' and '-' (it names a folder and a module), and none of the "
+            "names that torch.nn.ModuleDict has itself, such as 'keys' or 'update'."
+        )
+
+
+def inject(
+    model: nn.Module,
+    config: AdapterConfig,
+    name: str,
+    *,
+    low_cpu_mem_usage: bool = False,
+    autocast_adapter_dtype: bool = True,
+    paths: list[str] | None = None,
+) -> AdapterConfig:
+    """Put an adapter named `name` on every target; the model is untouched where an error is raised.
+
+    Args:
+        low_cpu_mem_usage: create the parameters on the meta device, to be loaded afterwards.
+        autocast_adapter_dtype: parameters in fp32 over a half-precision base; else in the base's dtype.
+        paths: the modules to adapt, where they are known already.
+
+    Returns:
+        the configuration with its targets spelled out.
+    """
+    check_name(name)
+    if paths is None:
+        config, paths = resolve_targets(model, config)
+    if isinstance(model, nn.MultiheadAttention):
+        raise HalotuneError(
+            "the model itself is a torch.nn.MultiheadAttention, and attention is adapted in its place in a model. Make it a "
+            "submodule of one."
+        )
+    modules = dict(visible_modules(model))
+    method = method_of(config.peft_type)
+    created: dict[str, tuple[AdaptedLayer, Adapter]] = {}
+    for path in paths:
+        module = modules[path]
+        layer = module if isinstance(module, AdaptedLayer) else AdaptedLayer(module, path)
+        if name in layer.adapters:
+            raise HalotuneError(f"{path}: already has an adapter named {name!r}. Delete it first, or use another name.")
+        base = layer.base
+        with torch.device("meta") if low_cpu_mem_usage else torch.device(base.device):
+            try:
+                adapter = method.create(base.shape, config.at(path))
+            except HalotuneError as e:
+                raise HalotuneError(f"{path}: {e}") from e
+        if adapter.dropout and is_attention(modules.get(path.rpartition(".")[0])):
+            raise HalotuneError(
+                f"{path}: the projections of torch.nn.MultiheadAttention are adapted as weights, where dropout is not defined; "
+                f"got {adapter.dropout:g}. Set the dropout to 0, or leave the module out with exclude_modules."
+            )
+        created[path] = layer, adapter.to(_parameter_dtype(base.dtype, autocast_adapter_dtype))
+    reading = _reading_quantized(created)
+    if not low_cpu_mem_usage:
+        for layer, adapter in created.values():
+            adapter.start_from(layer.base)
+    whole = whole_targets(modules, config)
+    check_offloaded(modules, config, paths, whole)
+    for notice in [*([] if low_cpu_mem_usage else config.notices()), *reading]:
+        warn(notice)
+    _warn_if_tied(model, [*paths, *whole])
+    swap(model, _wrapped_attention(modules, created))
+    wrappers: dict[nn.Module, nn.Module] = {}
+    for path, (layer, adapter) in created.items():
+        layer.add(name, adapter)
+        wrappers[modules[path]] = layer.train(modules[path].training)
+    for path in whole:
+        wrapper = modules[path] if isinstance(modules[path], ModulesToSaveWrapper) else ModulesToSaveWrapper(modules[path])
+        wrapper.add(name)  # type: ignore[operator]
+        wrappers[modules[path]] = wrapper.train(modules[path].training)
+    swap(model, {old: new for old, new in wrappers.items() if old is not new})
+    leave_fused_paths(model)
+    return config
+
+
+def _wrapped_attention(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[nn.Module, nn.Module]:
+    """Attention modules that are to be wrapped, since one of these paths is a projection of theirs."""
+    out: dict[nn.Module, nn.Module] = {}
+    for path in paths:
+        parent = path.rpartition(".")[0]
+        attention = modules.get(parent)
+        if isinstance(attention, nn.MultiheadAttention):
+            projections = (m for n, m in modules.items() if n.startswith(f"{parent}.") and isinstance(m, Projection))
+            out[attention] = next(projections).__dict__["owner"]
+    return out
+
+
+def _reading_quantized(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> list[str]:
+    """What to say of adapters that need the weight itself, of layers that have it in few bits."""
+    found: list[tuple[str, Adapter, str]] = []
+    for path, (layer, adapter) in created.items():
+        base = layer.base
+        if not (base.quantization and adapter.reads_weight(base)):
+            continue
+        if base.opaque:
+            raise HalotuneError(
+                f"{path}: {type(adapter).__name__} is a map on the weight itself, and that of {base} cannot be read. Use a "
+                "method that calls the layer as it is (as HRA, LoHa, Bone and LoRA do), or load the base in floats."
+            )
+        found.append((path, adapter, base.quantization))
+    if not found:
+        return []
+    path, adapter, quantization = found[0]
+    return [
+        f"{type(adapter).__name__} with r={adapter.rank} may need the weight itself: {len(found)} quantized layers (such as "
+        f"{path}, {quantization}) are then dequantized, one at a time, in every forward and backward pass. Methods and ranks "
+        "with thin factors call the layer as it is."
+    ]
+
+
+def _parameter_dtype(base: torch.dtype, autocast: bool) -> torch.dtype:
+    half = base in (torch.float16, torch.bfloat16)
+    return base if base in (torch.float32, torch.float64) or (half and not autocast) else torch.float32
+
+
+def _warn_if_tied(model: nn.Module, paths: list[str]) -> None:
+    shared = {n: others for others in tied_parameters(model).values() for n in others}
+    for path in paths:
+        for key in (f"{path}.weight", f"{path}.base_layer.weight"):
+            others = [n for n in shared.get(key, []) if n != key]
+            if others:
+                warn(
+                    f"{path} shares its weight with {', '.join(others)}, which stays as it is: training acts on {path} "
+                    "alone, and a merge unties the two."
+                )

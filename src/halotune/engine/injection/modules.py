@@ -1,0 +1,80 @@
+"""The modules of a model, and which of them have adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from ...core.attention import AdaptedAttention
+from ...core.layer import AdaptedLayer
+from .modules_to_save import ModulesToSaveWrapper
+
+
+def public_path(path: str) -> str:
+    """A layer's path as configurations and reports name it: attention's output projection lies in its base layer."""
+    return path.replace(".base_layer.", ".")
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """Every adapted layer, by its path in `model`."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+
+
+def whole_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """Every module with trained copies, by its path in `model`."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+
+
+def visible_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's own modules under the names they had before any was wrapped."""
+
+    wrapped: dict[nn.Module, AdaptedAttention] = {}
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        yield name, module
+        if isinstance(module, AdaptedLayer):
+            return
+        if isinstance(module, nn.MultiheadAttention):
+            if module not in wrapped:  # under a second name it is the same
+                wrapped[module] = AdaptedAttention(module)
+            yield from _projections(wrapped[module], name)  # as they will be
+        if isinstance(module, AdaptedAttention):
+            yield from _projections(module, name)
+        inner = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+        inner = inner.base_layer if isinstance(inner, AdaptedAttention) else inner
+        for child_name, child in inner._modules.items():  # named_children() leaves out second names
+            if child is not None:
+                yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+    yield from walk(model, "")
+
+
+def _projections(attention: AdaptedAttention, name: str) -> list[tuple[str, nn.Module]]:
+    return [(f"{name}.{n}", m) for n, m in attention.named_children() if n != "base_layer"]
+
+
+def is_attention(module: nn.Module | None) -> bool:
+    return isinstance(module, (nn.MultiheadAttention, AdaptedAttention))
+
+
+def tied_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """Parameters that several modules share: id -> all their names."""
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():  # each module once, though it may have two names
+        for name, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            names.setdefault(id(p), []).append(name)
+    return {i: n for i, n in names.items() if len(n) > 1}
+
+
+def paths_in_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """The modules of `model` that the keys of a state dict name: the longest path that each begins with."""
+    names = {n for n, _ in visible_modules(model) if n}
+    found: dict[str, None] = {}
+    for key in state_dict:
+        parts = key.removeprefix("base_model.model.").split(".")
+        for k in range(len(parts) - 1, 0, -1):
+            if ".".join(parts[:k]) in names:
+                found[".".join(parts[:k])] = None
+                break
+    return list(found)

@@ -1,0 +1,83 @@
+"""Modules put in the place of others, and taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from ...core.attention import AdaptedAttention
+from ...core.layer import AdaptedLayer
+from .modules import adapted_layers, whole_modules
+from .modules_to_save import ModulesToSaveWrapper
+
+
+def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each new module in the place of the old one, wherever the model holds it."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
+
+
+def eject(model: nn.Module, *, trained: bool) -> None:
+    """Take all adapters out: every layer is its base again.
+
+    Args:
+        trained: keep the active trained copies of `modules_to_save`; else the originals.
+    """
+    swap(model, _bases(model, trained=trained))
+    leave_fused_paths(model, back=True)
+
+
+@contextmanager
+def taken_out(model: nn.Module) -> Iterator[None]:
+    """Inside, the model holds its own modules alone, with the weights that they have now: merged adapters stay in them."""
+    bases = _bases(model, trained=any(layer.merged for layer in adapted_layers(model).values()))
+    swap(model, bases)
+    try:
+        yield
+    finally:
+        swap(model, {base: wrapper for wrapper, base in bases.items()})
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take one adapter out; a module that has no other left is as it was before it was wrapped."""
+    layers, wholes = adapted_layers(model).values(), whole_modules(model).values()
+    for module in (*layers, *wholes):
+        module.remove(name)
+    empty: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in layers if not layer.adapters}
+    empty.update({w: w.original_module for w in wholes if not w.modules_to_save})
+    swap(model, empty)
+    attentions = [m for m in model.modules() if isinstance(m, AdaptedAttention) and not adapted_layers(m)]
+    swap(model, {m: m.base_layer for m in attentions})
+    if not any(isinstance(m, (AdaptedLayer, ModulesToSaveWrapper)) for m in model.modules()):
+        leave_fused_paths(model, back=True)
+
+
+def _bases(model: nn.Module, *, trained: bool) -> dict[nn.Module, nn.Module]:
+    """Each wrapper -> the module that it stands for."""
+    bases: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in adapted_layers(model).values()}
+    for wrapper in whole_modules(model).values():
+        bases[wrapper] = wrapper.current if trained else wrapper.original_module
+    bases.update({m: m.base_layer for m in model.modules() if isinstance(m, AdaptedAttention)})
+    return bases
+
+
+# torch's own encoder has a fused inference path, on nested tensors, which reads weights and so passes adapters by. It takes
+# that path only while these attributes are true.
+_FUSED = ((nn.TransformerEncoderLayer, "activation_relu_or_gelu"), (nn.TransformerEncoder, "use_nested_tensor"))
+
+
+def leave_fused_paths(model: nn.Module, *, back: bool = False) -> None:
+    inside = [c for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer) for c in m.children()]
+    if not back and not any(isinstance(c, (AdaptedLayer, AdaptedAttention)) for c in inside):
+        return
+    for kind, name in _FUSED:
+        for m in model.modules():
+            if isinstance(m, kind):
+                own = m.__dict__.setdefault("_halotune_fused", getattr(m, name))
+                setattr(m, name, own if back else 0)
+                if back:
+                    del m.__dict__["_halotune_fused"]

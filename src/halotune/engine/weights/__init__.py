@@ -1,0 +1,1 @@
+"""Adapters merged into weights, and combined into new ones."""

@@ -1,0 +1,182 @@
+"""Merging adapters into the stored weights: checked first, reported, and undone bit for bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from ...core.adapter import LowRank
+from ...core.errors import HalotuneError, warn
+from ...core.layer import AdaptedLayer
+from ...core.merge_record import MergeRecord
+from ..injection.modules import adapted_layers, tied_parameters
+
+T = TypeVar("T")
+
+Requantize = Literal["requantize", "keep_float"]
+
+
+@dataclass
+class MergeReport:
+    """What a merge did, layer by layer."""
+
+    layers: dict[str, MergeRecord] = field(default_factory=dict)
+
+    def total(self) -> MergeRecord:
+        """All layers together: norms add as squares, shares by the number of weights."""
+        return MergeRecord.total(list(self.layers.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"total": {…}, "layers": {name: {"delta": …, "lost": …, "error": …, "changed": …}}}`, ready for JSON."""
+        layers = {name: record.to_dict() for name, record in self.layers.items()}
+        return {"total": self.total().to_dict(), "layers": layers}
+
+    def __str__(self) -> str:
+        """A table: one line a layer, and the total."""
+        width = max([5, *map(len, self.layers)])
+        head = f"{'layer':<{width}}  {'|ΔW|/|W|':>9}  {'lost':>8}  {'error':>9}  {'changed':>8}"
+        rows = [*self.layers.items(), ("total", self.total())]
+        lines = [f"{n:<{width}}  {r.delta:>9.2e}  {r.lost:>8.2%}  {r.error:>9.2e}  {r.changed:>8.2%}" for n, r in rows]
+        return "\n".join([head, *lines])
+
+
+def merge(
+    model: nn.Module,
+    names: list[str],
+    *,
+    keep: bool = True,
+    safe: bool = True,
+    progressbar: bool = False,
+    quantized: Requantize = "requantize",
+) -> MergeReport:
+    """Write adapters into the weights of all layers that have them.
+
+    Every merged weight is computed and checked before the first is written.
+
+    Args:
+        names: the adapters, in the order in which they apply.
+        keep: hold snapshots, for `unmerge`.
+        safe: check for values that are not finite.
+        progressbar: show one on standard error.
+        quantized: what becomes of a quantized weight: quantized again, or replaced by floats.
+    """
+    if quantized not in ("requantize", "keep_float"):
+        raise HalotuneError(f"quantized: expected 'requantize' or 'keep_float'; got {quantized!r}.")
+    as_float = _float_dtype(model) if quantized == "keep_float" else None
+    layers = {path: layer for path, layer in adapted_layers(model).items() if _pending(layer, names)}
+    for path, layer in layers.items():
+        check_order(path, layer, _pending(layer, names))
+        check_storage(path, layer, as_float)
+    if safe:
+        for path, layer in layers.items():
+            layer.check_finite(_pending(layer, names), path)
+    shared = {n for others in tied_parameters(model).values() for n in others}
+    tied = {path for path in layers if f"{path}.base_layer.weight" in shared}
+    report, done = MergeReport(), []
+    try:
+        for path in tied:
+            _untie(model, path, keep)
+        for path, layer in _with_progress(layers.items(), progressbar):
+            kept = keep or layer.base.quantization is not None  # few bits more, and a failure can be undone
+            if kept:
+                done.append(layer)
+            report.layers[path] = layer.merge(_pending(layer, names), keep=kept, untie=path in tied, as_float=as_float)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        _tie_again(model)
+        raise
+    _warn_of_loss(list(layers.values()), report.total())
+    return report
+
+
+def _warn_of_loss(layers: list[AdaptedLayer], total: MergeRecord) -> None:
+    quantized = [layer.base.quantization for layer in layers if layer.base.quantization]
+    if quantized and total.lost > 0.1:
+        warn(
+            f"quantizing {len(quantized)} merged weights again ({quantized[0]}) left an error of {total.error:.2%} of the "
+            f"weights, beside a delta of {total.delta:.2%}. Merge with quantized='keep_float', or into a base in floats, to "
+            "avoid that."
+        )
+    if not quantized and total.lost > 0.5:
+        warn(
+            f"merging into {layers[0].base.dtype} lost {total.lost:.0%} of the adapter's delta to rounding. Load the base in "
+            "fp32 to merge without that loss."
+        )
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put back every weight that a merge changed."""
+    for layer in adapted_layers(model).values():
+        layer.unmerge()
+    _tie_again(model)
+
+
+def _pending(layer: AdaptedLayer, names: list[str]) -> list[str]:
+    return [n for n in names if n in layer.adapters and n not in layer.merged_adapters]
+
+
+def check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:
+    """Merged adapters apply before the others: refuse where that would change what active ones compute."""
+    waiting = [n for n in layer.active_adapters if n not in layer.merged_adapters]
+    inside = [n for n in names if n in waiting]
+    if inside == waiting[: len(inside)] or all(isinstance(layer.adapters[n], LowRank) for n in {*waiting, *names}):
+        return
+    first = waiting[: max(waiting.index(n) for n in inside) + 1]
+    raise HalotuneError(
+        f"{path}: the active adapters apply in the order {waiting}, so merging {names} would change the result: the "
+        f"merged ones come first. Merge {first}, or set another order with set_adapter."
+    )
+
+
+def check_storage(path: str, layer: AdaptedLayer, as_float: torch.dtype | None) -> None:
+    """Refuse what is stored in a way that cannot be read, or not be written."""
+    base = layer.base
+    if base.opaque:
+        raise HalotuneError(
+            f"{path}: {base} can be called, but its weight cannot be read, so nothing can be merged into it. Nothing was "
+            "merged. Keep the adapter beside it, or load the base in floats to merge."
+        )
+    if as_float is None and not base.can_write:
+        raise HalotuneError(
+            f"{path}: {base} can be read, but not quantized again here. Nothing was merged. Merge with "
+            "quantized='keep_float', which puts float layers in the place of quantized ones."
+        )
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which a model computes: that of most of its own numbers that are plain floats."""
+    ours = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
+    count: Counter[torch.dtype] = Counter()
+    for p in model.parameters():
+        if type(p) is nn.Parameter and p.is_floating_point() and p.dtype.itemsize > 1 and id(p) not in ours:
+            count[p.dtype] += p.numel()
+    return max(count, key=count.__getitem__, default=torch.get_default_dtype())
+
+
+def _untie(model: nn.Module, path: str, keep: bool) -> None:
+    warn(f"{path} shares its weight with another module; the merge gives it a weight of its own, and the other stays as it is.")
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]  # else the next tie_weights() undoes the merge
+        model.__dict__["_halotune_untied"] = keep  # not on the configuration, which is written to files
+
+
+def _tie_again(model: nn.Module) -> None:
+    if model.__dict__.pop("_halotune_untied", False):
+        model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+
+
+def _with_progress(items: Iterable[T], show: bool) -> Iterable[T]:
+    if not show:
+        return items
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return items
+    return tqdm(list(items), desc="Merging", unit="layer")

@@ -1,0 +1,45 @@
+"""How LyCORIS and kohya's scripts write an adapter: what a method says of its own tensors, for `halotune.convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.operator import WeightShape
+
+
+@dataclass(frozen=True)
+class LycorisForm:
+    """One module of a method in a LyCORIS file, where its tensors stand as `{prefix}_{path with _ for .}.{name}`.
+
+    Attributes:
+        required: the names of the tensors that every module has.
+        optional: the names of those that it may have.
+        by_row: those of them whose first dimension is the layer's output. Layers whose outputs one file stacks into one
+            module differ in these alone.
+        read: their tensors and the layer's shape -> fields of the configuration, and our tensors.
+        write: a configuration resolved for the layer, our tensors, and the layer's shape where it is known -> their tensors.
+    """
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    by_row: tuple[str, ...]
+    read: Callable[[Mapping[str, Tensor], WeightShape], tuple[dict[str, Any], dict[str, Tensor]]]
+    write: Callable[[Any, Mapping[str, Tensor], WeightShape | None], dict[str, Tensor]]
+
+
+def read_alpha(tensors: Mapping[str, Tensor], r: int) -> int | float:
+    """The scale's numerator; absent or 0 means r. Whole numbers come as int."""
+    alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0
+    alpha = alpha or float(r)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def write_alpha(alpha: float, dtype: torch.dtype) -> Tensor:
+    """The scale's numerator in the dtype of the other tensors, or in the first wider one that holds it exactly."""
+    candidates = (torch.tensor(alpha, dtype=d) for d in (dtype, torch.float32, torch.float64))
+    return next(t for t in candidates if float(t) == alpha)

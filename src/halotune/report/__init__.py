@@ -1,0 +1,1 @@
+"""What reports are made of, whatever they report: tables in text, records in JSON."""
