@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from .cases import (
-    QKVO,
     adapted,
     assert_agree,
     assert_same,
@@ -24,6 +23,12 @@ from .cases import (
     step,
     trained,
 )
+
+# A reentrant checkpoint says so of inputs that need no gradient, transformers 5 that its own method has a new name.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated:FutureWarning"),
+]
 
 aten = torch.ops.aten
 keep_products = partial(create_selective_checkpoint_contexts, [aten.mm.default, aten.addmm.default, aten.tanh.default])
@@ -165,7 +170,7 @@ def test_another_pass_between_forward_and_backward(method, between):
 
 @every_method
 def test_a_language_model_that_generates_between_forward_and_backward(method, language_model):
-    targets = [*(f"{n}_proj" for n in QKVO), "up_proj", "down_proj"]
+    targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
     model, reference = adapted(method, lambda: language_model, targets)
     ids = torch.arange(1, 11).view(2, 5)
     model.train()
