@@ -112,19 +112,24 @@ class Machine:
     Attributes:
         model: the adapted model, which owns the adapters' parameters; the machines share them.
         off: the layers whose adapters are disabled.
-        values: parameters used instead of the model's own.
+        replaced: other parameters are used instead of the model's own.
+        values: those, where it is up to the machine.
         merged: the merged adapters.
         direct: checkpoints are left out: what they would recompute is different by then.
+        writes: parameters may be written in a pass: it has no backward, which would be refused.
     """
 
     def __init__(self, program: Program, model: Any) -> None:
         self.program, self.model = program, model
+        self.dtype = torch.float32 if program.half else torch.float64
         self.active: tuple[str, ...] = ("a",)
         self.scales = dict.fromkeys(program.adapters, 1.0)
         self.off: set[str] = set()
+        self.replaced = False
         self.values: dict[str, Tensor] | None = None
         self.merged: tuple[str, ...] = ()
         self.direct = 0
+        self.writes = False
 
     def call(self, path: str, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -133,7 +138,7 @@ class Machine:
         """A layer on `(batch, tokens, channels)`."""
         path = self.program.alias if path == "alias" and isinstance(self, PlainMachine) else path
         kind = self.program.layers[self.program.alias if path == "alias" else path]
-        return self.call(path, x.mT).mT if kind == "conv1d" else self.call(path, x)
+        return self.call(path, x.mT).mT.contiguous() if kind == "conv1d" else self.call(path, x)
 
     def checkpoint(self, kind: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -181,8 +186,9 @@ class Machine:
 
     def do_while(self, x: Tensor, change: Instruction, plan: Plan) -> Tensor:
         """Something is changed, and changed back."""
-        if change[0] in ("write_adapters", "write_base") and torch.is_grad_enabled():
-            return self.follow(plan, x)  # autograd forbids it
+        cast = torch.is_autocast_enabled("cpu")  # autocast keeps what it has cast
+        if change[0] in ("write_adapters", "write_base") and (cast or not self.writes):
+            return self.follow(plan, x)
         back = self.change(*change)
         self.direct += 1
         try:
@@ -194,13 +200,14 @@ class Machine:
 
     def do_autocast(self, x: Tensor, on: bool, plan: Plan) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=on):
-            return self.follow(plan, x).to(x.dtype)
+            return self.follow(plan, x.to(self.dtype)).to(x.dtype)
 
     # -- what can be changed
 
     def change(self, name: str, *arguments: Any) -> Instruction | None:
         """Returns what undoes it; None where it was not done, as while adapters are merged."""
-        if self.merged and name not in ("write_adapters", "train_adapter"):
+        of_parameters = name in ("write_adapters", "train_adapter")
+        if (self.merged and not of_parameters) or (self.replaced and (of_parameters or name == "active")):
             return None
         return getattr(self, f"set_{name}")(*arguments)
 
@@ -330,6 +337,8 @@ class AdaptedMachine(Machine):
         return getattr(layer, "base_layer", layer)
 
     def checkpoint(self, kind: str, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if kind == "selective" and torch.is_autocast_enabled("cpu"):
+            kind = "plain"  # what autocast has cast already is not cast again: other operations than in the recomputation
         return CHECKPOINTS[kind](run, x)
 
     def set_scale(self, adapter: str, scale: float) -> Instruction:
@@ -403,12 +412,20 @@ class Run:
 
     # -- passes
 
+    def machines(self) -> Iterator[Machine]:
+        """One after the other, each with the flags that the adapters' parameters, which they share, have now."""
+        flags = [(p, p.requires_grad) for p in adapter_parameters(self.model).values()]
+        for machine in (self.plain, self.adapted):
+            for p, flag in flags:
+                p.requires_grad_(flag)
+            yield machine
+
     def train(self, plans: tuple[Plan, ...], rows: int, how: dict[str, Any]) -> None:
         """Forward, and a backward for every plan; the gradients add to those that are there."""
         x = self.sample(rows)
         start = [p.grad for p in self.leaves(self.plain)]
         results = []
-        for machine in (self.plain, self.adapted):
+        for machine in self.machines():
             leaves = [*self.leaves(machine), x.clone().requires_grad_(how.get("input", True))]
             for p, g in zip(leaves, [*start, None], strict=True):
                 p.grad = None if g is None or how.get("zero") else g.clone()
@@ -433,9 +450,11 @@ class Run:
         x = self.sample(rows)
         for _ in range(how.get("times", 1)):
             results = []
-            for machine in (self.plain, self.adapted):
+            for machine in self.machines():
+                machine.writes = True
                 with torch.inference_mode() if mode == "inference" else torch.no_grad(), self.autocast(how):
                     results.append([y.clone() for y in self.forward(machine, plans, x, how)])
+                machine.writes = False
             self.compare(results[1], results[0], rows, how, plans)
 
     def forward(self, machine: Machine, plans: tuple[Plan, ...], x: Tensor, how: dict[str, Any]) -> list[Tensor]:
@@ -444,9 +463,10 @@ class Run:
         def run(x: Tensor) -> list[Tensor]:
             return [machine.follow(plan, x) for plan in plans]
 
-        if how.get("functional") and not machine.merged:
-            values = {name: 1.5 * p + 0.05 for name, p in adapter_parameters(self.model).items()}
-            machine.direct += 1
+        # torch's functional_call leaves the values in a module that has two names.
+        if how.get("functional") and not machine.merged and not self.program.alias:
+            values = {name: p + 0.05 for name, p in adapter_parameters(self.model).items()}
+            machine.direct, machine.replaced = machine.direct + 1, True
             try:
                 if machine is self.adapted:
                     return functional_call(self.model, values, (x, run))
@@ -454,7 +474,7 @@ class Run:
                 return run(x)
             finally:
                 machine.values = None
-                machine.direct -= 1
+                machine.direct, machine.replaced = machine.direct - 1, False
         if how.get("parts") or machine is self.plain:
             return run(x)
         return self.model(x, run)
@@ -527,7 +547,7 @@ class Run:
                 assert (a is None) == (b is None) or not rows, "a gradient where there is none, or none where there is one"
                 if a is not None and b is not None:
                     a, b = a.double(), b.double()
-                    largest = max(float(t.abs().max()) for t in want if t is not None and t.numel())
+                    largest = max(float(t.norm()) for t in want if t is not None)
                     error, size = float((a - b).norm()), float(b.norm())
                     assert error <= 0.25 * size + 0.02 * largest, f"an error of {error:.3g} in a norm of {size:.3g}"
         else:
@@ -562,7 +582,8 @@ class Run:
         self.plain.model = self.adapted.model = copy.deepcopy(self.model)
         self.zero_grad()
 
-    def merge(self, names: tuple[str, ...]) -> None:
+    def merge(self, count: int) -> None:
+        names = self.plain.active[:count]  # in another order the model refuses
         trained = any(p.requires_grad for path in self.program.layers for p in self.plain.base(path).parameters())
         if not (self.plain.merged or self.plain.off or trained):
             self.model.merge_adapter(list(names))
@@ -625,7 +646,7 @@ class Maker:
             ("residual", plan),
             ("detached", plan),
             ("no_grad", plan),
-            ("checkpoint", self.some(*CHECKPOINTS), without_checkpoints(plan)),
+            ("checkpoint", kind := self.some(*CHECKPOINTS), without_checkpoints(plan, selective=kind == "selective")),
             ("checkpoint", "plain", without_checkpoints(plan, keep="plain")),
             ("while", self.a_change(inside=True), plan),
             ("while", self.a_change(inside=True), plan),
@@ -670,7 +691,7 @@ class Maker:
         if what < 0.75:
             return "change", *self.a_change()
         if what < 0.79 and not half:
-            return "threads", (self.plan(1), self.plan(1)), (chance(0.5), chance(0.5))
+            return "threads", (without_changes(self.plan(1)), without_changes(self.plan(1))), (chance(0.5), chance(0.5))
         return self.some(
             ("step",),
             ("step",),
@@ -680,22 +701,29 @@ class Maker:
             ("copied",),
             ("interrupted", self.some(*self.paths), self.plan(), chance(0.5)),
             ("interrupted", self.some(*self.paths), self.plan(), chance(0.5)),
-            ("merge", ("a",) if chance(0.6) else tuple(self.adapters)),
+            ("merge", self.some(1, 2)),
             ("unmerge",),
         )
 
 
-def without_checkpoints(plan: Plan, keep: str = "") -> Plan:
-    """Only plain ones nest; and what autograd needs does not change under one."""
+def without_checkpoints(plan: Plan, keep: str = "", selective: bool = False) -> Plan:
+    """What may run under a checkpoint: only plain ones nest, what autograd needs stays, as do outputs that were stored."""
     out: list[Any] = []
     for name, *arguments in plan:
-        if name == "checkpoint" and arguments[0] != keep:
-            out.extend(without_checkpoints(arguments[1], keep))
-        elif name == "while" and arguments[0][0] not in ("scale", "enabled"):
-            out.extend(without_checkpoints(arguments[1], keep))
+        inside = [without_checkpoints(a, keep, selective) if is_plan(a) else a for a in arguments]
+        if (name == "checkpoint" and arguments[0] != keep) or (name == "while" and arguments[0][0] not in ("scale", "enabled")):
+            out.extend(inside[1])
         else:
-            out.append((name, *(without_checkpoints(a, keep) if is_plan(a) else a for a in arguments)))
+            out.append(("layer" if name == "written" and selective else name, *inside))
     return tuple(out)
+
+
+def without_changes(plan: Plan) -> Plan:
+    """What may run in a thread beside others."""
+    return tuple(("residual", step[2]) if step[0] == "while" else step for step in plan)  # of depth 1
+
+
+NESTED = {"residual", "detached", "no_grad", "checkpoint", "while", "autocast"}
 
 
 def is_plan(value: Any) -> bool:
@@ -722,27 +750,18 @@ def failure(program: Program) -> Exception | None:
 
 
 def smaller(value: Any) -> Iterator[Any]:
-    """A plan or the instructions with one thing left out, large things first."""
-    if not isinstance(value, tuple):
-        return
+    """A program's instructions, or a plan, with something left out: much of it first."""
     if is_plan(value):
-        for k in (len(value) // 2, 1):
-            for i in range(0, len(value) if k else 0, max(k, 1)):
-                if len(value) > k:
-                    yield value[:i] + value[i + k :]
+        for count in {max(len(value) // 2, 1): 0, 1: 0}:
+            yield from (value[:i] + value[i + count :] for i in range(0, len(value), count) if len(value) > count)
+        for i, step in enumerate(value):  # a nested plan without what is around it
+            yield from (value[:i] + plan + value[i + 1 :] for plan in step[1:] if is_plan(plan) and step[0] in NESTED)
     for i, part in enumerate(value):
-        if (
-            is_plan(part)
-            and len(value) > 1
-            and value[0] in ("residual", "detached", "no_grad", "checkpoint", "while", "autocast")
-        ):
-            pass
         if isinstance(part, dict):
-            for key in part:
-                if part[key]:
-                    yield (*value[:i], {**part, key: type(part[key])()}, *value[i + 1 :])
-        for less in smaller(part):
-            yield (*value[:i], less, *value[i + 1 :])
+            for key in (key for key in part if part[key]):
+                yield (*value[:i], {**part, key: type(part[key])()}, *value[i + 1 :])
+        if isinstance(part, tuple):
+            yield from ((*value[:i], less, *value[i + 1 :]) for less in smaller(part))
 
 
 def shrunk(program: Program, seconds: float = 20.0) -> Program:
