@@ -29,14 +29,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("warm", [0, 2])
 @every_method_and_sped_up
-def test_traced_checked_saved_and_loaded(method, warm):
-    model, reference = adapted(method)
+def test_traced_checked_saved_and_loaded(method):
+    model, reference = adapted(method, lambda: Net(1))
     model.eval()
     x, z = sample(2, 12, requires_grad=False), sample(5, 12, seed=3, requires_grad=False)
-    for _ in range(warm):
-        model(x)
+    model(x)
     traced = torch.jit.trace(model, x)  # with gradients on, and checked by tracing again
     file = io.BytesIO()
     torch.jit.save(traced, file)
@@ -61,7 +59,7 @@ def wrapper(model) -> None:
 
 
 # Tracing takes seconds: every method as whole blocks, the other parts with one method of each kind.
-CELLS = [*((method, blocks) for method in METHODS), *((m, part) for m in ("hra", "bat", "lora") for part in (whole, wrapper))]
+CELLS = [*((method, blocks) for method in METHODS if method != "hra-gs"), ("hra", whole), ("bat", whole), ("lora", wrapper)]
 
 
 @pytest.mark.parametrize(("method", "part"), CELLS, ids=lambda v: v if isinstance(v, str) else v.__name__)
