@@ -29,6 +29,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes may be compared; torch checks what it traced
 @every_method_and_sped_up
 def test_traced_checked_saved_and_loaded(method):
     model, reference = adapted(method, lambda: Net(1))
