@@ -34,7 +34,7 @@ def is_weight(form: Form, makes_weight: bool, x: Tensor, W: Tensor | None) -> bo
         return True
     if not x.is_cuda:
         return False
-    return makes_weight or weights_are_cheaper(x.numel() // max(1, x.shape[-1]), *W.shape, x.itemsize)
+    return makes_weight or weights_are_cheaper(x.numel() // max(1, x.shape[-1]), W.shape[0], W.shape[1], x.itemsize)
 
 
 def weights_are_cheaper(tokens: int, n_out: int, n_in: int, itemsize: int) -> bool:

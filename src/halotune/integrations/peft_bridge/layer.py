@@ -12,6 +12,7 @@ from ...core.base import base_for
 from ...core.errors import HalotuneError, warn
 from ...core.layer import AdaptedLayer
 from ...core.precision import compute_dtype
+from ...core.prepared import is_transformed
 from ...engine.weights.merge import check_order, check_storage
 from ...methods.registry import Method, method_of, methods
 from .classes import InFront
@@ -104,8 +105,9 @@ class Twin(AdaptedLayer):
             if own.shape != p.shape:
                 raise HalotuneError(f"{attribute} is {tuple(p.shape)}, where a weight of {base.shape} needs {tuple(own.shape)}")
             adapter._parameters[attribute] = p
-        warning = adapter.loading_warning()
-        self.notes += [*from_peft.differs(layer, name, base), *([warning] if warning else [])]
+        if not is_transformed():  # which numbers cannot be looked at
+            warning = adapter.loading_warning()
+            self.notes += [*from_peft.differs(layer, name, base), *([warning] if warning else [])]
         self.add(name, adapter)
         self.sources[name] = list(_sources(layer, name))
 

@@ -91,8 +91,12 @@ def span_core(Û: Tensor) -> Tensor:
     The columns are normalised, so eigenvalues of G lie in [0, r]; those under `16 r eps` count as zero: a zero column or
     one that depends on the others is no reflection.
     """
-    inverse = _SpanInverse if torch.compiler.is_compiling() else _SpanInverseForward
-    return 2.0 * inverse.apply(Û.mT @ Û)
+    G = Û.mT @ Û
+    if torch.compiler.is_compiling():
+        return 2.0 * _SpanInverse.apply(G)
+    if torch._C._get_tracing_state() is not None:  # what is traced must be saved without Python
+        return 2.0 * torch.linalg.pinv(G, atol=rank_tolerance(G), rtol=0.0, hermitian=True)
+    return 2.0 * _SpanInverseForward.apply(G)
 
 
 def wy_factors(U: Tensor, gram_schmidt: bool) -> tuple[Tensor, Tensor]:
