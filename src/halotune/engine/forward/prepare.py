@@ -45,7 +45,7 @@ class Known(NamedTuple):
     """What was seen of an adapter's parameters: alike ones have equal keys."""
 
     tensors: Tensors
-    looks: list[tuple[torch.dtype, torch.device, bool]]
+    looks: list[tuple[torch.Size, torch.dtype, torch.device, bool]]
     key: Hashable
 
 
@@ -196,13 +196,13 @@ class ForwardPass:
             running = layer.running()
             for adapter in running:
                 tensors = adapter.tensors()
-                looks = [(t.dtype, t.device, t.requires_grad) for t in tensors]
+                looks = [(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors]
                 seen_before = known.get(adapter)
                 if seen_before is None or seen_before.looks != looks or not all(map(is_, seen_before.tensors, tensors)):
                     if not all([_is_at_hand(t) for t in tensors]):
                         self.keys.clear()
                         return {}
-                    key = type(adapter), adapter.batch_key(), layer.base.dtype, *[t.shape for t in tensors], *looks
+                    key = type(adapter), adapter.batch_key(), layer.base.dtype, *looks
                     known[adapter] = seen_before = Known(tensors, looks, key)
                 self.keys[adapter] = seen_before.key
                 groups.setdefault(seen_before.key, []).append(Member(layer, adapter, tensors, len(running) == 1))
@@ -262,6 +262,7 @@ def _is_at_hand(t: Tensor) -> bool:
     return (
         type(t) is nn.Parameter
         and not (t.is_meta or t.is_inference())
+        and t.numel() > 0
         and not (hasattr(t, "_fsdp_flattened") or hasattr(t, "ds_id"))
     )
 
