@@ -147,6 +147,8 @@ class Adapter(nn.Module, ABC):
 
     # -- forward
 
+    alone = False  # whether its layer ran last outside of any pass
+
     def batch_key(self) -> Hashable:
         """Adapters of one class, with parameters of the same shapes and equal keys, prepare alike."""
         return self.shape
@@ -185,7 +187,7 @@ class Adapter(nn.Module, ABC):
             if (ready := slot.prepared) is not None and ready.serves(dtype, tensors, W, as_weight):
                 return ready
         if as_weight and W is not None:
-            made = prepare(Weights(self, dtype, [W], self.rounds_by_chance), [tensors])[0]
+            made = prepare(Weights(self, dtype, [W], self.noise(W)), [tensors])[0]
             return Prepared((), made[0], dtype, True, 0, ())
         return Prepared(prepare(Factors(self, dtype), [tensors])[0], None, dtype, True, 0, ())
 
@@ -199,10 +201,16 @@ class Adapter(nn.Module, ABC):
 
     makes_weight: ClassVar[bool] = False  # W' is made for every call where it is not prepared
 
-    @property
-    def rounds_by_chance(self) -> bool:
-        """Whether W' in half precision is rounded stochastically: in training, not in evaluation."""
-        return self.training and torch.is_grad_enabled()
+    def noise(self, W: Tensor) -> Tensor | None:
+        """By what W' of a W like this is rounded stochastically: in half precision in training, not in evaluation.
+
+        A pass has a seed of its own for it, from before its first layer: what a checkpoint runs again then gets the same
+        noise, and the generator that gives it dropout's masks is left as it was.
+        """
+        if W.dtype not in DROPPED or not (self.training and torch.is_grad_enabled()):
+            return None
+        running = None if torch.compiler.is_compiling() or is_transformed() else pass_of(self)
+        return draw_noise(W, None if running is None or W.is_meta else running.seed(self))
 
 
 def _tensor(module: Any, name: str) -> Tensor:
@@ -231,19 +239,14 @@ class Factors(Preparation):
 
 
 class Weights(Preparation):
-    """W' for all adapters like this one, on plain matrices; rounded stochastically in training."""
+    """W' for all adapters like this one, on plain matrices; rounded stochastically by a noise, or to nearest."""
 
-    def __init__(
-        self, adapter: Adapter, dtype: torch.dtype, matrices: Sequence[Tensor], noisy: bool, noise: Tensor | None = None
-    ) -> None:
-        self.adapter, self.dtype, self.matrices = adapter, dtype, matrices
-        self.noise = noise
-        if noisy and noise is None and dtype in DROPPED:
-            self.noise = draw_noise(matrices[0].expand(len(matrices), -1, -1))
+    def __init__(self, adapter: Adapter, dtype: torch.dtype, matrices: Sequence[Tensor], noise: Tensor | None = None) -> None:
+        self.adapter, self.dtype, self.matrices, self.noise = adapter, dtype, matrices, noise
         self.versions = [W._version for W in matrices]
 
     def part(self, rows: Sequence[int]) -> Weights:
-        return Weights(self.adapter, self.dtype, [self.matrices[i] for i in rows], False)
+        return Weights(self.adapter, self.dtype, [self.matrices[i] for i in rows])
 
     def _stacked(self) -> Tensor:
         if [W._version for W in self.matrices] != self.versions:
@@ -338,10 +341,10 @@ class Dense(Adapter):
         return True
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
-        return weight_form(x, op, self, factors, scale, noisy=self.rounds_by_chance)
+        return weight_form(x, op, self, factors, scale, self.noise)
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        return weight_form_linear(x, W, bias, self, *factors, noisy=self.rounds_by_chance)
+        return weight_form_linear(x, W, bias, self, *factors, noise=self.noise(W))
 
 
 def add_low_rank(x: Tensor, dropped: Tensor, op: Operator, factors: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.rounding import DROPPED, draw_noise
 from .frozen_linear import flattened, unflattened
 from .precision import compute_dtype
 from .prepared import is_transformed
@@ -110,11 +109,18 @@ class _WeightForm(torch.autograd.Function):
         return dx, dW, None, None, None, *dθ
 
 
-def weight_form(x: Tensor, op: Operator, adapter: WeightMap, θ: Tensors, scale: float = 1.0, noisy: bool = False) -> Tensor:
+def weight_form(
+    x: Tensor,
+    op: Operator,
+    adapter: WeightMap,
+    θ: Tensors,
+    scale: float = 1.0,
+    noise: Callable[[Tensor], Tensor | None] | None = None,
+) -> Tensor:
     """`op` applied to `x` with `W + scale (W' − W)`.
 
     Args:
-        noisy: round W' stochastically, where it is stored in half precision.
+        noise: from W the noise by which W' is rounded stochastically, or None, which rounds to nearest.
     """
     mapping = adapter if scale == 1.0 else Scaled(adapter, scale)
     x = x.to(compute_dtype(x))
@@ -123,15 +129,14 @@ def weight_form(x: Tensor, op: Operator, adapter: WeightMap, θ: Tensors, scale:
         return op.with_weight(x, mapping.adapt(W, *θ))
     x = op.pad(x)
     kept = None if op.transient and not W.requires_grad else W  # what is made for a call is made again, not kept
-    noise = draw_noise(W) if noisy and W.dtype in DROPPED else None
-    return op.add_bias(_WeightForm.apply(x, kept, None, (op, W, mapping), noise, *θ))  # type: ignore[arg-type]
+    drawn = None if noise is None else noise(W)
+    return op.add_bias(_WeightForm.apply(x, kept, None, (op, W, mapping), drawn, *θ))  # type: ignore[arg-type]
 
 
 def weight_form_linear(
-    x: Tensor, W: Tensor, bias: Tensor | None, adapter: WeightMap, *θ: Tensor, noisy: bool = False
+    x: Tensor, W: Tensor, bias: Tensor | None, adapter: WeightMap, *θ: Tensor, noise: Tensor | None = None
 ) -> Tensor:
     """`x W'ᵀ + b` for a frozen matrix W. W' is built, used and dropped, in forward and again in backward."""
     if not torch.is_grad_enabled():
         return F.linear(x, adapter.build(W, *θ), bias)
-    noise = draw_noise(W) if noisy and W.dtype in DROPPED else None
     return _WeightForm.apply(x, W, bias, (Matrix, W, adapter), noise, *θ)  # type: ignore[return-value]

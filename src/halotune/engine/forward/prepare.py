@@ -7,6 +7,7 @@ adapters' slots until the pass ends; each layer looks for itself whether it may 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Iterable
 from operator import is_
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ...core.adapter import Adapter, Factors, Weights
 from ...core.forms import Form
 from ...core.layer import AdaptedLayer
-from ...core.prepared import LOCAL, SCOPES, Prepared, seen, stream_of
+from ...core.prepared import LOCAL, SCOPES, Prepared, is_transformed, seen, stream_of
 from ...core.recompute import Tensors, prepare
+from ...ops.rounding import DROPPED
 from .weight_cache import WeightCache
 
 BUDGET = 2 * 2**30  # bytes for W' of all layers and its gradients, if nothing else is asked for
@@ -49,6 +51,18 @@ class Known(NamedTuple):
     key: Hashable
 
 
+class _Recomputing(threading.local):
+    """The last pass of this thread that a backward computed again. A backward that fails does not call back."""
+
+    task = -1
+    running: ForwardPass | None = None
+
+    def clear(self) -> None:
+        if self.running is not None:
+            self.running.clear()
+            self.running = None
+
+
 class Scope:
     """The hooks of one model."""
 
@@ -56,6 +70,7 @@ class Scope:
         self.cache = WeightCache()
         self.form: Form = "auto"
         self.budget = BUDGET
+        self.seed: int | None = None
         self._reset()
         self.handles = [
             model.register_forward_pre_hook(self._begin),
@@ -65,9 +80,10 @@ class Scope:
     def _reset(self) -> None:
         self.layers: list[AdaptedLayer] | None = None
         self.parents: list[nn.Module] = []
-        self.recomputing: tuple[int, ForwardPass] | None = None
+        self.local = _Recomputing()
         self.known: dict[Adapter, Known] = {}
-        self.noises: dict[Hashable, Tensor] = {}  # by which W' was rounded in the last training pass
+        self.order: dict[Adapter, int] = {}
+        self.rounds = False  # whether some W' may be made in training
 
     def find(self, model: nn.Module) -> list[AdaptedLayer]:
         """The layers that prepare together."""
@@ -80,14 +96,19 @@ class Scope:
         for layer in self.layers:
             for adapter in layer.adapters.values():
                 SCOPES[adapter] = ref(self)
+                self.order[adapter] = len(self.order)
                 adapter.form = self.form if fits else "activations"  # type: ignore[assignment]
+                self.rounds |= adapter.makes_weight or adapter.form == "weights"
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():  # a whole model in one graph: layers prepare alone, and the compiler arranges it
             return
         if self.layers is None:
             self._look(model)
-        self.close()  # an earlier pass may have been interrupted past all hooks
+        self.close()  # an earlier pass may have been interrupted past all hooks,
+        if torch._C._current_graph_task_id() == -1:
+            self.local.clear()  # and an earlier backward
+        self._draw_seed(model)
         LOCAL.running = running = ForwardPass(self, LOCAL.running)
         if any([m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in self.parents]):
             running.prepare_all()  # compiled code takes what is prepared, and cannot ask for it
@@ -108,13 +129,25 @@ class Scope:
                 return
             running = running.outer
 
+    def _draw_seed(self, model: nn.Module) -> None:
+        """One for each training pass in which W' may be rounded. Reentrant checkpoints run first without gradients: they
+        draw one too, and leave torch's generator as they will when they run again."""
+        if not (self.rounds and model.training) or is_transformed():
+            return
+        if torch._C._is_any_autocast_enabled() or any([layer.base.dtype in DROPPED for layer in self.layers or ()]):
+            seed = int(torch.randint(1 << 62, (), device="cpu"))
+            if torch.is_grad_enabled():
+                self.seed = seed
+
     def recomputation(self) -> ForwardPass:
         task = torch._C._current_graph_task_id()
-        if self.recomputing is None or self.recomputing[0] != task:
-            self.recomputing = task, ForwardPass(self, None)
+        local = self.local
+        if local.running is None or local.task != task:
+            local.clear()
+            local.task, local.running = task, ForwardPass(self, None)
             engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
-            engine.queue_callback(self.recomputing[1].clear)
-        return self.recomputing[1]
+            engine.queue_callback(local.running.clear)
+        return local.running
 
     def cache_weights(self, budget: int) -> None:
         """Keep W' without gradients, up to a budget of bytes."""
@@ -141,6 +174,7 @@ class Scope:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.seed = None
         self._reset()
 
 
@@ -148,7 +182,7 @@ class ForwardPass:
     """One pass of a scope in a thread."""
 
     def __init__(self, scope: Scope, outer: Any) -> None:
-        self.scope, self.outer = scope, outer
+        self.scope, self.outer, self.first_seed = scope, outer, scope.seed
         self.groups: dict[Hashable, list[Member]] | None = None
         self.keys: dict[Adapter, Hashable] = {}
         self.tried: set[Hashable] = set()
@@ -166,7 +200,7 @@ class ForwardPass:
         if members[0].layer.base.dtype is not dtype and not _is_autocast(members[0].tensors[0], dtype):
             return
         if as_weight:
-            self._prepare_weights(key, members, dtype)
+            self._prepare_weights(members, dtype)
             return
         adapted = self._kept_weights(key, members, dtype)
         rest = [m for m, W in zip(members, adapted, strict=True) if W is None]
@@ -174,6 +208,11 @@ class ForwardPass:
             made = prepare(Factors(adapter, dtype), [m.tensors for m in rest])
             for member, factors in zip(rest, made, strict=True):
                 self._fill(member, factors, None, member.tensors, dtype)
+
+    def seed(self, adapter: Adapter) -> int | None:
+        if self.first_seed is None or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return None  # a captured step draws anew in every replay
+        return self.first_seed + self.scope.order.get(adapter, 0)
 
     def prepare_all(self) -> None:
         """For every adapter, in the dtype that its layer runs in."""
@@ -208,24 +247,19 @@ class ForwardPass:
                 groups.setdefault(seen_before.key, []).append(Member(layer, adapter, tensors, len(running) == 1))
         return groups
 
-    def _prepare_weights(self, key: Hashable, members: list[Member], dtype: torch.dtype) -> None:
+    def _prepare_weights(self, members: list[Member], dtype: torch.dtype) -> None:
         """W' of all of them, in training."""
         shapes: dict[torch.Size, list[tuple[Member, Tensor]]] = {}
         for member in members:
             if (W := member.plain(dtype)) is not None:
                 shapes.setdefault(W.shape, []).append((member, W))
-        for shape, pairs in shapes.items():
-            self._prepare_weights_of((key, shape), [m for m, _ in pairs], [W for _, W in pairs], dtype)
+        for pairs in shapes.values():
+            self._prepare_weights_of([m for m, _ in pairs], [W for _, W in pairs], dtype)
 
-    def _prepare_weights_of(self, key: Hashable, members: list[Member], matrices: list[Tensor], dtype: torch.dtype) -> None:
-        noises, again = self.scope.noises, self.scope.recomputing is not None and self.scope.recomputing[1] is self
-        noise = noises.get(key) if again else None  # what is computed again is rounded as before
-        noise = noise if noise is not None and len(noise) == len(members) else None
+    def _prepare_weights_of(self, members: list[Member], matrices: list[Tensor], dtype: torch.dtype) -> None:
         adapter = members[0].adapter
-        weights = Weights(adapter, dtype, matrices, adapter.rounds_by_chance, noise)
-        if weights.noise is not None:
-            noises[key] = weights.noise
-        made = prepare(weights, [m.tensors for m in members])
+        noise = adapter.noise(matrices[0].expand(len(matrices), -1, -1))
+        made = prepare(Weights(adapter, dtype, matrices, noise), [m.tensors for m in members])
         for member, W, (adapted,) in zip(members, matrices, made, strict=True):
             self._fill(member, (), adapted, (*member.tensors, W), dtype)
 
@@ -248,6 +282,7 @@ class ForwardPass:
         made_from = tuple(made_from)
         recorded, stream = torch.is_grad_enabled(), stream_of(made_from[0])
         member.adapter.slot.prepared = made = Prepared(factors, adapted, dtype, recorded, stream, seen(made_from))
+        member.adapter.__dict__["alone"] = False
         self.filled.append(made)
 
     def clear(self) -> None:
