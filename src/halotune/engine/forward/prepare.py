@@ -94,10 +94,11 @@ class Scope:
         matrices = [p for layer in self.layers if (p := getattr(layer.base_layer, "weight", None)) is not None]
         fits = 2 * sum([p.numel() * p.itemsize for p in matrices]) <= self.budget  # W', and the gradients that wait for it
         for layer in self.layers:
-            for adapter in layer.adapters.values():
+            adapters: Any = layer.adapters.values()
+            for adapter in adapters:
                 SCOPES[adapter] = ref(self)
                 self.order[adapter] = len(self.order)
-                adapter.form = self.form if fits else "activations"  # type: ignore[assignment]
+                adapter.form = self.form if fits else "activations"
                 self.rounds |= adapter.makes_weight or adapter.form == "weights"
 
     def _begin(self, model: nn.Module, args: Any) -> None:
@@ -110,8 +111,9 @@ class Scope:
             self.local.clear()  # and an earlier backward
         self._draw_seed(model)
         LOCAL.running = running = ForwardPass(self, LOCAL.running)
-        if any([m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in self.parents]):
-            running.prepare_all()  # compiled code takes what is prepared, and cannot ask for it
+        if torch.is_grad_enabled() and any([_is_compiled(m) for m in self.parents]):
+            if not any([_is_checkpointed(m) for m in self.parents]):  # else it finds nothing prepared when it runs again
+                running.prepare_all()  # compiled code takes what is prepared, and cannot ask for it
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -282,7 +284,7 @@ class ForwardPass:
         made_from = tuple(made_from)
         recorded, stream = torch.is_grad_enabled(), stream_of(made_from[0])
         member.adapter.slot.prepared = made = Prepared(factors, adapted, dtype, recorded, stream, seen(made_from))
-        member.adapter.__dict__["alone"] = False
+        vars(member.adapter)["alone"] = False
         self.filled.append(made)
 
     def clear(self) -> None:
@@ -290,6 +292,15 @@ class ForwardPass:
         for prepared in self.filled:
             prepared.release()
         self.filled, self.groups, self.keys = [], None, {}
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    """Whether transformers, or torch's `apply_activation_checkpointing`, runs the module in a checkpoint."""
+    return vars(module).get("gradient_checkpointing", False) or type(module).__name__ == "CheckpointWrapper"
 
 
 def _is_at_hand(t: Tensor) -> bool:
