@@ -46,7 +46,7 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.shape = shape
         self.slot = Slot()
-        self.names: tuple[str, ...] = ()
+        self.paths: tuple[tuple[list[str], str], ...] = ()  # of the parameters: modules, and a name
         self.form: Form = "activations"
 
     @classmethod
@@ -93,9 +93,10 @@ class Adapter(nn.Module, ABC):
 
     def tensors(self) -> Tensors:
         """The parameters as they are now: `functional_call`, replicas and sharding put other tensors in their place."""
-        if not self.names:
-            self.names = tuple([name for name, _ in self.named_parameters()])
-        return tuple([_tensor(self, name) for name in self.names])
+        if not self.paths:
+            names = [name.split(".") for name, _ in self.named_parameters()]
+            self.paths = tuple([(name[:-1], name[-1]) for name in names])
+        return tuple([_tensor(self, modules, name) for modules, name in self.paths])
 
     # -- what the engine asks
 
@@ -205,13 +206,11 @@ class Adapter(nn.Module, ABC):
         return self.training and torch.is_grad_enabled()
 
 
-def _tensor(module: Any, name: str) -> Tensor:
-    own = module._parameters.get(name)
-    if own is not None:
-        return own
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module
+def _tensor(owner: Any, modules: list[str], name: str) -> Tensor:
+    for module in modules:
+        owner = owner._modules[module]
+    own = owner._parameters.get(name)
+    return getattr(owner, name) if own is None else own  # a replica's, a flat parameter's view: no parameter
 
 
 def usable(tensors: Tensors, dtype: torch.dtype) -> Tensors:

@@ -69,8 +69,9 @@ class AdaptedLayer(TunerLayer, Wrapper):
     def operator(self) -> Operator:
         """The base with the running adapters."""
         op: Operator = self.base
+        adapters: Any = self._modules["adapters"]
         for name in self._running_names():
-            op = Adapted(op, self.adapters[name], self.scales[name])  # type: ignore[arg-type]
+            op = Adapted(op, adapters._modules[name], self.scales[name])
         return op
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
