@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.shape = shape
         self.slot = Slot()
-        self.names: tuple[str, ...] = ()
+        self.paths: tuple[tuple[list[str], str], ...] = ()  # of the parameters: modules, and a name
         self.form: Form = "activations"
 
     @classmethod
@@ -93,9 +94,10 @@ class Adapter(nn.Module, ABC):
 
     def tensors(self) -> Tensors:
         """The parameters as they are now: `functional_call`, replicas and sharding put other tensors in their place."""
-        if not self.names:
-            self.names = tuple([name for name, _ in self.named_parameters()])
-        return tuple([_tensor(self, name) for name in self.names])
+        if not self.paths:
+            names = [name.split(".") for name, _ in self.named_parameters()]
+            self.paths = tuple([(name[:-1], name[-1]) for name in names])
+        return tuple([_tensor(self, modules, name) for modules, name in self.paths])
 
     # -- what the engine asks
 
@@ -187,9 +189,13 @@ class Adapter(nn.Module, ABC):
             if (ready := slot.prepared) is not None and ready.serves(dtype, tensors, W, as_weight):
                 return ready
         if as_weight and W is not None:
-            made = prepare(Weights(self, dtype, [W], self.noise(W)), [tensors])[0]
+            made = prepare(Weights(self, dtype, [W], self.dither()), [tensors])[0]
             return Prepared((), made[0], dtype, True, 0, ())
-        return Prepared(prepare(Factors(self, dtype), [tensors])[0], None, dtype, True, 0, ())
+        return Prepared(prepare(self.prepares(dtype), [tensors])[0], None, dtype, True, 0, ())
+
+    def prepares(self, dtype: torch.dtype) -> Factors:
+        """What makes the factors of all adapters like this one."""
+        return Factors(self, dtype, self.dither() if self.makes_weight and dtype in DROPPED else None)
 
     @abstractmethod
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
@@ -201,25 +207,29 @@ class Adapter(nn.Module, ABC):
 
     makes_weight: ClassVar[bool] = False  # W' is made for every call where it is not prepared
 
-    def noise(self, W: Tensor) -> Tensor | None:
-        """By what W' of a W like this is rounded stochastically: in half precision in training, not in evaluation.
+    def dither(self) -> Dither | None:
+        """By what its part of W' is rounded stochastically: in training, not in evaluation.
 
-        A pass has a seed of its own for it, from before its first layer: what a checkpoint runs again then gets the same
-        noise, and the generator that gives it dropout's masks is left as it was.
+        A pass has a seed of its own for it, from before its first layer: what a checkpoint runs again is rounded as before,
+        and the generator that gives it dropout's masks is left as it was.
         """
-        if W.dtype not in DROPPED or not (self.training and torch.is_grad_enabled()):
+        if not self.training:
             return None
         running = None if torch.compiler.is_compiling() or is_transformed() else pass_of(self)
-        return draw_noise(W, None if running is None or W.is_meta else running.seed(self))
+        return Dither(None if running is None else running.seed(self))
+
+    def noise(self, W: Tensor) -> Tensor | None:
+        """That by which a W' of half precision is rounded."""
+        if W.dtype not in DROPPED or torch.compiler.is_compiling() or (dither := self.dither()) is None:
+            return None
+        return dither.noise("W", W)
 
 
-def _tensor(module: Any, name: str) -> Tensor:
-    own = module._parameters.get(name)
-    if own is not None:
-        return own
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module
+def _tensor(owner: Any, modules: list[str], name: str) -> Tensor:
+    for module in modules:
+        owner = owner._modules[module]
+    own = owner._parameters.get(name)
+    return getattr(owner, name) if own is None else own  # a replica's, a flat parameter's view: no parameter
 
 
 def usable(tensors: Tensors, dtype: torch.dtype) -> Tensors:
@@ -228,21 +238,44 @@ def usable(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     # what has the dtype already
 
 
-class Factors(Preparation):
-    """`Adapter.prepare` for all adapters like this one, cast."""
+class Dither(dict[str, Tensor]):
+    """The noises of one preparation: drawn once, and the same when it is repeated, or made again from the same seed."""
 
-    def __init__(self, adapter: Adapter, dtype: torch.dtype) -> None:
-        self.adapter, self.dtype = adapter, dtype
+    def __init__(self, seed: int | None) -> None:
+        super().__init__()
+        self.seed = seed  # None draws from torch's generator
+
+    def round(self, tensors: Tensors, dtype: torch.dtype) -> Tensors:
+        """`usable` by chance, so that small changes of factors are not lost either."""
+        if dtype not in DROPPED:
+            return usable(tensors, dtype)
+        return tuple([round_stochastically(t.float(), self.noise(f"factor {i}", t), dtype) for i, t in enumerate(tensors)])
+
+    def noise(self, name: str, like: Tensor) -> Tensor:
+        if name not in self:
+            self[name] = draw_noise(like, None if self.seed is None else self.seed + crc32(name.encode()))
+        return self[name]
+
+
+class Factors(Preparation):
+    """`Adapter.prepare` for all adapters like this one, cast; with a dither by chance."""
+
+    def __init__(self, adapter: Adapter, dtype: torch.dtype, dither: Dither | None = None) -> None:
+        self.adapter, self.dtype, self.dither = adapter, dtype, dither
 
     def make(self, *stacked: Tensor) -> Tensors:
-        return usable(self.adapter.prepare(*stacked), self.dtype)
+        made = self.adapter.prepare(*stacked)
+        if self.dither is None or torch.is_grad_enabled():  # gradients are those of a plain cast
+            return usable(made, self.dtype)
+        return self.dither.round(made, self.dtype)
 
 
 class Weights(Preparation):
-    """W' for all adapters like this one, on plain matrices; rounded stochastically by a noise, or to nearest."""
+    """W' for all adapters like this one, on plain matrices; with a dither rounded by chance."""
 
-    def __init__(self, adapter: Adapter, dtype: torch.dtype, matrices: Sequence[Tensor], noise: Tensor | None = None) -> None:
-        self.adapter, self.dtype, self.matrices, self.noise = adapter, dtype, matrices, noise
+    def __init__(self, adapter: Adapter, dtype: torch.dtype, matrices: Sequence[Tensor], dither: Dither | None = None) -> None:
+        self.adapter, self.dtype, self.matrices = adapter, dtype, matrices
+        self.dither = dither if dtype in DROPPED else None
         self.versions = [W._version for W in matrices]
 
     def part(self, rows: Sequence[int]) -> Weights:
@@ -254,11 +287,13 @@ class Weights(Preparation):
         return torch.stack(list(self.matrices))
 
     def make(self, *stacked: Tensor) -> Tensors:
-        W = self._stacked()
-        factors = usable(self.adapter.weight_factors(*stacked), self.dtype)
+        W, made = self._stacked(), self.adapter.weight_factors(*stacked)
         if torch.is_grad_enabled():  # a second derivative is recorded
-            return (self.adapter.adapt(W, *factors),)
-        return (self.adapter.build(W, *factors, noise=self.noise),)
+            return (self.adapter.adapt(W, *usable(made, self.dtype)),)
+        if self.adapter.makes_weight:  # from factors in the dtype of W, as when it is made layer by layer
+            made = usable(made, self.dtype) if self.dither is None else self.dither.round(made, self.dtype)
+        noise = None if self.dither is None else self.dither.noise("W", W)
+        return (self.adapter.build(W, *made, noise=noise),)
 
     def pull(self, stacked: Tensors, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (G,) = grads

@@ -138,5 +138,5 @@ def weight_form_linear(
 ) -> Tensor:
     """`x W'ᵀ + b` for a frozen matrix W. W' is built, used and dropped, in forward and again in backward."""
     if not torch.is_grad_enabled():
-        return F.linear(x, adapter.build(W, *θ), bias)
+        return F.linear(x, adapter.build(W, *θ, noise=noise), bias)
     return _WeightForm.apply(x, W, bias, (Matrix, W, adapter), noise, *θ)  # type: ignore[return-value]

@@ -17,7 +17,7 @@ DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # bits that fp32 has more
 
 def draw_noise(like: Tensor, seed: int | None = None) -> Tensor:
     """a and b for a weight `(…, out, in)`, as `(…, out + in)` int32, from torch's generator; or from one of this seed."""
-    generator = None if seed is None else torch.Generator(like.device).manual_seed(seed)
+    generator = None if seed is None or like.is_meta else torch.Generator(like.device).manual_seed(seed)
     size = *like.shape[:-2], sum(like.shape[-2:])
     return torch.randint(0, 1 << 16, size, dtype=torch.int32, device=like.device, generator=generator)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...core.adapter import Adapter, Factors, Weights
+from ...core.adapter import Adapter, Weights
 from ...core.forms import Form
 from ...core.layer import AdaptedLayer
 from ...core.prepared import LOCAL, SCOPES, Prepared, is_transformed, seen, stream_of
@@ -70,7 +70,7 @@ class Scope:
         self.cache = WeightCache()
         self.form: Form = "auto"
         self.budget = BUDGET
-        self.seed: int | None = None
+        self.last_seed: int | None = None
         self._reset()
         self.handles = [
             model.register_forward_pre_hook(self._begin),
@@ -109,8 +109,7 @@ class Scope:
         self.close()  # an earlier pass may have been interrupted past all hooks,
         if torch._C._current_graph_task_id() == -1:
             self.local.clear()  # and an earlier backward
-        self._draw_seed(model)
-        LOCAL.running = running = ForwardPass(self, LOCAL.running)
+        LOCAL.running = running = ForwardPass(self, LOCAL.running, self._draw_seed(model))
         if torch.is_grad_enabled() and any([_is_compiled(m) for m in self.parents]):
             if not any([_is_checkpointed(m) for m in self.parents]):  # else it finds nothing prepared when it runs again
                 running.prepare_all()  # compiled code takes what is prepared, and cannot ask for it
@@ -131,22 +130,26 @@ class Scope:
                 return
             running = running.outer
 
-    def _draw_seed(self, model: nn.Module) -> None:
-        """One for each training pass in which W' may be rounded. Reentrant checkpoints run first without gradients: they
-        draw one too, and leave torch's generator as they will when they run again."""
+    def _draw_seed(self, model: nn.Module) -> int | None:
+        """For a training pass in which W' may be rounded; the last one with gradients is kept for what is computed again.
+
+        A reentrant checkpoint around the model runs it first without: that draws too, and both times the same number.
+        """
         if not (self.rounds and model.training) or is_transformed():
-            return
-        if torch._C._is_any_autocast_enabled() or any([layer.base.dtype in DROPPED for layer in self.layers or ()]):
-            seed = int(torch.randint(1 << 62, (), device="cpu"))
-            if torch.is_grad_enabled():
-                self.seed = seed
+            return None
+        if not torch._C._is_any_autocast_enabled() and not any([x.base.dtype in DROPPED for x in self.layers or ()]):
+            return None
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
+        if torch.is_grad_enabled():
+            self.last_seed = seed
+        return seed
 
     def recomputation(self) -> ForwardPass:
         task = torch._C._current_graph_task_id()
         local = self.local
         if local.running is None or local.task != task:
             local.clear()
-            local.task, local.running = task, ForwardPass(self, None)
+            local.task, local.running = task, ForwardPass(self, None, self.last_seed)
             engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
             engine.queue_callback(local.running.clear)
         return local.running
@@ -176,15 +179,15 @@ class Scope:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.seed = None
+        self.last_seed = None
         self._reset()
 
 
 class ForwardPass:
     """One pass of a scope in a thread."""
 
-    def __init__(self, scope: Scope, outer: Any) -> None:
-        self.scope, self.outer, self.first_seed = scope, outer, scope.seed
+    def __init__(self, scope: Scope, outer: Any, seed: int | None) -> None:
+        self.scope, self.outer, self.first_seed = scope, outer, seed
         self.groups: dict[Hashable, list[Member]] | None = None
         self.keys: dict[Adapter, Hashable] = {}
         self.tried: set[Hashable] = set()
@@ -207,7 +210,7 @@ class ForwardPass:
         adapted = self._kept_weights(key, members, dtype)
         rest = [m for m, W in zip(members, adapted, strict=True) if W is None]
         if len(rest) > 1:
-            made = prepare(Factors(adapter, dtype), [m.tensors for m in rest])
+            made = prepare(rest[0].adapter.prepares(dtype), [m.tensors for m in rest])
             for member, factors in zip(rest, made, strict=True):
                 self._fill(member, factors, None, member.tensors, dtype)
 
@@ -260,8 +263,7 @@ class ForwardPass:
 
     def _prepare_weights_of(self, members: list[Member], matrices: list[Tensor], dtype: torch.dtype) -> None:
         adapter = members[0].adapter
-        noise = adapter.noise(matrices[0].expand(len(matrices), -1, -1))
-        made = prepare(Weights(adapter, dtype, matrices, noise), [m.tensors for m in members])
+        made = prepare(Weights(adapter, dtype, matrices, adapter.dither()), [m.tensors for m in members])
         for member, W, (adapted,) in zip(members, matrices, made, strict=True):
             self._fill(member, (), adapted, (*member.tensors, W), dtype)
 
