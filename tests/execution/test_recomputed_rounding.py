@@ -86,3 +86,11 @@ def test_every_pass_draws_anew(method):
     third = model(x)
     torch.manual_seed(0)
     assert torch.equal(third, model(x))
+
+
+@pytest.mark.parametrize("form", ["auto", "weights"])
+@every_method
+def test_training_on_the_meta_device(method, form):
+    model, _ = adapted(method, dtype=torch.bfloat16)
+    model.set_adapter_form(form)
+    assert model.to("meta")(torch.empty(2, 12, dtype=torch.bfloat16, device="meta")).shape == (2, 12)

@@ -17,7 +17,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
-from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..ops.build import build_low_rank
-from ..ops.rounding import DROPPED, draw_noise, round_stochastically
+from ..ops.rounding import DROPPED, Dither, round_stochastically
 from .forms import Form, is_weight
 from .frozen_linear import low_rank_linear
 from .operator import Operator, WeightShape
@@ -189,13 +188,24 @@ class Adapter(nn.Module, ABC):
             if (ready := slot.prepared) is not None and ready.serves(dtype, tensors, W, as_weight):
                 return ready
         if as_weight and W is not None:
-            made = prepare(Weights(self, dtype, [W], self.dither()), [tensors])[0]
+            made = prepare(Weights(self, dtype, [W], self.dither(dtype)), [tensors])[0]
             return Prepared((), made[0], dtype, True, 0, ())
         return Prepared(prepare(self.prepares(dtype), [tensors])[0], None, dtype, True, 0, ())
 
     def prepares(self, dtype: torch.dtype) -> Factors:
         """What makes the factors of all adapters like this one."""
-        return Factors(self, dtype, self.dither() if self.makes_weight and dtype in DROPPED else None)
+        return Factors(self, dtype, self.dither(dtype) if self.makes_weight else None)
+
+    def dither(self, dtype: torch.dtype) -> Dither | None:
+        """By what W' of this dtype is rounded stochastically: in half precision in training, not in evaluation.
+
+        A pass has a seed of its own for it, from before its first layer: what a checkpoint runs again then gets the same
+        noise, and the generator that gives it dropout's masks is left as it was.
+        """
+        if dtype not in DROPPED or not self.training or torch.compiler.is_compiling():
+            return None
+        running = None if is_transformed() else pass_of(self)
+        return Dither(None if running is None else running.seed(self))
 
     @abstractmethod
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
@@ -206,23 +216,6 @@ class Adapter(nn.Module, ABC):
         """`x W'ᵀ + b` for a frozen layer, with nothing dropped, in one autograd node."""
 
     makes_weight: ClassVar[bool] = False  # W' is made for every call where it is not prepared
-
-    def dither(self) -> Dither | None:
-        """By what its part of W' is rounded stochastically: in training, not in evaluation.
-
-        A pass has a seed of its own for it, from before its first layer: what a checkpoint runs again is rounded as before,
-        and the generator that gives it dropout's masks is left as it was.
-        """
-        if not self.training:
-            return None
-        running = None if torch.compiler.is_compiling() or is_transformed() else pass_of(self)
-        return Dither(None if running is None else running.seed(self))
-
-    def noise(self, W: Tensor) -> Tensor | None:
-        """That by which a W' of half precision is rounded."""
-        if W.dtype not in DROPPED or torch.compiler.is_compiling() or (dither := self.dither()) is None:
-            return None
-        return dither.noise("W", W)
 
 
 def _tensor(owner: Any, modules: list[str], name: str) -> Tensor:
@@ -236,25 +229,6 @@ def usable(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     """As kernels want them: in their dtype, and contiguous."""
     return tuple([t.to(dtype, memory_format=torch.contiguous_format).contiguous() for t in tensors])  # `to` alone leaves
     # what has the dtype already
-
-
-class Dither(dict[str, Tensor]):
-    """The noises of one preparation: drawn once, and the same when it is repeated, or made again from the same seed."""
-
-    def __init__(self, seed: int | None) -> None:
-        super().__init__()
-        self.seed = seed  # None draws from torch's generator
-
-    def round(self, tensors: Tensors, dtype: torch.dtype) -> Tensors:
-        """`usable` by chance, so that small changes of factors are not lost either."""
-        if dtype not in DROPPED:
-            return usable(tensors, dtype)
-        return tuple([round_stochastically(t.float(), self.noise(f"factor {i}", t), dtype) for i, t in enumerate(tensors)])
-
-    def noise(self, name: str, like: Tensor) -> Tensor:
-        if name not in self:
-            self[name] = draw_noise(like, None if self.seed is None else self.seed + crc32(name.encode()))
-        return self[name]
 
 
 class Factors(Preparation):
@@ -292,7 +266,7 @@ class Weights(Preparation):
             return (self.adapter.adapt(W, *usable(made, self.dtype)),)
         if self.adapter.makes_weight:  # from factors in the dtype of W, as when it is made layer by layer
             made = usable(made, self.dtype) if self.dither is None else self.dither.round(made, self.dtype)
-        noise = None if self.dither is None else self.dither.noise("W", W)
+        noise = None if self.dither is None else self.dither.noise(0, W)
         return (self.adapter.build(W, *made, noise=noise),)
 
     def pull(self, stacked: Tensors, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -376,10 +350,10 @@ class Dense(Adapter):
         return True
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
-        return weight_form(x, op, self, factors, scale, self.noise)
+        return weight_form(x, op, self, factors, scale, self.dither(x.dtype))
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        return weight_form_linear(x, W, bias, self, *factors, noise=self.noise(W))
+        return weight_form_linear(x, W, bias, self, *factors, dither=self.dither(W.dtype))
 
 
 def add_low_rank(x: Tensor, dropped: Tensor, op: Operator, factors: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.rounding import Dither
 from .frozen_linear import flattened, unflattened
 from .precision import compute_dtype
 from .prepared import is_transformed
@@ -110,17 +111,12 @@ class _WeightForm(torch.autograd.Function):
 
 
 def weight_form(
-    x: Tensor,
-    op: Operator,
-    adapter: WeightMap,
-    θ: Tensors,
-    scale: float = 1.0,
-    noise: Callable[[Tensor], Tensor | None] | None = None,
+    x: Tensor, op: Operator, adapter: WeightMap, θ: Tensors, scale: float = 1.0, dither: Dither | None = None
 ) -> Tensor:
     """`op` applied to `x` with `W + scale (W' − W)`.
 
     Args:
-        noise: from W the noise by which W' is rounded stochastically, or None, which rounds to nearest.
+        dither: by what W' is rounded stochastically; None rounds to nearest.
     """
     mapping = adapter if scale == 1.0 else Scaled(adapter, scale)
     x = x.to(compute_dtype(x))
@@ -129,14 +125,15 @@ def weight_form(
         return op.with_weight(x, mapping.adapt(W, *θ))
     x = op.pad(x)
     kept = None if op.transient and not W.requires_grad else W  # what is made for a call is made again, not kept
-    drawn = None if noise is None else noise(W)
-    return op.add_bias(_WeightForm.apply(x, kept, None, (op, W, mapping), drawn, *θ))  # type: ignore[arg-type]
+    noise = None if dither is None else dither.noise(0, W)
+    return op.add_bias(_WeightForm.apply(x, kept, None, (op, W, mapping), noise, *θ))  # type: ignore[arg-type]
 
 
 def weight_form_linear(
-    x: Tensor, W: Tensor, bias: Tensor | None, adapter: WeightMap, *θ: Tensor, noise: Tensor | None = None
+    x: Tensor, W: Tensor, bias: Tensor | None, adapter: WeightMap, *θ: Tensor, dither: Dither | None = None
 ) -> Tensor:
     """`x W'ᵀ + b` for a frozen matrix W. W' is built, used and dropped, in forward and again in backward."""
+    noise = None if dither is None else dither.noise(0, W)
     if not torch.is_grad_enabled():
         return F.linear(x, adapter.build(W, *θ, noise=noise), bias)
     return _WeightForm.apply(x, W, bias, (Matrix, W, adapter), noise, *θ)  # type: ignore[return-value]

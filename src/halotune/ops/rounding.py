@@ -9,6 +9,8 @@ sum of rounding errors has the variance of independent ones, for `out + in` rand
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,25 @@ def round_stochastically(y: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor
     n_out = y.shape[-2]
     u = (noise[..., :n_out, None] + noise[..., None, n_out:]) & ((1 << k) - 1)
     return ((y.contiguous().view(torch.int32) + u) & -(1 << k)).view(torch.float32).to(dtype)
+
+
+class Dither:
+    """The noises by which one preparation is rounded: each is drawn once, and the same where it is repeated.
+
+    Args:
+        seed: of the noises; None draws them from torch's generator.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
+        self.drawn: dict[int, Tensor] = {}
+
+    def noise(self, i: int, like: Tensor) -> Tensor:
+        """The i-th, 0 being that of W'."""
+        if i not in self.drawn:
+            self.drawn[i] = draw_noise(like, None if self.seed is None else self.seed + i)
+        return self.drawn[i]
+
+    def round(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Factors in this dtype by chance, so that their small changes are not lost either."""
+        return tuple([round_stochastically(t.float(), self.noise(i, t), dtype) for i, t in enumerate(tensors, 1)])

@@ -25,6 +25,7 @@ from ...core.recompute import Tensors, prepare
 from ...ops.rounding import DROPPED
 from .weight_cache import WeightCache
 
+SEEDS = 16  # of the noises of one adapter
 BUDGET = 2 * 2**30  # bytes for W' of all layers and its gradients, if nothing else is asked for
 
 
@@ -70,7 +71,7 @@ class Scope:
         self.cache = WeightCache()
         self.form: Form = "auto"
         self.budget = BUDGET
-        self.last_seed: int | None = None
+        self.seed: int | None = None
         self._reset()
         self.handles = [
             model.register_forward_pre_hook(self._begin),
@@ -99,7 +100,8 @@ class Scope:
                 SCOPES[adapter] = ref(self)
                 self.order[adapter] = len(self.order)
                 adapter.form = self.form if fits else "activations"
-                self.rounds |= adapter.makes_weight or adapter.form == "weights"
+                self.rounds |= adapter.makes_weight or adapter.form != "activations"
+        self.rounds &= any([layer.base.dtype in DROPPED for layer in self.layers])
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():  # a whole model in one graph: layers prepare alone, and the compiler arranges it
@@ -131,17 +133,12 @@ class Scope:
             running = running.outer
 
     def _draw_seed(self, model: nn.Module) -> int | None:
-        """For a training pass in which W' may be rounded; the last one with gradients is kept for what is computed again.
-
-        A reentrant checkpoint around the model runs it first without: that draws too, and both times the same number.
-        """
-        if not (self.rounds and model.training) or is_transformed():
-            return None
-        if not torch._C._is_any_autocast_enabled() and not any([x.base.dtype in DROPPED for x in self.layers or ()]):
+        """One for each pass in training in which W' may be rounded; None where there is none."""
+        if not model.training or is_transformed() or not (self.rounds or torch._C._is_any_autocast_enabled()):
             return None
         seed = int(torch.randint(1 << 62, (), device="cpu"))
         if torch.is_grad_enabled():
-            self.last_seed = seed
+            self.seed = seed  # for what its backward runs again
         return seed
 
     def recomputation(self) -> ForwardPass:
@@ -149,7 +146,7 @@ class Scope:
         local = self.local
         if local.running is None or local.task != task:
             local.clear()
-            local.task, local.running = task, ForwardPass(self, None, self.last_seed)
+            local.task, local.running = task, ForwardPass(self, None, self.seed)
             engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
             engine.queue_callback(local.running.clear)
         return local.running
@@ -179,7 +176,7 @@ class Scope:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.last_seed = None
+        self.seed = None
         self._reset()
 
 
@@ -210,14 +207,14 @@ class ForwardPass:
         adapted = self._kept_weights(key, members, dtype)
         rest = [m for m, W in zip(members, adapted, strict=True) if W is None]
         if len(rest) > 1:
-            made = prepare(rest[0].adapter.prepares(dtype), [m.tensors for m in rest])
+            made = prepare(rest[0].adapter.prepares(dtype), [m.tensors for m in rest])  # whichever asks, one seed
             for member, factors in zip(rest, made, strict=True):
                 self._fill(member, factors, None, member.tensors, dtype)
 
     def seed(self, adapter: Adapter) -> int | None:
         if self.first_seed is None or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return None  # a captured step draws anew in every replay
-        return self.first_seed + self.scope.order.get(adapter, 0)
+        return self.first_seed + SEEDS * self.scope.order.get(adapter, 0)
 
     def prepare_all(self) -> None:
         """For every adapter, in the dtype that its layer runs in."""
@@ -263,7 +260,7 @@ class ForwardPass:
 
     def _prepare_weights_of(self, members: list[Member], matrices: list[Tensor], dtype: torch.dtype) -> None:
         adapter = members[0].adapter
-        made = prepare(Weights(adapter, dtype, matrices, adapter.dither()), [m.tensors for m in members])
+        made = prepare(Weights(adapter, dtype, matrices, adapter.dither(dtype)), [m.tensors for m in members])
         for member, W, (adapted,) in zip(members, matrices, made, strict=True):
             self._fill(member, (), adapted, (*member.tensors, W), dtype)
 
