@@ -94,3 +94,17 @@ def test_training_on_the_meta_device(method, form):
     model, _ = adapted(method, dtype=torch.bfloat16)
     model.set_adapter_form(form)
     assert model.to("meta")(torch.empty(2, 12, dtype=torch.bfloat16, device="meta")).shape == (2, 12)
+
+
+@every_method
+def test_a_model_that_became_half_precision_after_a_pass(method):
+    model, _ = adapted(method, DroppedNet, dtype=torch.float32, std=0.05)
+    model(sample(dtype=torch.float32)).sum().backward()
+    model.to(torch.bfloat16)
+    x = sample(dtype=torch.bfloat16)
+
+    def gradient(run) -> Tensor:
+        torch.manual_seed(3)
+        return torch.autograd.grad(the_whole(model, run, x).float().sum(), x)[0]
+
+    assert torch.equal(gradient(without_reentry), gradient(directly))

@@ -101,7 +101,6 @@ class Scope:
                 self.order[adapter] = len(self.order)
                 adapter.form = self.form if fits else "activations"
                 self.rounds |= adapter.makes_weight or adapter.form != "activations"
-        self.rounds &= any([layer.base.dtype in DROPPED for layer in self.layers])
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():  # a whole model in one graph: layers prepare alone, and the compiler arranges it
@@ -134,7 +133,10 @@ class Scope:
 
     def _draw_seed(self, model: nn.Module) -> int | None:
         """One for each pass in training in which W' may be rounded; None where there is none."""
-        if not model.training or is_transformed() or not (self.rounds or torch._C._is_any_autocast_enabled()):
+        if not (self.rounds and model.training) or is_transformed():
+            return None
+        half = [layer.base.dtype in DROPPED for layer in self.layers or ()]  # now: `model.to` may have changed it
+        if not (any(half) or torch._C._is_any_autocast_enabled()):
             return None
         seed = int(torch.randint(1 << 62, (), device="cpu"))
         if torch.is_grad_enabled():
