@@ -5,7 +5,7 @@ does so at its own price; all must agree with `weight`.
 
 | family | map | price of a forward pass |
 |---|---|---|
-| `InputSide` | `W' = W Q` | one thin product on x, base untouched |
+| `InputSide` | `W' = W Q` | one small product on x, base untouched |
 | `Additive` | `W' = W + ΔW`, `ΔW = B A` | two thin products, base untouched |
 | `WeightSide` | any `W' = f(W, θ)` | W' is built, used and dropped; built again in backward |
 """
@@ -154,30 +154,44 @@ class InputSide(Adapter):
     """`W' = W Q`: the input is rotated, then meets the base as it is."""
 
     @abstractmethod
-    def rotate(self, x: Tensor, transpose: bool = False) -> Tensor:
-        """`x Qᵀ` over the last dimension (`x Q` if `transpose`), in the dtype of `x`."""
+    def rotate(self, x: Tensor, *derived: Tensor, transpose: bool = False) -> Tensor:
+        """`x Qᵀ` over the last dimension (`x Q` if `transpose`), from what was derived, in the dtype of `x`."""
 
-    @abstractmethod
-    def thin(self, W: Tensor, *derived: Tensor) -> tuple[Tensor, Tensor]:
-        """`B (out, k)`, `A (k, in)` with `W Q − W == B A`, from what was derived."""
+    def thin(self, W: Tensor, *derived: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`B (out, k)`, `A (k, in)` with `W Q − W == B A`, from what was derived; None where Q − I has full rank."""
+        return None
 
-    def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        return self.thin(W, *self.exact())
+    def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
+        return self.thin(W, *self.exact()) if self.factors_exist else None
+
+    def drop(self, *derived: Tensor) -> tuple[Tensor, ...]:
+        """What was derived, with a random part of the rotation left out in training."""
+        return derived
+
+    def rotated(self, W: Tensor, *derived: Tensor) -> Tensor:
+        """`W Q`."""
+        return self.rotate(W, *derived, transpose=True)
 
     def weight(self, W: Tensor) -> Tensor:
         with exact(W):
-            return self.rotate(W, transpose=True)
+            return self.rotated(W, *(t.to(W.dtype) for t in self.exact()))
+
+    def reads_weight(self, op: Operator) -> bool:
+        return not op.shape.is_linear
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
         x = x.to(compute_dtype(x))
         quick = self.quick(op.plain(x.dtype), x.dtype) if scale == 1.0 else None
         if quick is not None:
             return quick(x)
-        if not op.shape.is_linear:  # patches of an image cannot be rotated before they are cut
-            W = op.weight().to(x.device)  # offloaded weights may be elsewhere
-            return add_low_rank(x, x, op, self.thin(W, *self.derived(x.dtype)), scale)
-        rotated = self.rotate(x)
-        return op(rotated if scale == 1.0 else torch.lerp(x, rotated, scale))
+        derived = self.drop(*self.derived(x.dtype))
+        if op.shape.is_linear:
+            rotated = self.rotate(x, *derived)
+            return op(rotated if scale == 1.0 else torch.lerp(x, rotated, scale))
+        if not self.factors_exist:  # patches of an image cannot be rotated before they are cut
+            return weight_form(x, op, self.rotated, derived, scale)
+        W = op.weight().to(x.device)  # offloaded weights may be elsewhere
+        return add_low_rank(x, x, op, self.thin(W, *derived), scale)  # type: ignore[arg-type]
 
 
 class Additive(Adapter):

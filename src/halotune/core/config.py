@@ -27,6 +27,7 @@ class PeftType(str, Enum):
     BONE = "BONE"
     MISS = "MISS"
     LORA = "LORA"
+    OFT = "OFT"
 
 
 class TaskType(str, Enum):

@@ -81,8 +81,8 @@ class HRA(InputSide):
         Û, N = ops.wy_factors(θ[0], self.gram_schmidt)
         return Û.mT, N
 
-    def rotate(self, x: Tensor, transpose: bool = False) -> Tensor:
-        Ût, N = self.derived(x.dtype)
+    def rotate(self, x: Tensor, *derived: Tensor, transpose: bool = False) -> Tensor:
+        Ût, N = derived
         return ops.rotate(x, N, Ût) if transpose else ops.rotate(x, Ût, N)
 
     def family(self) -> Hashable:

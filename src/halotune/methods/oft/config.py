@@ -1,0 +1,61 @@
+"""The configuration of OFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ...core.config import AdapterConfig, PeftType
+
+
+@dataclass(kw_only=True)
+class OFTConfig(AdapterConfig):
+    """OFT: `W' = W R`, R orthogonal and block-diagonal (arXiv 2306.07280, 2506.19847).
+
+    Exactly one of `r` and `oft_block_size` is above 0. Where it does not divide the inputs of a layer, the nearest divisor is
+    taken, as peft does.
+
+    Args:
+        r: the number of blocks.
+        oft_block_size: the side of a block; 32 where neither is given.
+        module_dropout: in training, the chance of every block to be the identity.
+        bias: which biases are trained: `"none"`, `"all"`, or `"oft_only"`, those of the adapted layers.
+        init_weights: True starts as the identity, False at random.
+        coft: constrain every block: its skew-symmetric matrix has at most the norm `eps / √blocks`.
+        eps: the constraint of `coft`.
+        block_share: all blocks of a layer are one.
+        use_cayley_neumann: the Cayley transform by its series (no inverse; orthogonal where rotations are small), or exactly.
+        num_cayley_neumann_terms: terms of the series.
+        fan_in_fan_out: accepted for PEFT's sake; the layer itself tells how its weight is stored.
+        rank_pattern: name or regular expression -> r; with `r` alone.
+    """
+
+    r: int = 0
+    oft_block_size: int | None = None
+    module_dropout: float = 0.0
+    bias: Literal["none", "all", "oft_only"] | str = "none"
+    init_weights: bool = True
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+    fan_in_fan_out: bool = False
+
+    TYPE: ClassVar[PeftType] = PeftType.OFT
+
+    def check(self) -> None:
+        if self.oft_block_size is None:
+            self.oft_block_size = 0 if self.r else 32
+        if self.r * self.oft_block_size or self.r + self.oft_block_size < 1:
+            found = f"got r={self.r}, oft_block_size={self.oft_block_size}"
+            raise self.error("r", f"exactly one of r and oft_block_size is above 0; {found}", "Set the other one to 0.")
+        if self.r:
+            super().check()
+        elif self.rank_pattern:
+            raise self.error("rank_pattern", "holds numbers of blocks, but oft_block_size is set", "Set r in its place.")
+        if self.num_cayley_neumann_terms < 1 or self.eps <= 0:
+            found = f"got {self.num_cayley_neumann_terms} and {self.eps}"
+            raise self.error("num_cayley_neumann_terms", f"and eps must be above 0; {found}", "Their defaults are 5 and 6e-5.")
+        self.require_choice("bias", ("none", "all", "oft_only"))
+        self.require_share("module_dropout")
