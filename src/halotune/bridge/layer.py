@@ -99,11 +99,13 @@ class Twin(AdaptedLayer):
         assert from_peft is not None
         with torch.device("meta"):
             adapter = from_peft.adapter(layer, name, base.shape)
-        for attribute, own in adapter.named_parameters():
-            p = getattr(layer, attribute)[name]
+        for attribute, own in list(adapter.named_parameters()):
+            part, _, inner = attribute.partition(".")  # "oft_R.weight" is `oft_R[name].weight`
+            p = getattr(layer, part)[name]
+            p = getattr(p, inner) if inner else p
             if own.shape != p.shape:
                 raise HalotuneError(f"{attribute} is {tuple(p.shape)}, where a weight of {base.shape} needs {tuple(own.shape)}")
-            adapter._parameters[attribute] = p
+            (getattr(adapter, part) if inner else adapter)._parameters[inner or part] = p
         complaint = adapter.complaint()
         self.notes += [*from_peft.differs(layer, name, base), *([complaint] if complaint else [])]
         self.add(name, adapter)
@@ -118,6 +120,8 @@ def _sources(layer: Any, name: str) -> Iterator[tuple[dict[str, Any], str, Any]]
         yield kept, name, kept.get(name)
         if isinstance(kept.get(name), nn.Dropout):
             yield kept[name].__dict__, "p", kept[name].p
+        elif isinstance(kept.get(name), nn.Module):
+            yield from ((kept[name]._parameters, inner, p) for inner, p in kept[name]._parameters.items())
 
 
 def follow(layer: Any, names: Iterable[str] = ()) -> bool:

@@ -192,6 +192,11 @@ class AdapterConfig(BaseConfig):
                     break
         return replace(self, **own) if own else self
 
+    @property
+    def size(self) -> tuple[str, int]:
+        """The field that says how large an adapter is, and its value."""
+        return "r", self.r
+
     def combined(self, r: int) -> Self:
         """The configuration of an adapter made of several of this method."""
         return replace(self, r=r, rank_pattern={})

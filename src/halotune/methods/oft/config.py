@@ -27,7 +27,6 @@ class OFTConfig(AdapterConfig):
         use_cayley_neumann: the Cayley transform by its series (no inverse; orthogonal where rotations are small), or exactly.
         num_cayley_neumann_terms: terms of the series.
         fan_in_fan_out: accepted for PEFT's sake; the layer itself tells how its weight is stored.
-        rank_pattern: name or regular expression -> r; with `r` alone.
     """
 
     r: int = 0
@@ -44,18 +43,20 @@ class OFTConfig(AdapterConfig):
 
     TYPE: ClassVar[PeftType] = PeftType.OFT
 
+    @property
+    def size(self) -> tuple[str, int]:
+        return super().size if self.r else ("oft_block_size", self.oft_block_size or 0)
+
     def check(self) -> None:
         if self.oft_block_size is None:
             self.oft_block_size = 0 if self.r else 32
         if self.r * self.oft_block_size or self.r + self.oft_block_size < 1:
-            found = f"got r={self.r}, oft_block_size={self.oft_block_size}"
-            raise self.error("r", f"exactly one of r and oft_block_size is above 0; {found}", "Set the other one to 0.")
-        if self.r:
+            problem = f"exactly one of r and oft_block_size must be above 0; got {self.r} and {self.oft_block_size}"
+            raise self.error("r", problem, "Give one and leave the other out.")
+        if self.r or self.rank_pattern:  # which holds numbers of blocks
             super().check()
-        elif self.rank_pattern:
-            raise self.error("rank_pattern", "holds numbers of blocks, but oft_block_size is set", "Set r in its place.")
-        if self.num_cayley_neumann_terms < 1 or self.eps <= 0:
-            found = f"got {self.num_cayley_neumann_terms} and {self.eps}"
-            raise self.error("num_cayley_neumann_terms", f"and eps must be above 0; {found}", "Their defaults are 5 and 6e-5.")
+        for name in ("num_cayley_neumann_terms", "eps"):
+            if getattr(self, name) <= 0:
+                raise self.error(name, f"must be above 0; got {getattr(self, name)}", "The default serves most.")
         self.require_choice("bias", ("none", "all", "oft_only"))
         self.require_share("module_dropout")

@@ -17,9 +17,8 @@ def _adapter(layer: Any, name: str, shape: WeightShape) -> OFT:
 
 
 def _differs(layer: Any, name: str, base: Base) -> list[str]:
-    if base.shape.is_linear or base.shape.in_features == base.shape.in_channels:
-        return []
-    return ["peft's OFT adds overlapping patches of an image, so its outputs are not those of its merged weight"]
+    overlaps = base.shape.in_features > base.shape.in_channels
+    return ["peft's OFT adds overlapping patches, so its outputs are not those of its merged weight"] if overlaps else []
 
 
 FROM_PEFT = FromPeft(_adapter, _differs)

@@ -12,63 +12,66 @@ from ...core.fused import flattened
 from ...core.precision import exact, exact_dtype
 
 
-def skew(θ: Tensor, b: int) -> Tensor:
-    """`(…, b (b − 1) / 2) -> (…, b, b)`: θ row by row above the diagonal, −θ below; in fp32 or better."""
+def skew(θ: Tensor, b: int, eps: float | None = None) -> Tensor:
+    """`(…, blocks, b (b − 1) / 2) -> (…, blocks, b, b)`, in fp32 or better: θ row by row above the diagonal, −θ below.
+
+    With `eps` those whose norm is above `eps / √blocks` are scaled to that norm.
+    """
     θ = θ.to(exact_dtype(θ.dtype))
-    rows, cols = torch.triu_indices(b, b, 1, device=θ.device)
-    upper = θ.new_zeros(*θ.shape[:-1], b * b).index_copy(-1, rows * b + cols, θ).unflatten(-1, (b, b))
-    return upper - upper.mT
-
-
-def constrained(Q: Tensor, eps: float) -> Tensor:
-    """Matrices `(…, blocks, b, b)`, those longer than `eps / √blocks` scaled to that length."""
-    most = eps**2 / Q.shape[-3]
+    rows, columns = torch.triu_indices(b, b, 1, device=θ.device)
+    upper = θ.new_zeros(*θ.shape[:-1], b * b).index_copy(-1, rows * b + columns, θ).unflatten(-1, (b, b))
+    Q = upper - upper.mT
+    if eps is None:
+        return Q
+    most = eps**2 / θ.shape[-2]
     return Q * (most / Q.square().sum((-2, -1), keepdim=True).clamp_min(most)).sqrt()
 
 
-def cayley(Q: Tensor, terms: int) -> Tensor:
-    """`N (…, b, b)` with `I + N = (I + Q)(I − Q)⁻¹`, or its series up to a power that `terms` says.
+def cayley(Q: Tensor, terms: int = 0) -> Tensor:
+    """`(I + Q)(I − Q)⁻¹` `(…, b, b)`, orthogonal for a skew-symmetric Q; or, with `terms`, the start of its series.
 
-    Args:
-        terms: 0 for the exact transform; as peft counts, `2Q + … + 2Qᵏ⁻¹ + Qᵏ` with k = max(terms − 1, 3), 2Q for 2, 0 for 1.
+    As peft counts: `I + 2Q + … + 2Qᵏ⁻¹ + Qᵏ` with k = max(terms − 1, 3) from 3 terms on, I + 2Q for 2, I for 1.
     """
     with exact(Q):
         eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
         if terms == 0:
-            return torch.linalg.solve(eye - Q, 2 * Q)
+            return torch.linalg.solve(eye - Q, eye + Q)
         if terms < 3:
-            return (terms - 1) * 2 * Q
+            return eye + 2 * (terms - 1) * Q
         tail = Q
         for _ in range(max(terms - 1, 3) - 1):
             tail = Q @ (2 * eye + tail)
-        return tail
+        return eye + tail
 
 
-def rotate(x: Tensor, N: Tensor, transpose: bool = False) -> Tensor:
-    """`x R` over the last dimension, `R = diag(I + N_1, I + N_2, …)`, or `x Rᵀ`: `N (blocks, b, b)`, `x (…, blocks · b)`."""
-    blocks = x.reshape(-1, *N.shape[:2]).transpose(0, 1)
-    return torch.baddbmm(blocks, blocks, N.mT if transpose else N).transpose(0, 1).reshape(x.shape)
+def in_blocks(x: Tensor, b: int) -> Tensor:
+    """`(…, n, blocks · b) -> (…, blocks, n, b)`, a view."""
+    return x.unflatten(-1, (-1, b)).transpose(-3, -2)
 
 
-def pull(x: Tensor, d: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
-    """From `d = dL/d(x R)` the gradients of x and N; rows `(n, blocks · b)`."""
-    x_blocks, d_blocks = (t.reshape(-1, *N.shape[:2]).transpose(0, 1) for t in (x, d))
-    return rotate(d, N, transpose=True), x_blocks.mT @ d_blocks
+def rotate(x: Tensor, R: Tensor) -> Tensor:
+    """`x diag(R_1, R_2, …)`: `x (…, n, blocks · b)`, `R (…, blocks, b, b)`."""
+    blocks = in_blocks(x, R.shape[-1])
+    if x.dim() > 2 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return (blocks @ R).transpose(-3, -2).flatten(-2)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.bmm(blocks, R, out=in_blocks(y, R.shape[-1]))  # no copy: on an H200 17 µs for 3072 rows of 3072 in bf16
+    return y
 
 
-class _RotatedLinear(torch.autograd.Function):
+class RotatedLinear(torch.autograd.Function):
+    """`(x R) Wᵀ + b` with W and b frozen. Keeps x, W and R; a second derivative is that of plain torch."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, N: Tensor) -> Tensor:
-        ctx.save_for_backward(x, W, N)
-        return F.linear(rotate(x, N), W, bias)
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
+        ctx.save_for_backward(x, W, R)
+        y = F.linear(rotate(flattened(x), R), W, bias)
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], W.shape[0]))  # no view: it may be written to
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, N = ctx.saved_tensors
-        dx, dN = pull(flattened(x), flattened(grad_outputs[0]) @ W, N)
-        return dx.view(x.shape), None, None, dN
-
-
-def rotated_linear(x: Tensor, W: Tensor, bias: Tensor | None, N: Tensor) -> Tensor:
-    """`(x R) Wᵀ + b`, W and b frozen: x, N and W are all that is kept for backward."""
-    return _RotatedLinear.apply(x, W, bias, N)  # type: ignore[return-value]
+        x, W, R = ctx.saved_tensors
+        need_x, _, _, need_R = ctx.needs_input_grad
+        d = flattened(grad_outputs[0]) @ W  # of the rotated input
+        dx = rotate(d, R.mT).view(x.shape) if need_x else None
+        return dx, None, None, in_blocks(flattened(x), R.shape[-1]).mT @ in_blocks(d, R.shape[-1]) if need_R else None
