@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, get_peft_model
+from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, OFTConfig, get_peft_model
 from halotune.methods.bone import ops as bone
 from halotune.methods.loha import ops as loha
 from halotune.ops.dispatch import backend
@@ -70,6 +70,8 @@ CONFIGS = {
     "loha-dense": LoHaConfig(r=48, alpha=24, target_modules="all-linear"),
     "bone": BoneConfig(r=48, target_modules="all-linear"),
     "bat": BoneConfig(r=32, init_weights="bat", target_modules="all-linear"),
+    "oft": OFTConfig(oft_block_size=32, target_modules="all-linear"),
+    "oft-exact": OFTConfig(oft_block_size=64, use_cayley_neumann=False, target_modules="all-linear"),
     "lora": LoraConfig(r=16, lora_alpha=8, target_modules="all-linear"),
 }
 

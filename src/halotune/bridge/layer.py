@@ -71,6 +71,9 @@ class Twin(AdaptedLayer):
             elsewhere = [n for n in layer.merged_adapters if n not in self.merged_adapters]  # merged by peft, before
             self.active_adapters = [n for n in layer.active_adapters if n in there and n not in elsewhere]
             self.enabled, self.state = not layer.disable_adapters, state
+            several = method_of(self.peft_type).from_peft.several  # type: ignore[union-attr]
+            if several and len(self.active_adapters) > 1:
+                self.notes.append(several)
         for name in (*self.active_adapters, *(n for n in names if n in there)):
             if not self._is_current(name):
                 self._take_over(layer, name)

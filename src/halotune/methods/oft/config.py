@@ -27,8 +27,10 @@ class OFTConfig(AdapterConfig):
         use_cayley_neumann: the Cayley transform by its series (no inverse; orthogonal where rotations are small), or exactly.
         num_cayley_neumann_terms: terms of the series.
         fan_in_fan_out: accepted for PEFT's sake; the layer itself tells how its weight is stored.
+        rank_pattern: name or regular expression -> r or oft_block_size, whichever is set.
     """
 
+    peft_version: str | None = "0.18.0"  # since then peft counts the series like this, and asks files for it
     r: int = 0
     oft_block_size: int | None = None
     module_dropout: float = 0.0
@@ -53,8 +55,7 @@ class OFTConfig(AdapterConfig):
         if self.r * self.oft_block_size or self.r + self.oft_block_size < 1:
             problem = f"exactly one of r and oft_block_size must be above 0; got {self.r} and {self.oft_block_size}"
             raise self.error("r", problem, "Give one and leave the other out.")
-        if self.r or self.rank_pattern:  # which holds numbers of blocks
-            super().check()
+        super().check()
         for name in ("num_cayley_neumann_terms", "eps"):
             if getattr(self, name) <= 0:
                 raise self.error(name, f"must be above 0; got {getattr(self, name)}", "The default serves most.")

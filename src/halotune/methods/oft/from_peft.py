@@ -21,4 +21,4 @@ def _differs(layer: Any, name: str, base: Base) -> list[str]:
     return ["peft's OFT adds overlapping patches, so its outputs are not those of its merged weight"] if overlaps else []
 
 
-FROM_PEFT = FromPeft(_adapter, _differs)
+FROM_PEFT = FromPeft(_adapter, _differs, "peft's OFT applies several active adapters in the order opposite to its merge's")
