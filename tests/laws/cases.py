@@ -89,10 +89,10 @@ VARIANTS = [
     Variant("lora-r2", LoraConfig(r=2, lora_alpha=5, target_modules=["layer"]), 2),
     Variant("rslora-r3", LoraConfig(r=3, lora_alpha=4, use_rslora=True, target_modules=["layer"]), 3),
     Variant("oft-b3", OFTConfig(oft_block_size=3, use_cayley_neumann=False, target_modules=["layer"]), None),
-    Variant("oft-neumann-r3", OFTConfig(r=3, target_modules=["layer"]), None),
+    Variant("oft-neumann-b5", OFTConfig(oft_block_size=5, target_modules=["layer"]), None),
     Variant("oft-shared-b3", OFTConfig(oft_block_size=3, block_share=True, target_modules=["layer"]), None),
     Variant(
-        "coft-b3", OFTConfig(oft_block_size=3, coft=True, eps=0.5, use_cayley_neumann=False, target_modules=["layer"]), None
+        "coft-b3", OFTConfig(oft_block_size=3, coft=True, eps=1.5, use_cayley_neumann=False, target_modules=["layer"]), None
     ),
 ]
 
