@@ -35,7 +35,9 @@ def cayley(Q: Tensor, terms: int = 0) -> Tensor:
     with exact(Q):
         eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
         if terms == 0:
-            return torch.linalg.solve(eye - Q, eye + Q)
+            return torch.linalg.solve_ex(eye - Q, eye + Q)[
+                0
+            ]  # I − Q is invertible: nothing to check, which would wait for the GPU
         if terms < 3:
             return eye + 2 * (terms - 1) * Q
         tail = Q
