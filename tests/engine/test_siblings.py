@@ -15,7 +15,9 @@ from halotune import LoraConfig, PeftModel
 from halotune.core.layer import AdaptedLayer
 from halotune.engine.lending import Lending
 
-from .cases import CONFIGS, adapted, every, trained
+from .cases import CONFIGS, adapted, trained
+
+families = pytest.mark.parametrize("name", [name for name in CONFIGS if name != "oft"])  # its layers stay alone
 
 
 class Attention(nn.Module):
@@ -147,7 +149,7 @@ def by_definition(model: nn.Module, x: Tensor) -> list[Tensor]:
     return gradients(defined(model), x)
 
 
-@every
+@families
 def test_they_are_found_by_one_pass_and_compute_the_same(name):
     model, x = model_of(name), sample()
     alone = gradients(model, x)
@@ -159,7 +161,7 @@ def test_they_are_found_by_one_pass_and_compute_the_same(name):
     assert sizes(model) == [1, 1, 3, 3]
 
 
-@every
+@families
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_a_model_that_calls_them_in_another_way(name, way):
     """After they were found together: results are those of the definition in this pass and in the next."""
@@ -234,7 +236,7 @@ def test_nothing_is_held_after_a_pass():
     assert not held
 
 
-@every
+@families
 def test_a_hook_or_a_trained_weight_on_one_of_them(name):
     """Its base is no plain matrix then."""
     model, x = model_of(name), sample()
@@ -250,7 +252,7 @@ def test_a_hook_or_a_trained_weight_on_one_of_them(name):
     torch.testing.assert_close(gradients(model, x), expected, rtol=1e-9, atol=1e-9)
 
 
-@every
+@families
 def test_one_frozen_adapter(name):
     model, x = model_of(name), sample()
     for p in attentions(model)[1].q.parameters():
@@ -259,7 +261,7 @@ def test_one_frozen_adapter(name):
     torch.testing.assert_close(gradients(model, x), by_definition(model, x), rtol=1e-9, atol=1e-9)
 
 
-@every
+@families
 def test_without_gradients_for_the_input(name):
     model, x = model_of(name), sample()
     expected = by_definition(model, x)[2:]
@@ -270,7 +272,7 @@ def test_without_gradients_for_the_input(name):
     torch.testing.assert_close([p.grad for p in trained(model)], expected, rtol=1e-9, atol=1e-9)
 
 
-@every
+@families
 def test_without_gradients_every_pass_gives_the_same_bits(name):
     model, x = model_of(name).float(), sample().float()
     with torch.no_grad():
@@ -296,7 +298,7 @@ def test_an_input_that_is_written_to_in_between(mode):
     assert not torch.allclose(written, plain)
 
 
-@every
+@families
 def test_another_adapter_has_siblings_of_its_own(name):
     model, x = model_of(name), sample()
     first = gradients(model, x)[0]

@@ -110,8 +110,8 @@ def test_a_training_step_is_as_exact(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_in_a_cuda_graph(name):
     """Captured forward and backward, replayed on new inputs and new parameters."""
-    if name == "hra-gs":
-        pytest.skip("torch.linalg.eigh synchronises, which a capture forbids")
+    if name in ("hra-gs", "oft-exact"):
+        pytest.skip("torch.linalg.eigh and solve synchronise, which a capture forbids")
     model = adapted(CONFIGS[name])
     trained = [p for p in model.parameters() if p.requires_grad]
     x = torch.randn(600, 1024, device="cuda", dtype=torch.bfloat16)

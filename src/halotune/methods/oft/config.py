@@ -12,8 +12,7 @@ from ...core.config import AdapterConfig, PeftType
 class OFTConfig(AdapterConfig):
     """OFT: `W' = W R`, R orthogonal and block-diagonal (arXiv 2306.07280, 2506.19847).
 
-    Exactly one of `r` and `oft_block_size` is above 0. Where it does not divide the inputs of a layer, the nearest divisor is
-    taken, as peft does.
+    One of `r` and `oft_block_size` is above 0. Where it does not divide the inputs of a layer, the nearest divisor is taken.
 
     Args:
         r: the number of blocks.
@@ -53,11 +52,11 @@ class OFTConfig(AdapterConfig):
         if self.oft_block_size is None:
             self.oft_block_size = 0 if self.r else 32
         if self.r * self.oft_block_size or self.r + self.oft_block_size < 1:
-            problem = f"exactly one of r and oft_block_size must be above 0; got {self.r} and {self.oft_block_size}"
-            raise self.error("r", problem, "Give one and leave the other out.")
+            found = f"exactly one of r and oft_block_size must be above 0; got {self.r} and {self.oft_block_size}"
+            raise self.error("r", found, "Give one and leave the other out.")
         super().check()
         for name in ("num_cayley_neumann_terms", "eps"):
-            if getattr(self, name) <= 0:
-                raise self.error(name, f"must be above 0; got {getattr(self, name)}", "The default serves most.")
+            if (value := getattr(self, name)) <= 0:
+                raise self.error(name, f"must be above 0; got {value}", "Leave it out for its default.")
         self.require_choice("bias", ("none", "all", "oft_only"))
         self.require_share("module_dropout")

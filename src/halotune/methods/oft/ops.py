@@ -34,10 +34,8 @@ def cayley(Q: Tensor, terms: int = 0) -> Tensor:
     """
     with exact(Q):
         eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        if terms == 0:
-            return torch.linalg.solve_ex(eye - Q, eye + Q)[
-                0
-            ]  # I − Q is invertible: nothing to check, which would wait for the GPU
+        if terms == 0:  # unchecked, as I − Q is invertible: a check would wait for the GPU
+            return torch.linalg.solve_ex(eye - Q, eye + Q)[0]
         if terms < 3:
             return eye + 2 * (terms - 1) * Q
         tail = Q
