@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from halotune import HalotuneError, OFTConfig, PeftModel, get_peft_model
+from halotune.core.adapter import Adapter
 from halotune.core.base import base_for
 from halotune.core.layer import AdaptedLayer
 from halotune.core.operator import WeightShape
@@ -117,6 +120,42 @@ def test_dropout_makes_blocks_the_identity_in_training():
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     torch.testing.assert_close(layer(x), layer.base_layer(kept))
+
+
+def test_dropout_on_a_convolution():
+    """Of W', as its patches are rotated."""
+    model = get_peft_model(
+        nn.Sequential(nn.Conv2d(4, 6, 3)),
+        OFTConfig(oft_block_size=6, module_dropout=0.5, init_weights=False, target_modules=["0"]),
+    )
+    x = torch.randn(2, 4, 7, 7)
+    kept, base = model.eval()(x), model.get_base_model()[0].base_layer(x)
+    outputs = [model.train()(x) for _ in range(8)]
+    assert not any(torch.allclose(a, b) for a, b in itertools.pairwise([base, kept, *outputs[:2]]))
+    torch.testing.assert_close(model.eval()(x), kept)
+
+
+@torch.no_grad()
+def test_the_gradient_of_rotations_from_that_of_weights():
+    """Written out, for several layers at a time."""
+    adapter = made(oft_block_size=4)
+    W, G, R = (torch.randn(size, dtype=torch.float64) for size in ((2, OUT, IN), (2, OUT, IN), (2, 3, 4, 4)))
+    torch.testing.assert_close(adapter.pull(G, W, R), tuple(Adapter.pull(adapter, G, W, R)))
+
+
+@pytest.mark.parametrize("neumann", [True, False])
+def test_weights_are_what_activations_are(neumann):
+    """Outputs and gradients of a model of both forms."""
+    config = OFTConfig(oft_block_size=4, use_cayley_neumann=neumann, init_weights=False, target_modules=["0", "2"])
+    model = get_peft_model(nn.Sequential(nn.Linear(IN, IN), nn.Tanh(), nn.Linear(IN, IN)), config).double()
+    x = torch.randn(5, IN, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    results = []
+    for form in ("activations", "weights"):
+        model.set_adapter_form(form)
+        y = model(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    torch.testing.assert_close(*results)
 
 
 # -- what a pass costs, and what may be done with its result
