@@ -10,7 +10,7 @@ from ...core.config import AdapterConfig, PeftType
 
 @dataclass(kw_only=True)
 class OFTConfig(AdapterConfig):
-    """OFT: `W' = W R`, R orthogonal and block-diagonal (arXiv 2306.07280, 2506.19847).
+    """OFT: `W' = W Rᵀ`, R orthogonal and block-diagonal (arXiv 2306.07280, 2506.19847).
 
     One of `r` and `oft_block_size` is above 0. Where it does not divide the inputs of a layer, the nearest divisor is taken.
 
