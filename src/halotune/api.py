@@ -37,6 +37,7 @@ from .methods.bone import BoneConfig, MissConfig
 from .methods.hra import HRAConfig
 from .methods.loha import LoHaConfig
 from .methods.lora import LoraConfig
+from .methods.oft import OFTConfig
 from .methods.registry import methods as _registered
 
 HRAModel = tuner_class("HRA")
@@ -44,6 +45,7 @@ LoHaModel = tuner_class("LOHA")
 BoneModel = tuner_class("BONE")
 MissModel = tuner_class("MISS")
 LoraModel = tuner_class("LORA")
+OFTModel = tuner_class("OFT")
 
 # Measured on the demo's task; û of HRA is scale-free, so its rate is an angle and needs no tuning with the width.
 DEFAULT_LEARNING_RATES: dict[str, float] = {k: v for m in _registered() for k, v in m.learning_rates.items()}
@@ -72,6 +74,8 @@ __all__ = [
     "MergeReport",
     "MissConfig",
     "MissModel",
+    "OFTConfig",
+    "OFTModel",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",

@@ -21,7 +21,7 @@ from halotune.methods.registry import Method, method_of, methods, register
 def test_names():
     assert {m.peft_type for m in methods()} == {t.value for t in PeftType}
     assert method_of("HRA") is method_of(PeftType.HRA)
-    with pytest.raises(HalotuneError, match=r"expected one of .*HRA, LOHA, LORA; got 'bonne'\. Did you mean BONE"):
+    with pytest.raises(HalotuneError, match=r"expected one of .*HRA, LOHA, LORA, OFT; got 'bonne'\. Did you mean BONE"):
         method_of("bonne")
 
 

@@ -113,11 +113,18 @@ class Frozen(Library):
 class PeftApi(Library):
     """halotune and peft, which have one API."""
 
-    methods = ("hra", "loha", "bone", "bat", "lora")
+    methods = ("hra", "loha", "bone", "bat", "lora", "oft")
 
     def __init__(self, package: str, block: str) -> None:
         self.package = package
-        self.classes = {"hra": "HRAConfig", "loha": "LoHaConfig", "bone": block, "bat": block, "lora": "LoraConfig"}
+        self.classes = {
+            "hra": "HRAConfig",
+            "loha": "LoHaConfig",
+            "bone": block,
+            "bat": block,
+            "lora": "LoraConfig",
+            "oft": "OFTConfig",
+        }
 
     @property
     def api(self) -> Any:
@@ -128,7 +135,8 @@ class PeftApi(Library):
         scale = {"loha": {"alpha": r}, "lora": {"lora_alpha": r}, "bat": {"init_weights": "bat"}}
         config = getattr(self.api, self.classes[contender.method])
         options = scale.get(contender.method, {})
-        return self.api.get_peft_model(base, config(r=r, target_modules=list(targets), **options))
+        size, _ = getattr(imported(__name__.partition(".")[0]), self.classes[contender.method])().size
+        return self.api.get_peft_model(base, config(**{size: r}, target_modules=list(targets), **options))
 
     def cache(self, model: Any, gib: float) -> None:
         if self.package == "halotune":

@@ -22,7 +22,15 @@ NONE = "–"
 TITLES = {"frozen": "× frozen", "lora": "× LoRA", "peft_lora": "× peft's LoRA"}
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 LIBRARIES = {"frozen": "#555555", "ours": "#0072B2", "peft": "#E69F00", "lycoris": "#CC79A7"}
-METHODS = {"": "#555555", "hra": "#D55E00", "loha": "#0072B2", "bone": "#009E73", "bat": "#CC79A7", "lora": "#000000"}
+METHODS = {
+    "": "#555555",
+    "hra": "#D55E00",
+    "loha": "#0072B2",
+    "bone": "#009E73",
+    "bat": "#CC79A7",
+    "lora": "#000000",
+    "oft": "#56B4E9",
+}
 LINES = {"peft": "--", "lycoris": ":"}
 
 # -- the table

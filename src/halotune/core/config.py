@@ -29,6 +29,7 @@ class PeftType(str, Enum):
     BONE = "BONE"
     MISS = "MISS"
     LORA = "LORA"
+    OFT = "OFT"
 
 
 class TaskType(str, Enum):
@@ -127,9 +128,10 @@ class AdapterConfig(BaseConfig):
 
     def check(self) -> None:
         """The method's own conditions on its fields."""
-        for name, r in {"r": self.r, **self.rank_pattern}.items():
-            if r < 1:
-                raise self.error(name, f"must be at least 1; got {r}", "A rank counts vectors.")
+        field, size = self.size
+        for name, n in {field: size, **self.rank_pattern}.items():
+            if n < 1:
+                raise self.error(name, f"must be at least 1; got {n}", "A rank counts vectors.")
 
     def notices(self) -> list[str]:
         """What a user should know before training starts; warned of once, at wrapping."""
@@ -189,9 +191,14 @@ class AdapterConfig(BaseConfig):
             patterns: dict[str, Any] = getattr(self, pattern_field, {})
             for pattern, value in patterns.items():
                 if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name):
-                    own[target] = value
+                    own[self.size[0] if target == "r" else target] = value
                     break
         return replace(self, **own) if own else self
+
+    @property
+    def size(self) -> tuple[str, int]:
+        """The field that says how large an adapter is, which `rank_pattern` gives for single modules; and its value."""
+        return "r", self.r
 
     def combined(self, r: int) -> Self:
         """The configuration of an adapter made of several of this method."""

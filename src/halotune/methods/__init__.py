@@ -1,5 +1,5 @@
 """The only list of methods: importing this package fills the registry."""
 
-from . import bone, hra, loha, lora
+from . import bone, hra, loha, lora, oft
 
-__all__ = ["bone", "hra", "loha", "lora"]
+__all__ = ["bone", "hra", "loha", "lora", "oft"]

@@ -25,10 +25,12 @@ class FromPeft:
     Attributes:
         adapter: (peft's layer, the adapter's name, the weight's shape) -> our adapter, whose parameters peft's will replace.
         differs: (peft's layer, the adapter's name, the base) -> what peft itself gets wrong on this layer, a phrase each.
+        several: what it gets wrong where several adapters of a layer are active.
     """
 
     adapter: Callable[[Any, str, WeightShape], Adapter]
     differs: Callable[[Any, str, Base], list[str]]
+    several: str | None = None
 
 
 @dataclass(frozen=True)
