@@ -10,7 +10,7 @@ from halotune.methods.bone import ops as bone
 from halotune.methods.loha import ops as loha
 from halotune.ops.build import build_low_rank
 from halotune.ops.dispatch import backend
-from halotune.ops.rounding import draw_noise, round_stochastically
+from halotune.ops.rounding import cast_by_chance, draw_noise, round_stochastically
 
 HALF = [torch.bfloat16, torch.float16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,6 +53,19 @@ def test_layers_draw_apart_from_torchs_generator():
     assert not torch.equal(first[0], first[1])
     torch.manual_seed(3)
     assert torch.equal(first, round_stochastically(y, draw_noise(y), torch.bfloat16))
+
+
+@pytest.mark.parametrize("size", [(3, 70, 133), (5, 3), (2, 4, 8, 8)], ids=str)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_factors_are_cast_as_by_plain_torch(dtype, size, monkeypatch):
+    pytest.importorskip("triton", reason="triton is made for Linux alone")
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    t = torch.randn(size, device=DEVICE)
+    noise = draw_noise(t)
+    with torch.no_grad(), backend("triton"):
+        assert cast_by_chance.choice(t, noise, dtype) is cast_by_chance.kernels[0]
+        assert torch.equal(cast_by_chance(t, noise, dtype), round_stochastically(t, noise, dtype))
 
 
 def arguments(dtype: torch.dtype) -> dict[str, tuple]:

@@ -236,6 +236,7 @@ class Factors(Preparation):
 
     def __init__(self, adapter: Adapter, dtype: torch.dtype, dither: Dither | None = None) -> None:
         self.adapter, self.dtype, self.dither = adapter, dtype, dither
+        self.keeps = dither is None
 
     def make(self, *stacked: Tensor) -> Tensors:
         made = self.adapter.prepare(*stacked)

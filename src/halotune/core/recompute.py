@@ -15,6 +15,8 @@ Tensors = tuple[Tensor, ...]
 class Preparation(ABC):
     """A pure function of the parameters of several adapters, stacked: `(n, …)` each -> tensors `(n, …)`."""
 
+    keeps = False  # whether what `make` computes on its way is kept for backward, where nobody counts it
+
     @abstractmethod
     def make(self, *stacked: Tensor) -> Tensors: ...
 
@@ -29,20 +31,34 @@ class Preparation(ABC):
             stacked = tuple([t.detach().requires_grad_(t.is_floating_point()) for t in stacked])
         with torch.enable_grad():
             made = self.make(*stacked)
-        known = [(t, g) for t, g in zip(made, grads, strict=True) if g is not None and t.requires_grad]
-        if not known:
-            return [None] * len(stacked)
-        outputs, grads = zip(*known, strict=True)
-        wanted = [t for t in stacked if t.requires_grad]
-        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create, allow_unused=True))
-        return [next(found) if t.requires_grad else None for t in stacked]
+        return _gradients(stacked, made, grads, create_graph=create)
+
+
+def _gradients(
+    inputs: Sequence[Tensor], made: Sequence[Tensor], grads: Sequence[Tensor | None], **how: bool
+) -> Sequence[Tensor | None]:
+    known = [(t, g) for t, g in zip(made, grads, strict=True) if g is not None and t.requires_grad]
+    if not known:
+        return [None] * len(inputs)
+    outputs, grads = zip(*known, strict=True)
+    wanted = [t for t in inputs if t.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True, **how))
+    return [next(found) if t.requires_grad else None for t in inputs]
+
+
+def _saved_tensors_are_hooked() -> bool:
+    """Whether somebody counts, or moves, what is saved for backward, as a checkpoint does."""
+    autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    top = getattr(autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
 
 
 class _Prepare(torch.autograd.Function):
     """One node for n layers. What goes in and comes out belongs to single layers, so a layer that did not run gets no gradient.
 
     Nothing is kept through `save_for_backward`: a checkpoint counts what is kept, and finds as much when it runs a layer again
-    alone; and backward may run twice, over some layers at a time. So versions are compared here, as autograd would.
+    alone; and backward may run twice, over some layers at a time. So versions are compared here, as autograd would, and what
+    is not kept is computed once more.
     """
 
     @staticmethod
@@ -50,7 +66,15 @@ class _Prepare(torch.autograd.Function):
         ctx.preparation, ctx.n, ctx.parameters = preparation, n, parameters
         ctx.versions = [t._version for t in parameters]
         ctx.set_materialize_grads(False)
-        made = preparation.make(*_stacked(parameters, range(n), n))
+        stacked, ctx.kept = _stacked(parameters, range(n), n), None
+        if preparation.keeps and not _saved_tensors_are_hooked():
+            leaves = [t.detach().requires_grad_(parameters[k * n].requires_grad) for k, t in enumerate(stacked)]
+            with torch.enable_grad():
+                made = preparation.make(*leaves)
+            ctx.kept = leaves, made
+            made = tuple([t.detach() for t in made])
+        else:
+            made = preparation.make(*stacked)
         return tuple([part for t in made for part in t.unbind()])
 
     @staticmethod
@@ -66,9 +90,13 @@ class _Prepare(torch.autograd.Function):
                         f"backward (version {p._version}, expected {version}). Call backward before the optimizer's step."
                     )
         if rows:
-            preparation = ctx.preparation if len(rows) == n else ctx.preparation.part(rows)
-            stacked = _stacked(parameters, rows, n)
-            pulled = preparation.pull(stacked, [_stacked_gradients(grads[j : j + n], rows) for j in range(0, len(grads), n)])
+            stacked_grads = [_stacked_gradients(grads[j : j + n], rows) for j in range(0, len(grads), n)]
+            if ctx.kept is not None and len(rows) == n and not torch.is_grad_enabled():
+                leaves, made = ctx.kept
+                pulled = _gradients(leaves, made, stacked_grads, retain_graph=True)
+            else:
+                preparation = ctx.preparation if len(rows) == n else ctx.preparation.part(rows)
+                pulled = preparation.pull(_stacked(parameters, rows, n), stacked_grads)
             for k, t in enumerate(pulled):
                 if t is not None:
                     for i, part in zip(rows, t.contiguous().unbind(), strict=True):  # laid out like the parameters, the

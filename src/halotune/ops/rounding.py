@@ -14,22 +14,45 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .dispatch import Op, triton_kernel
+
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # bits that fp32 has more
 
 
 def draw_noise(like: Tensor, seed: int | None = None) -> Tensor:
-    """a and b for a weight `(…, out, in)`, as `(…, out + in)` int32, from torch's generator; or from one of this seed."""
+    """a and b for a weight `(…, out, in)`, as `(…, out + in)` int16, from torch's generator; or from one of this seed."""
     generator = None if seed is None or like.is_meta else torch.Generator(like.device).manual_seed(seed)
     size = *like.shape[:-2], sum(like.shape[-2:])
-    return torch.randint(0, 1 << 16, size, dtype=torch.int32, device=like.device, generator=generator)
+    return torch.randint(-(1 << 15), 1 << 15, size, dtype=torch.int16, device=like.device, generator=generator)
 
 
 def round_stochastically(y: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
     """`y (…, out, in)` in fp32, in `dtype`: up or down with the chances that make its mean y."""
     k = DROPPED[dtype]
     n_out = y.shape[-2]
+    noise = noise.int()
     u = (noise[..., :n_out, None] + noise[..., None, n_out:]) & ((1 << k) - 1)
     return ((y.contiguous().view(torch.int32) + u) & -(1 << k)).view(torch.float32).to(dtype)
+
+
+def _cast_by_chance(t: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
+    return round_stochastically(t.float(), noise, dtype)
+
+
+# `round_stochastically` of factors: read once, written once.
+cast_by_chance = Op(
+    "cast_by_chance",
+    _cast_by_chance,
+    like=lambda t, noise, dtype: t.new_empty(t.shape, dtype=dtype),
+    kernels=[
+        triton_kernel(
+            "halotune.ops.kernels",
+            "cast_by_chance",
+            lambda t, *_: None if t.dtype is torch.float32 and t.is_contiguous() else "it must be contiguous, in fp32",
+            lambda t, *_: t.is_cuda,
+        )
+    ],
+)
 
 
 class Dither:
@@ -51,4 +74,4 @@ class Dither:
 
     def round(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Factors in this dtype by chance, so that their small changes are not lost either."""
-        return tuple([round_stochastically(t.float(), self.noise(i, t), dtype) for i, t in enumerate(tensors, 1)])
+        return tuple([cast_by_chance(t, self.noise(i, t), dtype) for i, t in enumerate(tensors, 1)])

@@ -20,7 +20,7 @@ PULL_ROWS = 64
 def _bat(w_ptr, b_ptr, noise_ptr, out_ptr, n_in, blocks, R: tl.constexpr, SIDE: tl.constexpr, NOISY: tl.constexpr,
          ROWS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """A row of blocks lies in memory as a matrix of `n_in` rows of r numbers: `ROWS` of those meet `B_i`."""
-    i = tl.program_id(0)
+    i = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, SIDE)
     block = b_ptr + i * R * R
@@ -35,7 +35,7 @@ def _bat(w_ptr, b_ptr, noise_ptr, out_ptr, n_in, blocks, R: tl.constexpr, SIDE: 
         layer = i // blocks
         noise_ptr += layer.to(tl.int64) * (blocks * R + n_in)
         row = (i % blocks) * R + rows // width
-        a = tl.load(noise_ptr + row[:, None], rows[:, None] < n_in, other=0)
+        a = tl.load(noise_ptr + row[:, None], rows[:, None] < n_in, other=0).to(tl.int32)
         col = (rows % width)[:, None] * R + cols[None]
         b = tl.load(noise_ptr + blocks * R + col, inside, other=0)
         new = by_chance(new, a + b, w.dtype)

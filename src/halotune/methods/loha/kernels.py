@@ -50,7 +50,7 @@ def _hadamard(
     y = w.to(tl.float32) + s * delta
     if NOISY:
         noise_ptr += layer * (m + n)
-        own = tl.load(noise_ptr + rows[:, None], rows[:, None] < m, other=0)
+        own = tl.load(noise_ptr + rows[:, None], rows[:, None] < m, other=0).to(tl.int32)
         y = by_chance(y, own + tl.load(noise_ptr + m + cols[None], cols[None] < n, other=0), w.dtype)
     tl.store(out_ptr + rows[:, None].to(tl.int64) * n + cols[None], rounded(y, w.dtype, INTERPRETED), inside)
 
