@@ -11,6 +11,7 @@ import torch
 
 from ..bench.benches import BENCHES
 from ..bench.config import CONTENDERS, DTYPES, BenchConfig, parse_contenders
+from ..bench.contenders import spelling
 from ..bench.models import PRESETS, TARGETS
 from ..bench.run import bench
 from ..core.errors import HalotuneError
@@ -36,7 +37,7 @@ def add(commands: Commands) -> None:
         "--contenders",
         default=CONTENDERS,
         metavar="LIST",
-        help="frozen, or ours|peft|lycoris:hra|loha|bone|bat|lora-rN, with commas (default: %(default)s)",
+        help=f"{spelling()}; with commas (default: %(default)s)",
     )
     flag("--batch", type=_count, metavar="N", help="(default: 4; for decode 8)")
     flag(
@@ -55,7 +56,13 @@ def add(commands: Commands) -> None:
     flag("--time-limit", type=float, metavar="SECONDS", help="start no turn after that, and report what was measured")
     flag("--features", type=_features, default=(4096, 4096), metavar="INxOUT", help="of the layer (default: 4096x4096)")
     flag("--prompt", type=_count, default=16, metavar="N", help="tokens before decoding (default: 16)")
-    flag("--weight-cache", type=float, default=8.0, metavar="GIB", help="of our BAT and LoHa, to decode (default: 8; 0: none)")
+    flag(
+        "--weight-cache",
+        type=float,
+        default=8.0,
+        metavar="GIB",
+        help="for our adapted weights, to decode (default: 8; 0: none)",
+    )
     flag("--ranks", type=_counts, default=BenchConfig.ranks, metavar="LIST", help="of scaling (default: 2,4 … 256)")
     flag(
         "--token-counts",

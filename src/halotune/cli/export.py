@@ -28,7 +28,7 @@ _STORED = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 def add(commands: Commands) -> None:
     text = (
-        "Write an HRA, LoHa, Bone or BAT adapter as a LoRA that gives the same outputs, for programs that read nothing else; "
+        "Write an adapter of any method as a LoRA that gives the same outputs, for programs that read nothing else; "
         "or, with --check alone, say which rules of such a program an adapter breaks."
     )
     parser = commands.add_parser("export", help="write an adapter as a LoRA; check who can read one", description=text)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """
 Show what a saved adapter does, layer by layer: norms, the largest singular
 value and the effective rank of its delta ΔW = W' − W, and what its method is
-about, such as the rotation angles of HRA. What depends on the base weights W
+about, such as the angles of rotations. What depends on the base weights W
 is shown with --base.
 """
 EXAMPLES = """

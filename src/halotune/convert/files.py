@@ -14,14 +14,14 @@ from ..core.errors import AdapterFileError, HalotuneError
 from ..core.files import CONFIG_NAME, WEIGHTS_NAME, locate
 from ..engine.files.save import write_adapter
 from ..engine.files.state_dict import read_metadata, read_tensors, write_tensors
-from ..methods.registry import method_of
+from ..methods.registry import method_of, methods, under_alias
 from .base import COMPONENTS, Base, load_bases
 from .loading import check_names, check_output, left_out, read_lycoris
 from .lycoris import PEFT_PREFIX, PREFIXES, Adapter, LycorisFile, is_lycoris
 from .reading import Resolved, best_prefixes, resolve
 from .writing import metadata_for, write
 
-FORMATS = ("peft", "miss", "bone", "lycoris", "kohya")
+FORMATS = ("peft", *sorted(name.lower() for m in methods() for name in m.aliases), "lycoris", "kohya")
 Adapters = dict[str, Adapter]  # model of a pipeline, or "" -> its adapter
 
 # What a configuration says beside the adapter's own form.
@@ -79,7 +79,7 @@ def convert_adapter(
     Args:
         source: a LyCORIS or kohya file; an adapter's folder in PEFT's format, or one of such folders named as a pipeline's
             models; or a hub id of one.
-        output: the folder of `"peft"`, `"miss"`, `"bone"`; the file of `"lycoris"`, `"kohya"`.
+        output: a folder; of `"lycoris"`, `"kohya"` a file.
         to: the format. `"peft"` keeps the method; `"miss"` and `"bone"` are two names of one adapter, for peft from 0.19 and
             up to 0.18; `"lycoris"` names modules as the model does, under `lycoris_`; `"kohya"` as sd-scripts does.
         base: the base model's folder or hub id, or a diffusers pipeline's; its weights are not read. A LyCORIS source needs
@@ -107,7 +107,7 @@ def convert_adapter(
         _write_lycoris(adapters, check_output(output), to, bases, prefix if lycoris is None else None, names, metadata)
         done.written = [Path(output)]
     else:
-        adapters = {component: _twin(a, to) for component, a in adapters.items()}
+        adapters = {component: _under_alias(a, to) for component, a in adapters.items()}
         for component, adapter in adapters.items():
             write_adapter(Path(output) / component, adapter.config, adapter.tensors, metadata)
             done.written.append(Path(output) / component)
@@ -189,14 +189,9 @@ def _read_peft(folder: Path) -> tuple[Adapter, dict[str, str]]:
     return Adapter(config, read_tensors(file)), read_metadata(file)
 
 
-def _twin(adapter: Adapter, to: str) -> Adapter:
+def _under_alias(adapter: Adapter, to: str) -> Adapter:
     """The adapter under the method's name that a format asks for."""
-    method = method_of(adapter.config.peft_type)
-    if to == "peft" or method.peft_type == to.upper():
-        return adapter
-    if to.upper() not in method.twins:
-        raise HalotuneError(f"a {method.peft_type} adapter has no form as {to.upper()}: these are two names of one method.")
-    return Adapter(*method.twins[to.upper()](adapter.config, adapter.tensors))
+    return adapter if to == "peft" else Adapter(*under_alias(adapter.config, adapter.tensors, to.upper()))
 
 
 # -- LyCORIS files

@@ -71,12 +71,11 @@ def _joined(form: LycorisForm, modules: Mapping[str, dict[str, Tensor]], base: B
 
 def metadata_for(config: AdapterConfig) -> dict[str, str]:
     """What user interfaces show of a file: kohya's names for rank, scale and method."""
-    entries = config.to_dict()
-    alpha = entries.get("alpha", entries.get("lora_alpha", config.r))
-    algo = method_of(config.peft_type).peft_type.lower()
+    method = method_of(config.peft_type)
+    alpha = getattr(config, method.lycoris.alpha) if method.lycoris else config.r
     return {
         "ss_network_module": "lycoris.kohya",
         "ss_network_dim": str(config.r),
         "ss_network_alpha": str(alpha),
-        "ss_network_args": json.dumps({"algo": algo}),
+        "ss_network_args": json.dumps({"algo": method.peft_type.lower()}),
     }

@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from ..core.config import AdapterConfig, TaskType
 from ..core.errors import HalotuneError
+from ..core.forms import Form
 from ..core.wrapper import Wrapper
 from ..methods.registry import method_of
 from .external_types import register_external_types
@@ -26,7 +27,7 @@ from .files.card import CARD_NAME, mark_card
 from .files.hotswap import require_same
 from .files.hub import upload
 from .files.load import AdapterSource
-from .files.save import parameter_count, save_adapters
+from .files.save import parameter_count
 from .files.state_dict import set_peft_model_state_dict
 from .injection.activation import per_sample
 from .injection.in_place import add_in_place
@@ -191,6 +192,42 @@ class PeftModel(Wrapper):
         """The strength of one adapter, everywhere: `W + scale (F(W) − W)`; 1 is its own, 0 is the base."""
         self.base_model.set_scale(adapter_name, scale)
 
+    def enable_adapter_layers(self) -> None:
+        """Let the active adapters apply again, after `disable_adapter_layers`."""
+        self.base_model.enable_adapter_layers()
+
+    def disable_adapter_layers(self) -> None:
+        """Run as the base model; merged adapters are taken out of the weights."""
+        self.base_model.disable_adapter_layers()
+
+    # -- speed and memory
+
+    def cache_weights(self, gib: float) -> None:
+        """In eval mode and without gradients, keep each layer's `W'` beside its W, up to this much memory.
+
+        Decoding then costs what the bare model costs, with the base untouched and adapters still to be switched. What is
+        kept is dropped when a parameter changes, in training, and with `gib=0`, which is the default.
+        """
+        self.base_model.cache_weights(gib)
+
+    @property
+    def cached_weights(self) -> tuple[int, int]:
+        """How many layers' `W'` are kept now, and their bytes."""
+        return self.base_model.cached_weights
+
+    def set_adapter_form(self, form: Form, budget_gib: float = 2.0) -> None:
+        """In which form adapters are trained on plain linear layers; `get_layer_status` shows it.
+
+        Args:
+            form: "activations": the input or the output of a layer is changed (adapters that have no such form build W' layer
+                by layer); "weights": W' of all layers of one shape is built together at the beginning of a pass, and a layer is
+                one product with it; "auto": whichever costs less for the sizes at hand.
+            budget_gib: where W' of all layers and their gradients would take more memory, it is "activations".
+        """
+        self.base_model.set_adapter_form(form, budget_gib)
+
+    # -- training
+
     def penalty(self) -> Tensor | float:
         """The sum of the active adapters' penalties, to be added to the loss; 0.0 where none has one."""
         return self.base_model.penalty()
@@ -206,6 +243,16 @@ class PeftModel(Wrapper):
             quantized: quantized weights are quantized again, at a price that the report names, or replaced by floats.
         """
         return self.base_model.merge_adapter(adapter_names, safe_merge, quantized)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The merged adapters, in the order in which they were merged."""
+        return self.base_model.merged_adapters
+
+    @property
+    def merge_report(self) -> MergeReport | None:
+        """The report of the last merge; None before the first."""
+        return self.base_model.merge_report
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights, bit for bit."""
@@ -263,6 +310,7 @@ class PeftModel(Wrapper):
         is_main_process: bool = True,
         *,
         state_dict: Mapping[str, Tensor] | None = None,
+        peft_type: str | None = None,
         bone_as_miss: bool = False,
     ) -> None:
         """Write adapters in PEFT's format: `default` into the folder itself, others into subfolders of their names.
@@ -274,16 +322,17 @@ class PeftModel(Wrapper):
             save_embedding_layers: store the embeddings too; "auto": where they are targets or were resized.
             is_main_process: others write nothing.
             state_dict: the model's state dict, where it was gathered already.
-            bone_as_miss: write Bone adapters as MiSS, which peft 0.19 and later can read.
+            peft_type: write adapters whose method has this other name under it; the others under their own.
+            bone_as_miss: the same as `peft_type="MISS"`: Bone adapters as MiSS, which peft 0.19 and later can read.
         """
-        save_adapters(
-            self.base_model,
+        self.base_model.save_pretrained(
             save_directory,
             safe_serialization=safe_serialization,
             selected_adapters=selected_adapters,
             save_embedding_layers=save_embedding_layers,
             is_main_process=is_main_process,
             state_dict=None if state_dict is None else {k.removeprefix("base_model."): t for k, t in state_dict.items()},
+            peft_type=peft_type,
             bone_as_miss=bone_as_miss,
         )
 

@@ -214,7 +214,7 @@ class AdapterModel(Wrapper):
 
     def disable_adapter_layers(self) -> None:
         """Run as the base model; merged adapters are taken out of the weights."""
-        biased = [n for n in self.active_adapters if getattr(self.peft_config[n], "bias", "none") != "none"]
+        biased = [n for n in self.active_adapters if self.peft_config[n].bias != "none"]
         if biased:
             warn(
                 f"{biased[0]!r} trained biases of the base model, which stay: without adapters the output is not the "
@@ -258,8 +258,10 @@ class AdapterModel(Wrapper):
         """The sum of the active adapters' penalties, for the loss; 0.0 where none has one."""
         return penalty(self.model)
 
-    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike[str], *, bone_as_miss: bool = False, **kwargs: Any) -> None:
         """Write the adapters in PEFT's format; the arguments of `PeftModel.save_pretrained`."""
+        if bone_as_miss:
+            kwargs["peft_type"] = "MISS"
         save_adapters(self, save_directory, **kwargs)
 
     def export(self, to: str, folder: str | PathLike[str], **kwargs: Any) -> ExportReport:

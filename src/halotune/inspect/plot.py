@@ -94,4 +94,5 @@ def _title(saved: Saved) -> str:
     method = method_of(config.peft_type).peft_type
     base = Path(config.base_model_name_or_path).name if config.base_model_name_or_path else ""
     name = Path(saved.source).resolve().name
-    return f"{name}: {method}, r = {config.r}" + (f", on {base}" if base else "")
+    field, size = config.size
+    return f"{name}: {method}, {field} = {size}" + (f", on {base}" if base else "")

@@ -63,7 +63,7 @@ def heading(saved: Saved, base: Base | None, layers: Sequence[Figures]) -> str:
 
 def options(config: AdapterConfig) -> dict[str, Any]:
     """The method's own fields that are set to something else than their default."""
-    common = {f.name for f in fields(AdapterConfig)}
+    common = {f.name for f in fields(AdapterConfig)} - {"bias"}
     return {
         f.name: getattr(config, f.name)
         for f in fields(config)

@@ -26,6 +26,7 @@ def card_text(config: AdapterConfig, parameters: int) -> str:
         "tags:",
         *(f"- {tag}" for tag in _tags(config)),
     ]
+    field, size = config.size
     targets = config.target_modules
     shown = targets if isinstance(targets, str) else ", ".join(sorted(targets or []))
     lines = [
@@ -35,7 +36,7 @@ def card_text(config: AdapterConfig, parameters: int) -> str:
         "",
         f"# {method} adapter" + (f" for {base}" if base else ""),
         "",
-        f"- Method: {method}, r = {config.r}",
+        f"- Method: {method}, {field} = {size}",
         f"- Adapted modules: {shown}",
         *([f"- Modules trained whole: {', '.join(config.modules_to_save)}"] if config.modules_to_save else []),
         f"- Numbers stored: {parameters:,}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from ...export.consumers import Consumer, component_of, consumer_named
 from ...export.header import METADATA_KEY, Header
 from ...export.lora import ExportReport, as_lora
 from ...export.rules import RULES, check
-from ...methods.registry import method_of
+from ...methods.registry import low_rank_method
 from ..injection.modules import public_path, visible_modules
 from ..injection.targets import shortest_suffixes
 from .card import write_card
@@ -101,9 +102,9 @@ def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], consumer: Co
     found: dict[str, Tensor] = {}
     for name in names:
         config = tuner.peft_config[name]
-        if getattr(config, "bias", "none") != "none":
+        if config.bias != "none":
             raise HalotuneError(
-                f"export: adapter {name!r} trains biases (bias={config.bias!r}), which no reader of LoRA takes. Merge it into "  # type: ignore[attr-defined]
+                f"export: adapter {name!r} trains biases (bias={config.bias!r}), which no reader of LoRA takes. Merge it into "
                 'the weights (merge_and_unload), or train with bias="none".'
             )
         resized = vocabulary_differs(tuner.model, config)
@@ -124,21 +125,20 @@ def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], consumer: Co
 def _lora_config(tuner: AdapterModel, names: Sequence[str], layers: Mapping[str, AdaptedLayer], rank: int) -> AdapterConfig:
     like = written_config(tuner, names[0])
     targets = shortest_suffixes([public_path(path) for path in layers], [n for n, _ in visible_modules(tuner.model)])
-    whole = sorted({m for n in names for m in tuner.peft_config[n].modules_to_save or []})
-    return method_of("LORA").config.from_dict(
-        {
-            "r": rank,
-            "lora_alpha": rank,
-            "target_modules": sorted(targets),
-            "modules_to_save": whole or None,
-            "fan_in_fan_out": any(isinstance(layer.base, TransposedLinear) for layer in layers.values()),
-            "task_type": like.task_type,
-            "base_model_name_or_path": like.base_model_name_or_path,
-            "revision": like.revision,
-            "auto_mapping": like.auto_mapping,
-            "inference_mode": True,
-        }
-    )
+    modules_to_save = sorted({m for n in names for m in tuner.peft_config[n].modules_to_save or []})
+    create = low_rank_method().low_rank
+    assert create is not None
+    entries = {
+        "target_modules": sorted(targets),
+        "modules_to_save": modules_to_save or None,
+        "fan_in_fan_out": any(isinstance(layer.base, TransposedLinear) for layer in layers.values()),
+        "task_type": like.task_type,
+        "base_model_name_or_path": like.base_model_name_or_path,
+        "revision": like.revision,
+        "auto_mapping": like.auto_mapping,
+        "inference_mode": True,
+    }
+    return replace(create(rank), **entries)
 
 
 def _write(tensors: dict[str, Tensor], config: AdapterConfig, folder: Path, consumer: Consumer, component: str) -> None:

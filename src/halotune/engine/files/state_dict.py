@@ -110,8 +110,7 @@ def get_peft_model_state_dict(
     tensors = {**tensors, **{key: layer.original_weight for key, layer in merged.items() if key in tensors}}
     keys = list(tensors)
     out = {file_key: tensors[key] for file_key, key in _own_keys(keys, adapter_name).items()}
-    bias = getattr(config, "bias", "none")
-    out.update({key: tensors[key] for key in _bias_keys(model, keys, adapter_name, bias)})
+    out.update({key: tensors[key] for key in _bias_keys(model, keys, adapter_name, config.bias)})
     embeddings = embedding_keys(model, keys) if save_embedding_layers else []
     if save_embedding_layers == "auto" and not vocabulary_differs(model, config):
         layers = adapted_layers(model)
@@ -177,7 +176,7 @@ def set_peft_model_state_dict(
     state = held_tensors(model, keep_vars=True)
     keys = list(state)
     expected = _own_keys(keys, adapter_name)
-    biases = {k: k for k in _bias_keys(model, keys, adapter_name, getattr(config, "bias", "none"))}
+    biases = {k: k for k in _bias_keys(model, keys, adapter_name, config.bias)}
     optional = {k: k for k in embedding_keys(model, keys)}
     tensors = _under_prefix_of(tensors, {*expected, *biases, *optional})
     _check_keys(tensors, expected, biases, optional, file)

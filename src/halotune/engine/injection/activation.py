@@ -86,19 +86,19 @@ def freeze(model: nn.Module) -> None:
 
 def check_bias(others: Mapping[str, AdapterConfig], config: AdapterConfig, name: str) -> None:
     """Two adapters cannot both train biases, which belong to the base."""
-    if getattr(config, "bias", "none") == "none":
+    if config.bias == "none":
         return
-    trained = [n for n, c in others.items() if n != name and getattr(c, "bias", "none") != "none"]
+    trained = [n for n, c in others.items() if n != name and getattr(c, "bias", "none") != "none"]  # peft's may have none
     if trained:
         raise HalotuneError(
-            f"adapter {name!r}: bias={config.bias!r}, but {trained[0]!r} trains biases already, and they belong to the "  # type: ignore[attr-defined]
+            f"adapter {name!r}: bias={config.bias!r}, but {trained[0]!r} trains biases already, and they belong to the "
             'base. Use bias="none" for all adapters but one.'
         )
 
 
 def train_biases(model: nn.Module, config: AdapterConfig, name: str) -> None:
     """Make trainable the biases that the configuration names."""
-    bias = getattr(config, "bias", "none")
+    bias = config.bias
     if bias == "none":
         return
     for layer in adapted_layers(model).values() if bias != "all" else ():

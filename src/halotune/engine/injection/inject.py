@@ -122,7 +122,7 @@ def _reading_quantized(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> l
         if base.opaque:
             raise HalotuneError(
                 f"{path}: {type(adapter).__name__} is a map on the weight itself, and that of {base} cannot be read. Use a "
-                "method that calls the layer as it is (as HRA, LoHa, Bone and LoRA do), or load the base in floats."
+                "method that calls the layer as it is (low-rank deltas and rotations do), or load the base in floats."
             )
         found.append((path, adapter, base.quantization))
     if not found:
@@ -131,7 +131,7 @@ def _reading_quantized(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> l
     return [
         f"{type(adapter).__name__} with r={adapter.rank} may need the weight itself: {len(found)} quantized layers (such as "
         f"{path}, {quantization}) are then dequantized, one at a time, in every forward and backward pass. Methods and ranks "
-        "with thin factors call the layer as it is."
+        "with low-rank factors call the layer as it is."
     ]
 
 

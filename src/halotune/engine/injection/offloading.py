@@ -37,7 +37,7 @@ def check_offloaded(
                 f"modules_to_save: {path!r} is offloaded by accelerate, so no copy of it can be trained. Keep it on the device "
                 "where it runs, or leave it out."
             )
-    bias = getattr(config, "bias", "none")
+    bias = config.bias
     for n in () if bias == "none" else hooks if bias == "all" else paths:
         if n in hooks and getattr(modules[n], "bias", None) is not None:
             raise HalotuneError(

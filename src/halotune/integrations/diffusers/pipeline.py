@@ -148,13 +148,15 @@ class PipelineAdapters:
                 set_peft_model_state_dict(model, tensors, name, low_cpu_mem_usage=True, file=file)
         return name
 
-    def save(self, folder: str | PathLike[str], name: str | None = None, *, bone_as_miss: bool = False) -> None:
+    def save(
+        self, folder: str | PathLike[str], name: str | None = None, *, peft_type: str | None = None, bone_as_miss: bool = False
+    ) -> None:
         """Write one adapter: a folder in PEFT's format for each of its models, and last the index.
 
         Args:
             folder: it is made where it is missing.
             name: the adapter; it can be left out where there is only one.
-            bone_as_miss: write Bone as MiSS, which peft 0.19 and later can read.
+            peft_type, bone_as_miss: as in `PeftModel.save_pretrained`.
         """
         there = self.names
         if name is None and len(there) != 1:
@@ -168,7 +170,7 @@ class PipelineAdapters:
         for tuner in tuners.values():
             check_alone(tuner.model, "save")
         for component, tuner in tuners.items():
-            save_adapter(tuner, name, folder / component, bone_as_miss=bone_as_miss)
+            save_adapter(tuner, name, folder / component, peft_type="MISS" if bone_as_miss else peft_type)
         index = {
             "adapter_name": name,
             "components": {c: type(tuner.model).__name__ for c, tuner in tuners.items()},

@@ -72,6 +72,9 @@ class Twin(AdaptedLayer):
             elsewhere = [n for n in layer.merged_adapters if n not in self.merged_adapters]  # merged by peft, before
             self.active_adapters = [n for n in layer.active_adapters if n in there and n not in elsewhere]
             self.enabled, self.state = not layer.disable_adapters, state
+            from_peft = method_of(self.peft_type).from_peft
+            if from_peft and from_peft.several and len(self.active_adapters) > 1:
+                self.notes.append(from_peft.several)
         for name in (*self.active_adapters, *(n for n in names if n in there)):
             if not self._is_current(name):
                 self._take_over(layer, name)
@@ -100,11 +103,13 @@ class Twin(AdaptedLayer):
         assert from_peft is not None
         with torch.device("meta"):
             adapter = from_peft.adapter(layer, name, base.shape)
-        for attribute, own in adapter.named_parameters():
-            p = getattr(layer, attribute)[name]
+        for attribute, own in list(adapter.named_parameters()):
+            part, _, inner = attribute.partition(".")  # our `part.inner` is peft's `part[name].inner`
+            p = getattr(layer, part)[name]
+            p = getattr(p, inner) if inner else p
             if own.shape != p.shape:
                 raise HalotuneError(f"{attribute} is {tuple(p.shape)}, where a weight of {base.shape} needs {tuple(own.shape)}")
-            adapter._parameters[attribute] = p
+            (getattr(adapter, part) if inner else adapter)._parameters[inner or part] = p
         if not is_transformed():  # which numbers cannot be looked at
             warning = adapter.loading_warning()
             self.notes += [*from_peft.differs(layer, name, base), *([warning] if warning else [])]
@@ -120,6 +125,8 @@ def _sources(layer: Any, name: str) -> Iterator[tuple[dict[str, Any], str, Any]]
         yield kept, name, kept.get(name)
         if isinstance(kept.get(name), nn.Dropout):
             yield kept[name].__dict__, "p", kept[name].p
+        elif isinstance(kept.get(name), nn.Module):
+            yield from ((kept[name]._parameters, inner, p) for inner, p in kept[name]._parameters.items())
 
 
 def follow(layer: Any, names: Iterable[str] = ()) -> bool:

@@ -16,6 +16,7 @@ from ...core.layer import AdaptedLayer
 from ...engine.forward.prepare import Scope
 from ...engine.injection.activation import per_sample
 from ...engine.injection.modules import tied_parameters
+from ...methods.registry import methods
 from .classes import InFront, put_in_front, runs_own_forward, take_away
 from .layer import FastLayer, Twin, follow, method_of_layer, say_once
 
@@ -54,9 +55,10 @@ def speed_up(model: M) -> M:
         if _is_fast(tuner) and not isinstance(tuner, FastTuner):
             put_in_front(FastTuner, tuner)
     if not _is_fast(model):
+        known = ", ".join(m.peft_type for m in methods() if m.from_peft)
         raise HalotuneError(
-            f"speed_up: this {type(model).__name__} has no layer of peft's HRA, LoHa or MiSS that can be run here. Models made "
-            "by halotune.get_peft_model are fast as they are; peft's other methods stay peft's."
+            f"speed_up: this {type(model).__name__} has no layer of peft's {known} that can be run here. Models made by "
+            "halotune.get_peft_model are fast as they are; peft's other methods stay peft's."
         )
     return model
 
