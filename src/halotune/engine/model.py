@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..core.config import AdapterConfig, TaskType
+from ..core.config import CLASSES, AdapterConfig, TaskType
 from ..core.errors import HalotuneError
 from ..core.forms import Form
 from ..core.wrapper import Wrapper
@@ -615,9 +615,10 @@ def get_peft_model(
         the class of the configuration's `task_type`, or `PeftModel`.
     """
     if not isinstance(peft_config, AdapterConfig):
+        known, found = ", ".join(c.__name__ for c in CLASSES.values()), type(peft_config)
         raise HalotuneError(
-            f"get_peft_model: expected one of halotune's configurations, such as HRAConfig; got {type(peft_config).__module__}."
-            f"{type(peft_config).__name__}. Build it from halotune, or read a saved one with PeftConfig.from_pretrained."
+            f"get_peft_model: expected one of halotune's configurations, {known}; got {found.__module__}.{found.__name__}. Build "
+            "it from halotune, or read a saved one with PeftConfig.from_pretrained."
         )
     if revision is not None:
         peft_config = copy.copy(peft_config)

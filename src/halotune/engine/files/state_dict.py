@@ -239,8 +239,8 @@ def _check_keys(
     absent = [k for k in biases if k not in tensors]
     if absent:
         warn(
-            f"{file}: the configuration trains biases, but the file lacks {len(absent)} of them (peft before 0.16 never "
-            f"stored those of Bone): {', '.join(absent)}. The base model's own are used, so outputs may differ."
+            f"{file}: the configuration trains biases, but the file lacks {len(absent)} of them (peft before 0.16 did "
+            f"not store those of all methods): {', '.join(absent)}. The base model's own are used, so outputs may differ."
         )
 
 

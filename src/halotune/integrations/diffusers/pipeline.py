@@ -109,7 +109,7 @@ class PipelineAdapters:
         for component, config in configs.items():
             if not isinstance(config, AdapterConfig):
                 raise HalotuneError(
-                    f"{component}: expected one of halotune's configurations, such as HRAConfig; got a "
+                    f"{component}: expected one of halotune's configurations; got a "
                     f"{type(config).__module__}.{type(config).__name__}."
                 )
         with self._adding(configs, name) as models:
