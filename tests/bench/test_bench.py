@@ -325,7 +325,7 @@ def test_bad_input_is_one_line_and_status_2(arguments: list[str], said: list[str
 
 
 def test_a_captured_step_reads_each_batch_where_the_first_was(monkeypatch):
-    """With stand-ins for a GPU's streams and graphs: what is captured runs on one place, into which batches are copied."""
+    """With substitutes for a GPU's streams and graphs: what is captured runs on one place, into which batches are copied."""
     seen: list[list[float]] = []
 
     class Graph:

@@ -171,7 +171,7 @@ def test_the_strength_of_the_adapter(model: PeftModel, tokenizer: Any, capsys: p
     out, err = capsys.readouterr()
     none, off, on = out.splitlines()
     assert none == off != on
-    assert "strength is 0.\n" in err and "The adapter is off" in err and "The adapter is on" in err
+    assert "scale is 0.\n" in err and "The adapter is off" in err and "The adapter is on" in err
 
 
 @pytest.mark.parametrize("line", ["/foo", "/scale", "/scale much", "/scale nan", "/adapter", "/adapter maybe", "/exit now"])

@@ -129,18 +129,18 @@ BAD_FILES = {
         edit_config(peft_type="LORA", apply_GS=True),
         CONFIG,
         None,
-        "apply_GS.*not supported.*Mend the file",
+        "apply_GS.*not supported.*Fix the file",
     ),
-    "r is a string": (edit_config(r="4"), CONFIG, None, r"HRAConfig.r: expected int; got '4' \(str\).*Mend the file"),
-    "r is a bool": (edit_config(r=True), CONFIG, None, r"HRAConfig.r: expected int; got True.*Mend the file"),
+    "r is a string": (edit_config(r="4"), CONFIG, None, r"HRAConfig.r: expected int; got '4' \(str\).*Fix the file"),
+    "r is a bool": (edit_config(r=True), CONFIG, None, r"HRAConfig.r: expected int; got True.*Fix the file"),
     "r of other weights": (
         edit_config(r=8),
         WEIGHTS,
         FIRST,
         r"expected \(8, 8\), found \(8, 4\).*rank in adapter_config",
     ),
-    "an option we lack": (edit_config(use_dora=True), CONFIG, None, "use_dora: not supported.*Mend the file"),
-    "a misspelt key": (edit_config(aply_GS=True), CONFIG, None, "Did you mean 'apply_GS'.*Mend the file"),
+    "an option we lack": (edit_config(use_dora=True), CONFIG, None, "use_dora: not supported.*Fix the file"),
+    "a misspelt key": (edit_config(aply_GS=True), CONFIG, None, "Did you mean 'apply_GS'.*Fix the file"),
 }
 
 

@@ -171,7 +171,7 @@ def test_card_says_what_is_known_and_is_not_overwritten(tmp_path) -> None:
         "- hra",
         "- Method: HRA, r = 4",
         "- Adapted modules: q_proj",
-        "- Modules trained whole: lm_head",
+        "- Modules fully fine-tuned: lm_head",
         f"- Numbers stored: {stored:,}",
     ):
         assert line in card.splitlines()

@@ -96,11 +96,11 @@ def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 def test_a_training_step_is_as_exact(name):
     model = adapted(CONFIGS[name])
     x = torch.randn(4, 384, 1024, device="cuda", dtype=torch.bfloat16)
-    twins = [copy.deepcopy(model) for _ in range(2)]
+    duplicates = [copy.deepcopy(model) for _ in range(2)]
     ours = gradients(model, x)
     with backend("reference"):
-        plain = gradients(twins[0], x)
-        exact = gradients(twins[1].double(), x.double())
+        plain = gradients(duplicates[0], x)
+        exact = gradients(duplicates[1].double(), x.double())
     for a, b, c in zip(ours, plain, exact, strict=True):
         assert error(a, c) <= 1.5 * error(b, c) + torch.finfo(torch.bfloat16).eps / 4
 

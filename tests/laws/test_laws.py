@@ -100,7 +100,7 @@ def test_identity_at_start_or_a_notice(case: Case):
     assert (away > 1e-3) if notices else (away < 1e-12)
 
 
-# -- 3. Thin factors.
+# -- 3. Low-rank factors.
 
 
 @grid(torch.float64)
@@ -351,11 +351,11 @@ def test_copies_are_whole_and_their_own(case: Case, copied):
     layer.scales["default"] = 0.5
     before = layer(x)
     layer.merge(["default"])
-    twin = copied(layer)
-    assert torch.equal(twin(x), layer(x))
-    twin.unmerge()
-    assert torch.equal(twin(x), before)
+    duplicate = copied(layer)
+    assert torch.equal(duplicate(x), layer(x))
+    duplicate.unmerge()
+    assert torch.equal(duplicate(x), before)
     assert layer.merged  # the original is as it was
-    train(twin)
+    train(duplicate)
     layer.unmerge()
     assert torch.equal(layer(x), before)

@@ -53,10 +53,10 @@ def _run(args: argparse.Namespace) -> int:
     from ..inspect import report
     from ..inspect.figures import measure
     from ..report.record import json_text, write_record
-    from .loading import Base, Saved
+    from .loading import BaseModel, Saved
 
     saved = Saved.read(args.adapter)
-    base = None if args.base is None else Base.load(saved, args.base or None)
+    base = None if args.base is None else BaseModel.load(saved, args.base or None)
     layers = measure(saved, base)
     out = sys.stderr if args.json == "-" else sys.stdout
     parts = [report.heading(saved, base, layers), report.table(saved, layers), report.closing(layers)]

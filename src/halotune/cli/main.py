@@ -24,7 +24,7 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 # A command is a module here with `add(commands)` -> its line in `halotune --help`.
 COMMANDS = {
     "inspect": "show a saved adapter layer by layer: sizes, ranks, rotation angles",
-    "export": "write an adapter as a LoRA; check who can read one",
+    "export": "write an adapter as a LoRA; check which programs can read one",
     "convert": "convert adapters: PEFT, LyCORIS, kohya",
     "merge": "write an adapter into its base model, and save the whole",
     "generate": "continue a prompt with an adapter",

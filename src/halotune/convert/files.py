@@ -15,7 +15,7 @@ from ..core.files import CONFIG_NAME, WEIGHTS_NAME, locate
 from ..engine.files.save import write_adapter
 from ..engine.files.state_dict import read_metadata, read_tensors, write_tensors
 from ..methods.registry import method_of, methods, under_alias
-from .base import COMPONENTS, Base, load_bases
+from .base import COMPONENTS, BaseLayers, load_bases
 from .loading import check_names, check_output, left_out, read_lycoris
 from .lycoris import PEFT_PREFIX, PREFIXES, Adapter, LycorisFile, is_lycoris
 from .reading import Resolved, best_prefixes, resolve
@@ -85,7 +85,7 @@ def convert_adapter(
         base: the base model's folder or hub id, or a diffusers pipeline's; its weights are not read. A LyCORIS source needs
             it, and an output with the original names of SDXL's or FLUX's layers.
         prefix: of the LyCORIS file that is read or written, where it is not the usual one.
-        names: of modules in the file written: `"model"` or `"original"`, in the place of what the format has.
+        names: of modules in the file written: `"model"` or `"original"`, instead of what the format has.
 
     Raises:
         HalotuneError: what was found, what was expected, and the remedy. Nothing is written then.
@@ -142,7 +142,7 @@ def _lycoris_file(source: Path, prefix: str | None) -> LycorisFile | None:
     return read_lycoris(source, prefix)
 
 
-def _from_lycoris(source: LycorisFile, bases: Mapping[str, Base], prefix: str | None) -> tuple[Adapters, Conversion]:
+def _from_lycoris(source: LycorisFile, bases: Mapping[str, BaseLayers], prefix: str | None) -> tuple[Adapters, Conversion]:
     if not bases:
         raise HalotuneError(
             f"{source.file}: its names have '_' where modules' paths have '.', so they are looked up in the base model. Give "
@@ -162,7 +162,7 @@ def _from_lycoris(source: LycorisFile, bases: Mapping[str, Base], prefix: str | 
     return dict(adapters), Conversion(f"LyCORIS ({source.prefixes})", left_out=left_out(source, list(adapters.values())))
 
 
-def _prefixes_of(component: str, source: LycorisFile, bases: Mapping[str, Base], prefix: str | None) -> list[str]:
+def _prefixes_of(component: str, source: LycorisFile, bases: Mapping[str, BaseLayers], prefix: str | None) -> list[str]:
     """Whose modules are those of one of the base models."""
     if prefix is not None:
         return [p for p in source.groups if p == prefix]
@@ -201,7 +201,7 @@ def _write_lycoris(
     adapters: Adapters,
     file: Path,
     to: str,
-    bases: Mapping[str, Base],
+    bases: Mapping[str, BaseLayers],
     prefix: str | None,
     names: str | None,
     metadata: Mapping[str, str],

@@ -15,7 +15,7 @@ from ..methods.registry import Method, methods
 
 PEFT_PREFIX = "base_model.model."
 
-# prefix in files -> the model of a pipeline that it stands for: the first that the pipeline has. T5 is the third text
+# prefix in files -> the model of a pipeline that it means: the first that the pipeline has. T5 is the third text
 # encoder of Stable Diffusion 3, and so numbered for FLUX too, where it is the second. The last six come with dots.
 PREFIXES: dict[str, tuple[str, ...]] = {
     "lycoris": ("unet", "transformer"),
@@ -80,7 +80,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path
         prefix: the file's own, where it is none of the usual ones.
 
     Raises:
-        AdapterFileError: it holds something else, or modules that are not whole.
+        AdapterFileError: it holds something else, or modules that are not complete.
     """
     names = {n for m in methods() if m.lycoris for n in (*m.lycoris.required, *m.lycoris.optional)}
     modules: Modules = {}

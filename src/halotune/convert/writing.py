@@ -12,12 +12,12 @@ from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..methods.lycoris_form import LycorisForm
 from ..methods.registry import method_of, methods
-from .base import Base
+from .base import BaseLayers
 from .lycoris import PEFT_PREFIX, Adapter
 from .rows import stack
 
 
-def write(adapter: Adapter, prefix: str, base: Base | None = None, original: bool = False) -> dict[str, Tensor]:
+def write(adapter: Adapter, prefix: str, base: BaseLayers | None = None, original: bool = False) -> dict[str, Tensor]:
     """An adapter's tensors under LyCORIS' keys.
 
     Args:
@@ -37,7 +37,7 @@ def write(adapter: Adapter, prefix: str, base: Base | None = None, original: boo
     for key, tensor in adapter.tensors.items():
         found = re.fullmatch(rf"(?:{re.escape(PEFT_PREFIX)})?(.+)\.({method.prefix}.+)", key)
         if found is None:
-            raise HalotuneError(f"{key}: LyCORIS files hold adapters alone, no biases and no modules trained whole.")
+            raise HalotuneError(f"{key}: LyCORIS files hold adapters alone, no biases and no fully fine-tuned modules.")
         modules.setdefault(found[1].replace(".base_layer.", "."), {})[found[2]] = tensor
     theirs: dict[str, dict[str, Tensor]] = {}
     for path, own in modules.items():
@@ -56,7 +56,7 @@ def write(adapter: Adapter, prefix: str, base: Base | None = None, original: boo
     return out
 
 
-def _joined(form: LycorisForm, modules: Mapping[str, dict[str, Tensor]], base: Base) -> dict[str, dict[str, Tensor]]:
+def _joined(form: LycorisForm, modules: Mapping[str, dict[str, Tensor]], base: BaseLayers) -> dict[str, dict[str, Tensor]]:
     """Modules under their original names; layers that are stacked there become one."""
     out: dict[str, dict[str, Tensor]] = {}
     left = dict(modules)

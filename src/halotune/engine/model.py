@@ -51,9 +51,9 @@ class PeftModel(Wrapper):
         low_cpu_mem_usage: create the parameters on the meta device, to be loaded afterwards.
     """
 
-    _stands_for = "base_model"
+    _wraps = "base_model"
 
-    heads: ClassVar[tuple[str, ...]] = ()  # modules that the task trains whole
+    heads: ClassVar[tuple[str, ...]] = ()  # modules that the task fully fine-tunes
     _hf_peft_config_loaded: ClassVar[bool] = True  # without it transformers' Trainer refuses a quantized base
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -189,7 +189,7 @@ class PeftModel(Wrapper):
         self.base_model.add_weighted_adapter(adapters, weights, adapter_name, combination_type)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """The strength of one adapter, everywhere: `W + scale (F(W) − W)`; 1 is its own, 0 is the base."""
+        """The scale of one adapter, everywhere: `W + scale (F(W) − W)`; 1 is its own, 0 is the base."""
         self.base_model.set_scale(adapter_name, scale)
 
     def enable_adapter_layers(self) -> None:
@@ -240,7 +240,7 @@ class PeftModel(Wrapper):
         Args:
             adapter_names: which, in the order in which they apply.
             safe_merge: check all values before any weight changes.
-            quantized: quantized weights are quantized again, at a price that the report names, or replaced by floats.
+            quantized: quantized weights are requantized, at a price that the report names, or replaced by floats.
         """
         return self.base_model.merge_adapter(adapter_names, safe_merge, quantized)
 
@@ -321,7 +321,7 @@ class PeftModel(Wrapper):
             selected_adapters: names of adapters; None is all.
             save_embedding_layers: store the embeddings too; "auto": where they are targets or were resized.
             is_main_process: others write nothing.
-            state_dict: the model's state dict, where it was gathered already.
+            state_dict: the model's state dict, where it is at hand already.
             peft_type: write adapters whose method has this other name under it; the others under their own.
             bone_as_miss: the same as `peft_type="MISS"`: Bone adapters as MiSS, which peft 0.19 and later can read.
         """
@@ -342,7 +342,7 @@ class PeftModel(Wrapper):
         folder: str | PathLike[str],
         *,
         adapter_name: str | Sequence[str] | None = None,
-        consumer: str = "peft",
+        runtime: str = "peft",
         rank: int | None = None,
         component: str | None = None,
         dtype: torch.dtype | None = None,
@@ -356,9 +356,9 @@ class PeftModel(Wrapper):
             to: "lora".
             folder: made where it is missing.
             adapter_name: an adapter, or several that apply in this order; None is the active ones. Their scales count.
-            consumer: who reads it: "peft", "halotune", "vllm", "sglang", "llama.cpp", "diffusers" or "comfyui". It decides
+            runtime: the target runtime: "peft", "halotune", "vllm", "sglang", "llama.cpp", "diffusers" or "comfyui". It decides
                 names and files, and which layers can be represented at all.
-            rank: cut every layer to this rank, at the least error; smaller ones are filled up with zeros.
+            rank: truncate every layer to this rank, at the least error; smaller ones are filled up with zeros.
             component: for diffusers and ComfyUI, the model's name in the pipeline; None tells it from the model's class.
             dtype: of the tensors; None is the adapter's.
 
@@ -366,10 +366,10 @@ class PeftModel(Wrapper):
             a report: rank and error of each layer; `print` it.
 
         Raises:
-            HalotuneError: the consumer cannot represent the adapter; it names the layers and says why. Nothing is written.
+            HalotuneError: the runtime cannot represent the adapter; it names the layers and says why. Nothing is written.
         """
         return self.base_model.export(
-            to, folder, adapter_name=adapter_name, consumer=consumer, rank=rank, component=component, dtype=dtype
+            to, folder, adapter_name=adapter_name, runtime=runtime, rank=rank, component=component, dtype=dtype
         )
 
     def push_to_hub(
@@ -560,19 +560,19 @@ class PeftModelForSeq2SeqLM(PeftModel):
 
 
 class PeftModelForSequenceClassification(PeftModel):
-    """A sequence classifier with adapters; its head is trained whole."""
+    """A sequence classifier with adapters; its head is fully fine-tuned."""
 
     heads = ("classifier", "score")
 
 
 class PeftModelForTokenClassification(PeftModel):
-    """A token classifier with adapters; its head is trained whole."""
+    """A token classifier with adapters; its head is fully fine-tuned."""
 
     heads = ("classifier", "score")
 
 
 class PeftModelForQuestionAnswering(PeftModel):
-    """An extractive question answering model with adapters; its head is trained whole."""
+    """An extractive question answering model with adapters; its head is fully fine-tuned."""
 
     heads = ("qa_outputs",)
 
@@ -617,8 +617,8 @@ def get_peft_model(
     if not isinstance(peft_config, AdapterConfig):
         known, found = ", ".join(c.__name__ for c in CLASSES.values()), type(peft_config)
         raise HalotuneError(
-            f"get_peft_model: expected one of halotune's configurations, {known}; got {found.__module__}.{found.__name__}. Build "
-            "it from halotune, or read a saved one with PeftConfig.from_pretrained."
+            f"get_peft_model: expected one of halotune's configurations, {known}; got {found.__module__}.{found.__name__}. "
+            "Build it from halotune, or read a saved one with PeftConfig.from_pretrained."
         )
     if revision is not None:
         peft_config = copy.copy(peft_config)

@@ -11,7 +11,7 @@ from torch import nn
 from ..core.forms import Form
 from ..core.layer import AdaptedLayer
 from ..methods.registry import method_of
-from .injection.modules import adapted_layers, whole_modules
+from .injection.modules import adapted_layers, modules_to_save_wrappers
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class LayerStatus:
-    """One adapted layer, or one module trained whole."""
+    """One adapted layer, or one fully fine-tuned module."""
 
     name: str
     module_type: str
@@ -75,7 +75,7 @@ def layer_status(model: PeftModel) -> list[LayerStatus]:
     base, scope, out = model.get_base_model(), model.base_model.scope, []
     if scope.layers is None:  # forms are settled when the scope looks at its layers, at the latest in the next pass
         scope._look(base)
-    for path, module in {**adapted_layers(base), **whole_modules(base)}.items():
+    for path, module in {**adapted_layers(base), **modules_to_save_wrappers(base)}.items():
         is_layer = isinstance(module, AdaptedLayer)
         copies = module.adapters if is_layer else module.modules_to_save
         out.append(

@@ -93,7 +93,7 @@ def written_config(tuner: AdapterModel, name: str) -> AdapterConfig:
 
 
 def parameter_count(t: Tensor) -> int:
-    """How many numbers a tensor holds; packed and partitioned ones count as what they stand for."""
+    """How many numbers a tensor holds; packed and partitioned ones count as what they hold."""
     if t.numel() == 0 and hasattr(t, "ds_numel"):
         return int(t.ds_numel)  # type: ignore[attr-defined]  # ZeRO-3 keeps the parameter elsewhere
     if type(t).__name__ == "Params4bit":

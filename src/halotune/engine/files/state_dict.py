@@ -96,7 +96,7 @@ def get_peft_model_state_dict(
 
     Args:
         model: a `PeftModel`, or any module that adapters were put into.
-        state_dict: the model's state dict, where it was gathered already.
+        state_dict: the model's state dict, where it is at hand already.
         adapter_name: which adapter.
         unwrap_compiled: take the model out of `torch.compile`'s wrapper first.
         save_embedding_layers: store input and output embeddings too; "auto": those that are targets, and both where the
