@@ -52,7 +52,7 @@ def singular_values(B: Tensor, A: Tensor) -> Tensor:
 
 
 def effective_rank(values: Tensor) -> Tensor:
-    """`exp(−Σ p log p)` with `p = σ / Σσ` over the last dimension of singular values σ: k for k equal singular values, 0 for none.
+    """`exp(−Σ p log p)` with `p = σ / Σσ` over the last dimension, σ singular values: k for k equal ones, 0 for none.
 
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
     """
