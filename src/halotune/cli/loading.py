@@ -77,7 +77,7 @@ class BaseModel:
             raise HalotuneError(f"{name}: is an adapter, not a base model. Give the model that it was trained on.")
         require("transformers", ["transformers"])
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-            raise HalotuneError(f"the base model {name!r} cannot be loaded: there is no such folder.")
+            raise HalotuneError(f"the base model {name!r} cannot be loaded: there is no such folder. Give one with --base.")
         quiet_unless_watched()
         number = None if dtype == "auto" else getattr(torch, dtype)
         with loadable("the base model", name):

@@ -113,14 +113,17 @@ def _entries(where: str | PathLike[str], name: str, subfolder: str = "") -> dict
     except AdapterFileError as e:
         if type(e.__cause__).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
             return None
-        raise HalotuneError(f"{where}: no base model there ({e}).") from e
+        raise HalotuneError(f"{where}: no base model there ({e}). Give a folder or a hub id.") from e
 
 
 def _build(where: str | PathLike[str], library: str, class_name: str, subfolder: str = "") -> BaseLayers:
     entries = _entries(where, "config.json", subfolder)
     name = f"{where}/{subfolder}" if subfolder else str(where)
     if library not in ("diffusers", "transformers") or entries is None:
-        raise HalotuneError(f"{name}: a {class_name} of {library} cannot be built from its configuration alone.")
+        raise HalotuneError(
+            f"{name}: a {class_name} of {library} cannot be built from its configuration alone. Load it and "
+            "use halotune.load_lycoris."
+        )
     try:
         module: Any = importlib.import_module(library)
     except ImportError:

@@ -100,7 +100,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path
             file,
             f"expected modules of one method ({expected}), found tensors named {ends}.",
             key=(unknown or list(tensors))[0],
-            remedy="Files that also hold norms, other algorithms or whole weights cannot be converted.",
+            remedy="Give a file without norms, other algorithms and full weights.",
         )
     method = found[0]
     _check_whole(method, modules, file)
@@ -124,5 +124,5 @@ def _check_whole(method: Method, modules: Modules, file: Path) -> None:
                 file,
                 f"a module of {method.peft_type} {what}.",
                 key=module,
-                remedy="It is damaged, or of a kind that has no form here.",
+                remedy="Get the file again; other kinds of modules cannot be converted.",
             )

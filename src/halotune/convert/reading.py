@@ -96,7 +96,7 @@ def _nothing_matches(source: LycorisFile, base: BaseLayers, unmatched: Sequence[
         f"none of its {len(unmatched)} modules is a layer of the {base.class_name}, which has {len(base.shapes)}, for example "
         f"{', '.join(near)}.",
         key=unmatched[0],
-        remedy="Is this the base model, and the part of the pipeline, that it was trained on?",
+        remedy="Give the base model, and the part of the pipeline, that it was trained on.",
     )
 
 
@@ -144,7 +144,7 @@ def _config(method: Method, base: BaseLayers, fields: Mapping[str, dict[str, Any
                 file,
                 f"the modules differ in {name}: {value!r} for {path} ({len(others)} modules), {common!r} for the other "
                 f"{len(values) - len(others)}.",
-                remedy="An adapter has one setting for all; split the file in two.",
+                remedy="Split the file in two: an adapter has one setting for all.",
             )
     return method.config(
         **entries,
@@ -197,5 +197,5 @@ def _check_shapes(
                     file,
                     f"expected {tuple(p.shape)} for {path}, a layer of {base.shapes[path]}; found {tuple(t.shape)}.",
                     key=name,
-                    remedy="Is this the base model that it was trained on?",
+                    remedy="Give the base model that it was trained on.",
                 )

@@ -29,7 +29,7 @@ def cut(
                     file,
                     f"{name} of shape {tuple(t.shape)} cannot be split into {len(parts)} layers, of {total} outputs together.",
                     key=key,
-                    remedy="Lengths of inputs (wd_on_output=False) tie such layers to each other.",
+                    remedy="Train with lengths of outputs (wd_on_output=True): those of inputs tie such layers to each other.",
                 )
             out[name] = torch.cat([t[a:b] for a, b in part.rows])
     return out

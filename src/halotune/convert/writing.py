@@ -31,13 +31,15 @@ def write(adapter: Adapter, prefix: str, base: BaseLayers | None = None, origina
     config, method = adapter.config, method_of(adapter.config.peft_type)
     if method.lycoris is None:
         known = ", ".join(m.peft_type for m in methods() if m.lycoris)
-        raise HalotuneError(f"LyCORIS has no {method.peft_type} as it is here; its files hold {known}.")
+        raise HalotuneError(f"LyCORIS has no {method.peft_type} as it is here; its files hold {known}. Keep PEFT's format.")
     form = method.lycoris
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in adapter.tensors.items():
         found = re.fullmatch(rf"(?:{re.escape(PEFT_PREFIX)})?(.+)\.({method.prefix}.+)", key)
         if found is None:
-            raise HalotuneError(f"{key}: LyCORIS files hold adapters alone, no biases and no fully fine-tuned modules.")
+            raise HalotuneError(
+                f"{key}: LyCORIS files hold adapters alone, no biases and no fully fine-tuned modules. Keep PEFT's format."
+            )
         modules.setdefault(found[1].replace(".base_layer.", "."), {})[found[2]] = tensor
     theirs: dict[str, dict[str, Tensor]] = {}
     for path, own in modules.items():
@@ -51,7 +53,7 @@ def write(adapter: Adapter, prefix: str, base: BaseLayers | None = None, origina
         for name, tensor in own.items():
             key = f"{prefix}_{path.replace('.', '_')}.{name}"
             if key in out:
-                raise HalotuneError(f"{key}: two modules get this name, which LyCORIS cannot tell apart.")
+                raise HalotuneError(f"{key}: two modules get this name, which LyCORIS cannot tell apart. Keep PEFT's format.")
             out[key] = tensor
     return out
 

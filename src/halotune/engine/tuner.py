@@ -173,7 +173,7 @@ class AdapterModel(Wrapper):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_known(names)
         if len(set(names)) < len(names):
-            raise HalotuneError(f"set_adapter: {names} names an adapter twice; each can be applied once.")
+            raise HalotuneError(f"set_adapter: {names} names an adapter twice; each can be applied once. Name it once.")
         if self.merged_adapters:
             warn("adapters were merged; the base weights are restored before others are set.")
             self.unmerge_adapter()

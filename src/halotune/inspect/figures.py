@@ -93,7 +93,7 @@ def _in_file(saved: Saved, measures: Measures | None) -> Iterator[tuple[str, Ada
                 f"its tensors are not those of a {method.peft_type} adapter with this configuration "
                 f"({str(e).strip().splitlines()[-1].strip()}).",
                 key=path,
-                remedy="Is adapter_config.json of the same adapter?",
+                remedy="Use the adapter_config.json of the same adapter.",
             ) from e
         yield path, adapter
 
@@ -109,7 +109,7 @@ def _by_layer(saved: Saved) -> dict[str, dict[str, Tensor]]:
         raise AdapterFileError(
             saved.file,
             f"holds no tensor of {method_of(saved.config.peft_type).peft_type}; the first is {next(iter(saved.tensors))}.",
-            remedy="Is adapter_config.json of the same adapter?",
+            remedy="Use the adapter_config.json of the same adapter.",
         )
     return layers
 
@@ -121,7 +121,7 @@ def _check_finite(file: Path, path: str, tensors: Mapping[str, Tensor]) -> None:
                 file,
                 "expected finite numbers, found NaN or infinity.",
                 key=f"{path}.{name}",
-                remedy="Its training diverged, or the file is damaged.",
+                remedy="Get the file again, or train with a lower rate: training may have diverged.",
             )
 
 

@@ -122,5 +122,7 @@ def under_alias(config: AdapterConfig, tensors: dict[str, Tensor], peft_type: st
         return config, tensors
     if peft_type not in method.aliases:
         known = ", ".join((method.peft_type, *method.aliases))
-        raise HalotuneError(f"a {method.peft_type} adapter cannot be written as {peft_type}. Its method's names are: {known}.")
+        raise HalotuneError(
+            f"a {method.peft_type} adapter cannot be written as {peft_type}. Choose one of its method's names: {known}."
+        )
     return method.aliases[peft_type](config, tensors)

@@ -234,7 +234,7 @@ def _check_keys(
             file,
             f"{_listed(missing, 'missing')}{' and ' if extra and missing else ''}{_listed(extra, 'not of this adapter')}.",
             key=first,
-            remedy="Is adapter_config.json of the same adapter, and the base model the one that it was trained on?",
+            remedy="Use the adapter_config.json of the same adapter, and the base model that it was trained on.",
         )
     absent = [k for k in biases if k not in tensors]
     if absent:
@@ -261,12 +261,15 @@ def _fits(key: str, tensor: Tensor, target: Tensor, ignore_shape: bool, file: st
             file,
             f"{sizes}.",
             key=key,
-            remedy="Do the rank in adapter_config.json and the base model belong to this file?",
+            remedy="Use the adapter_config.json, with its rank, and the base model that belong to this file.",
         )
     if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
         what = f"{tensor.dtype}" if not tensor.is_floating_point() else "values that are not finite"
         raise AdapterFileError(
-            file, f"expected finite floating-point numbers, found {what}.", key=key, remedy="The file is damaged."
+            file,
+            f"expected finite floating-point numbers, found {what}.",
+            key=key,
+            remedy="Get the file again, or train again with a lower rate.",
         )
     return True
 

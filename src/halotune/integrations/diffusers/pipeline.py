@@ -351,7 +351,9 @@ def _scales(name: str, weight: Weight | None, components: Sequence[str]) -> dict
     of = weight if isinstance(weight, Mapping) else {c: 1.0 if weight is None else weight for c in components}
     strange = [c for c in of if c not in components]
     if strange:
-        raise HalotuneError(f"weights: adapter {name!r} is not in {strange[0]!r}, but in {', '.join(components)}.")
+        raise HalotuneError(
+            f"weights: adapter {name!r} is not in {strange[0]!r}, but in {', '.join(components)}. Leave it out."
+        )
     for c, w in of.items():
         if isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w):
             raise HalotuneError(f"weights: the scale of {name!r} in {c} is {w!r}. Give a finite number, such as 0.7.")
