@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, MissConfig, get_peft_model
+from halotune import BoneConfig, HalotuneError, HRAConfig, LoHaConfig, LoraConfig, MissConfig, get_peft_model
 from halotune.core.layer import AdaptedLayer
 from halotune.core.operator import WeightShape
 from halotune.methods.registry import method_of, methods
@@ -57,7 +57,8 @@ def test_biases_are_trained_as_the_configuration_says(mlp, method):
     choices = {"none": set(), "all": {"stem.bias", "blocks.0.up.base_layer.bias", "blocks.1.up.bias", "head.bias"}}
     choices |= {own: {"blocks.0.up.base_layer.bias"} for own in OWN_BIASES[method.peft_type]}
     if method.peft_type == "LOHA":
-        assert not hasattr(method.config(), "bias")
+        with pytest.raises(HalotuneError, match=r"bias: expected one of 'none'; got 'all'"):
+            method.config(bias="all")
         return
     for bias, expected in choices.items():
         model = copy.deepcopy(mlp)

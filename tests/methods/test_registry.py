@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
+from enum import Enum
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 from halotune import HalotuneError, PeftModel, PeftType, get_peft_model
 from halotune.core.adapter import LowRank
-from halotune.core.config import AdapterConfig
+from halotune.core.config import CLASSES, AdapterConfig
 from halotune.core.operator import WeightShape
 from halotune.engine.injection.modules import adapted_layers
 from halotune.methods import registry
@@ -61,6 +63,7 @@ class Row(LowRank):
 def test_a_new_method_has_everything(mlp, tmp_path, monkeypatch):
     """Linear layers and convolutions, composition, merging and files."""
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setitem(CLASSES, "ROW", RowConfig)
     register(Method("ROW", "row_", RowConfig, (Row,), Row.create))
     base = {k: t.clone() for k, t in mlp.state_dict().items()}
     x = mlp.sample()
@@ -80,3 +83,12 @@ def test_a_new_method_has_everything(mlp, tmp_path, monkeypatch):
     again = type(mlp)()
     again.load_state_dict(base)
     torch.testing.assert_close(PeftModel.from_pretrained(again, tmp_path)(x), expected)
+
+
+def test_members_of_the_enumeration_survive_a_new_method(monkeypatch):
+    before = pickle.dumps(PeftType.HRA)
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setitem(CLASSES, "ROW", RowConfig)
+    assert pickle.loads(before) == PeftType.HRA
+    assert pickle.loads(pickle.dumps(RowConfig())).peft_type == "ROW"
+    assert isinstance(RowConfig().peft_type, Enum) and RowConfig().peft_type.value == "ROW"

@@ -101,7 +101,7 @@ class AdapterConfig(BaseConfig):
                 f"{type(self).__name__}: peft_type is {own}; got {_value(self.peft_type)!r}. "
                 "Leave it out, or use the configuration class of that method."
             )
-        self.peft_type = peft_types()[own] if own in CLASSES else own
+        self.peft_type = peft_type_of(own)
         self._check_types()
         self._check_patterns()
         if self.task_type is not None:
@@ -287,7 +287,14 @@ def peft_types() -> Any:
 
 @lru_cache
 def _enumeration(names: tuple[str, ...]) -> Any:
-    return Enum("PeftType", {name: name for name in names}, type=str, module="halotune")
+    enumeration: Any = Enum("PeftType", {name: name for name in names}, type=str, module="halotune")
+    enumeration.__reduce_ex__ = lambda self, protocol: (peft_type_of, (self.value,))  # there may be more methods by then
+    return enumeration
+
+
+def peft_type_of(name: str) -> Any:
+    """The member of `PeftType` of this name; the name itself for a method that is not registered."""
+    return peft_types()[name] if name in CLASSES else name
 
 
 def look_up(known: Mapping[str, T], peft_type: object) -> T:

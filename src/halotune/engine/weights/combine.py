@@ -73,8 +73,8 @@ def _check(
     for n in names:
         if configs[n].modules_to_save or configs[n].bias != "none":
             raise HalotuneError(
-                f"adapter {n!r} also trains modules in full or biases, which have no sum that is exact. Combine adapters "
-                "without them, or merge one after the other."
+                f"adapter {n!r} also trains biases or fully fine-tuned modules, which have no sum that is exact. Combine "
+                "adapters without them, or merge one after the other."
             )
     if any(layer.merged for layer in adapted_layers(model).values()):
         raise HalotuneError("adapters are merged, and combining needs the base's weights. Call unmerge_adapter() first.")
