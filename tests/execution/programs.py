@@ -168,7 +168,7 @@ class Machine:
 
     def do_unused(self, x: Tensor, path: str) -> Tensor:
         self.call_on_rows(path, x)
-        return x
+        return x.clone()  # a reentrant checkpoint without gradients gives back x itself, gradients and all
 
     def do_residual(self, x: Tensor, plan: Plan) -> Tensor:
         return x + self.follow(plan, x)
@@ -189,6 +189,7 @@ class Machine:
         cast = torch.is_autocast_enabled("cpu")  # autocast keeps what it has cast
         if change[0] in ("write_adapters", "write_base") and (cast or not self.writes):
             return self.follow(plan, x)
+        trained = [(p, p.requires_grad) for p in self.model.parameters()]
         back = self.change(*change)
         self.direct += 1
         try:
@@ -197,6 +198,8 @@ class Machine:
             self.direct -= 1
             if back is not None:
                 self.change(*back)
+                for p, flag in trained:  # a checkpoint before this finds in backward what it found in forward
+                    p.requires_grad_(flag)
 
     def do_autocast(self, x: Tensor, on: bool, plan: Plan) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=on):

@@ -62,13 +62,14 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple]:
     return {
         "low-rank": (build_low_rank, (t(3, 70, 133), t(3, 70, 7), t(3, 7, 133))),
         "low-rank-one": (build_low_rank, (t(37, 50), t(37, 5), t(5, 50))),
+        "low-rank-fine": (build_low_rank, (t(3, 70, 133), t(3, 70, 7).float() * 1.001, t(3, 7, 133).float() * 1.001)),
         "bat": (bone.build_bat, (t(2, 24, 40), t(2, 3, 8, 8))),
         "loha": (loha.build, (t(3, 37, 50), t(3, 37, 5), t(3, 5, 50), t(3, 37, 5), t(3, 5, 50), 0.7)),
     }
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("name", ["low-rank", "low-rank-one", "bat", "loha"])
+@pytest.mark.parametrize("name", ["low-rank", "low-rank-one", "low-rank-fine", "bat", "loha"])
 def test_kernels_round_as_plain_torch(name, dtype, monkeypatch):
     pytest.importorskip("triton", reason="triton is made for Linux alone")
     if DEVICE == "cpu":

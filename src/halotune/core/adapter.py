@@ -46,7 +46,7 @@ class Adapter(nn.Module, ABC):
         super().__init__()
         self.shape = shape
         self.slot = Slot()
-        self.names: tuple[str, ...] = ()
+        self.paths: tuple[tuple[list[str], str], ...] = ()  # of the parameters: modules, and a name
         self.form: Form = "activations"
 
     @classmethod
@@ -93,9 +93,10 @@ class Adapter(nn.Module, ABC):
 
     def tensors(self) -> Tensors:
         """The parameters as they are now: `functional_call`, replicas and sharding put other tensors in their place."""
-        if not self.names:
-            self.names = tuple([name for name, _ in self.named_parameters()])
-        return tuple([_tensor(self, name) for name in self.names])
+        if not self.paths:
+            names = [name.split(".") for name, _ in self.named_parameters()]
+            self.paths = tuple([(name[:-1], name[-1]) for name in names])
+        return tuple([_tensor(self, modules, name) for modules, name in self.paths])
 
     # -- what the engine asks
 
@@ -185,9 +186,14 @@ class Adapter(nn.Module, ABC):
             if (ready := slot.prepared) is not None and ready.serves(dtype, tensors, W, as_weight):
                 return ready
         if as_weight and W is not None:
-            made = prepare(Weights(self, dtype, [W], self.rounds_by_chance), [tensors])[0]
+            made = prepare(Weights(self, dtype, [W], Dither() if self.training else None), [tensors])[0]
             return Prepared((), made[0], dtype, True, 0, ())
-        return Prepared(prepare(Factors(self, dtype), [tensors])[0], None, dtype, True, 0, ())
+        return Prepared(prepare(self.prepares(dtype), [tensors])[0], None, dtype, True, 0, ())
+
+    def prepares(self, dtype: torch.dtype, dither: Dither | None = None) -> Factors:
+        """What makes the factors of all adapters like this one."""
+        by_chance = self.makes_weight and self.training
+        return Factors(self, dtype, Dither() if by_chance and dither is None else dither if by_chance else None)
 
     @abstractmethod
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
@@ -199,19 +205,12 @@ class Adapter(nn.Module, ABC):
 
     makes_weight: ClassVar[bool] = False  # W' is made for every call where it is not prepared
 
-    @property
-    def rounds_by_chance(self) -> bool:
-        """Whether W' in half precision is rounded stochastically: in training, not in evaluation."""
-        return self.training and torch.is_grad_enabled()
 
-
-def _tensor(module: Any, name: str) -> Tensor:
-    own = module._parameters.get(name)
-    if own is not None:
-        return own
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module
+def _tensor(owner: Any, modules: list[str], name: str) -> Tensor:
+    for module in modules:
+        owner = owner._modules[module]
+    own = owner._parameters.get(name)
+    return getattr(owner, name) if own is None else own  # a replica's, a flat parameter's view: no parameter
 
 
 def usable(tensors: Tensors, dtype: torch.dtype) -> Tensors:
@@ -220,30 +219,44 @@ def usable(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     # what has the dtype already
 
 
-class Factors(Preparation):
-    """`Adapter.prepare` for all adapters like this one, cast."""
+class Dither(dict[str, Tensor]):
+    """The noises of one preparation: drawn once, and the same when it is repeated."""
 
-    def __init__(self, adapter: Adapter, dtype: torch.dtype) -> None:
-        self.adapter, self.dtype = adapter, dtype
+    def round(self, tensors: Tensors, dtype: torch.dtype) -> Tensors:
+        """`usable` by chance, so that small changes of factors are not lost either."""
+        if dtype not in DROPPED:
+            return usable(tensors, dtype)
+        return tuple([round_stochastically(t.float(), self.noise(f"factor {i}", t), dtype) for i, t in enumerate(tensors)])
+
+    def noise(self, name: str, like: Tensor) -> Tensor:
+        if name not in self:
+            self[name] = draw_noise(like)
+        return self[name]
+
+
+class Factors(Preparation):
+    """`Adapter.prepare` for all adapters like this one, cast; with a dither by chance."""
+
+    def __init__(self, adapter: Adapter, dtype: torch.dtype, dither: Dither | None = None) -> None:
+        self.adapter, self.dtype, self.dither = adapter, dtype, dither
 
     def make(self, *stacked: Tensor) -> Tensors:
-        return usable(self.adapter.prepare(*stacked), self.dtype)
+        made = self.adapter.prepare(*stacked)
+        if self.dither is None or torch.is_grad_enabled():  # gradients are those of a plain cast
+            return usable(made, self.dtype)
+        return self.dither.round(made, self.dtype)
 
 
 class Weights(Preparation):
-    """W' for all adapters like this one, on plain matrices; rounded stochastically in training."""
+    """W' for all adapters like this one, on plain matrices; with a dither rounded by chance."""
 
-    def __init__(
-        self, adapter: Adapter, dtype: torch.dtype, matrices: Sequence[Tensor], noisy: bool, noise: Tensor | None = None
-    ) -> None:
+    def __init__(self, adapter: Adapter, dtype: torch.dtype, matrices: Sequence[Tensor], dither: Dither | None = None) -> None:
         self.adapter, self.dtype, self.matrices = adapter, dtype, matrices
-        self.noise = noise
-        if noisy and noise is None and dtype in DROPPED:
-            self.noise = draw_noise(matrices[0].expand(len(matrices), -1, -1))
+        self.dither = dither if dtype in DROPPED else None
         self.versions = [W._version for W in matrices]
 
     def part(self, rows: Sequence[int]) -> Weights:
-        return Weights(self.adapter, self.dtype, [self.matrices[i] for i in rows], False)
+        return Weights(self.adapter, self.dtype, [self.matrices[i] for i in rows])
 
     def _stacked(self) -> Tensor:
         if [W._version for W in self.matrices] != self.versions:
@@ -251,11 +264,13 @@ class Weights(Preparation):
         return torch.stack(list(self.matrices))
 
     def make(self, *stacked: Tensor) -> Tensors:
-        W = self._stacked()
-        factors = usable(self.adapter.weight_factors(*stacked), self.dtype)
+        W, made = self._stacked(), self.adapter.weight_factors(*stacked)
         if torch.is_grad_enabled():  # a second derivative is recorded
-            return (self.adapter.adapt(W, *factors),)
-        return (self.adapter.build(W, *factors, noise=self.noise),)
+            return (self.adapter.adapt(W, *usable(made, self.dtype)),)
+        if self.adapter.makes_weight:  # from factors in the dtype of W, as when it is made layer by layer
+            made = usable(made, self.dtype) if self.dither is None else self.dither.round(made, self.dtype)
+        noise = None if self.dither is None else self.dither.noise("W", W)
+        return (self.adapter.build(W, *made, noise=noise),)
 
     def pull(self, stacked: Tensors, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (G,) = grads
@@ -338,10 +353,10 @@ class Dense(Adapter):
         return True
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
-        return weight_form(x, op, self, factors, scale, noisy=self.rounds_by_chance)
+        return weight_form(x, op, self, factors, scale, noisy=self.training)
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        return weight_form_linear(x, W, bias, self, *factors, noisy=self.rounds_by_chance)
+        return weight_form_linear(x, W, bias, self, *factors, noisy=self.training)
 
 
 def add_low_rank(x: Tensor, dropped: Tensor, op: Operator, factors: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:

@@ -69,8 +69,9 @@ class AdaptedLayer(TunerLayer, Wrapper):
     def operator(self) -> Operator:
         """The base with the running adapters."""
         op: Operator = self.base
+        adapters: Any = self._modules["adapters"]
         for name in self._running_names():
-            op = Adapted(op, self.adapters[name], self.scales[name])  # type: ignore[arg-type]
+            op = Adapted(op, adapters._modules[name], self.scales[name])
         return op
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -79,16 +80,7 @@ class AdaptedLayer(TunerLayer, Wrapper):
                 f"{type(self.base_layer).__name__}: an adapted layer takes its input alone; got "
                 f"{len(args)} more arguments and {sorted(kwargs)}. Leave this layer out with exclude_modules."
             )
-        if self.rows is not None:
-            return self.rows.run(x, self._run_one)
-        op: Operator = self.base
-        names = self._running_names()
-        if not names:
-            return op(x)
-        *inner, last = names
-        for name in inner:
-            op = Adapted(op, self.adapters[name], self.scales[name])  # type: ignore[arg-type]
-        return self._modules["adapters"]._modules[last](x, op, self.scales[last])  # type: ignore[union-attr, misc]
+        return self.operator()(x) if self.rows is None else self.rows.run(x, self._run_one)
 
     def _run_one(self, name: str, x: Tensor) -> Tensor:
         op: Operator = self.base

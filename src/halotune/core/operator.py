@@ -103,7 +103,7 @@ class Adapted(Operator):
         self.shape = inner.shape
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.adapter(x, self.inner, self.scale)
+        return self.adapter.forward(x, self.inner, self.scale)
 
     def weight(self) -> Tensor:
         W = self.inner.weight().to(next(self.adapter.parameters()).device)  # offloaded weights may be elsewhere

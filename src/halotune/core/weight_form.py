@@ -131,7 +131,7 @@ def weight_form_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, adapter: WeightMap, *θ: Tensor, noisy: bool = False
 ) -> Tensor:
     """`x W'ᵀ + b` for a frozen matrix W. W' is built, used and dropped, in forward and again in backward."""
+    noise = draw_noise(W) if noisy and W.dtype in DROPPED and not torch.compiler.is_compiling() else None
     if not torch.is_grad_enabled():
-        return F.linear(x, adapter.build(W, *θ), bias)
-    noise = draw_noise(W) if noisy and W.dtype in DROPPED else None
+        return F.linear(x, adapter.build(W, *θ, noise=noise), bias)
     return _WeightForm.apply(x, W, bias, (Matrix, W, adapter), noise, *θ)  # type: ignore[return-value]

@@ -1,22 +1,46 @@
-"""Building `W' = W + B A` of many layers in one pass over their weights."""
+"""Building `W' = W + B A` of many layers in one pass over their weights.
+
+B and A may be finer than W: each is then taken as a sum of two numbers of the dtype of W, so that what nearly cancels between
+columns, as pairs of reflections do, is not lost.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .dispatch import Op, triton_kernel
 from .rounding import round_stochastically
 
 
+def split(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two tensors of this dtype whose sum is t, to twice its digits."""
+    high = t.to(dtype)
+    return high, (t - high).to(dtype)
+
+
+def wide_product(W: Tensor, X: Tensor) -> Tensor:
+    """`W X (…, out, r)` in the dtype of X, which may be finer than that of `W (…, out, in)`."""
+    if X.dtype is W.dtype:
+        return W @ X
+    if not W.is_cuda:
+        return W.to(X.dtype) @ X
+    high, low = split(X, W.dtype)
+    both = torch.bmm(W.reshape(-1, *W.shape[-2:]), torch.cat([high, low], -1).reshape(-1, X.shape[-2], 2 * X.shape[-1]),
+                     out_dtype=X.dtype)  # fmt: skip
+    high, low = both.chunk(2, -1)
+    return (high + low).view(*W.shape[:-1], X.shape[-1])
+
+
 def _build_low_rank(W: Tensor, B: Tensor, A: Tensor, noise: Tensor | None) -> Tensor:
     if noise is None:
-        return W + B @ A
+        return (W + B @ A).to(W.dtype)
     return round_stochastically(W.float() + B.float() @ A.float(), noise, W.dtype)
 
 
 def _refuses(W: Tensor, B: Tensor, A: Tensor, noise: Tensor | None) -> str | None:
-    if len({t.dtype for t in (W, B, A)}) > 1:
-        return f"the tensors differ in dtype: W is {W.dtype}, the factors are {B.dtype}, {A.dtype}"
+    if B.dtype is not A.dtype or B.dtype not in (W.dtype, torch.float32):
+        return f"B and A must have one dtype, that of W ({W.dtype}) or torch.float32; got {B.dtype}, {A.dtype}"
     if not W.is_contiguous():
         return "W must be contiguous"
     if A.shape[-2] > 128:

@@ -67,10 +67,10 @@ def by_chance(y, noise, to: tl.constexpr):
 @triton.jit
 def _build_low_rank(
     w_ptr, b_ptr, a_ptr, noise_ptr, out_ptr, m, n, b_row, b_col, b_batch, a_row, a_col, a_batch,
-    R: tl.constexpr, RANK: tl.constexpr, NOISY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    R: tl.constexpr, RANK: tl.constexpr, NOISY: tl.constexpr, FINE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of `W + B A` of one layer."""
+    """One tile of `W + B A` of one layer. FINE: B and A are in fp32, and taken as sums of two numbers of the dtype of W."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     layer = tl.program_id(2).to(tl.int64)
@@ -82,7 +82,14 @@ def _build_low_rank(
     inside = (rows[:, None] < m) & (cols[None] < n)
     at = layer * m * n + rows[:, None].to(tl.int64) * n + cols[None]
     w = tl.load(w_ptr + at, inside, other=0.0)
-    y = w.to(tl.float32) + dot(b, a, INTERPRETED)
+    if FINE:
+        b_high, a_high = rounded(b, w.dtype, INTERPRETED), rounded(a, w.dtype, INTERPRETED)
+        b_low = rounded(b - b_high.to(tl.float32), w.dtype, INTERPRETED)
+        a_low = rounded(a - a_high.to(tl.float32), w.dtype, INTERPRETED)
+        delta = dot(b_low, a_high, INTERPRETED) + dot(b_high, a_low, INTERPRETED) + dot(b_high, a_high, INTERPRETED)
+    else:
+        delta = dot(b, a, INTERPRETED)
+    y = w.to(tl.float32) + delta
     if NOISY:
         noise_ptr += layer * (m + n)
         own = tl.load(noise_ptr + rows[:, None], rows[:, None] < m, other=0)
@@ -100,7 +107,8 @@ def build_low_rank(W: Tensor, B: Tensor, A: Tensor, noise: Tensor | None) -> Cal
     grid = tiles(m, 64), tiles(n, 128), W.shape[:-2].numel()
     batches = [t.stride(0) if t.dim() > 2 else 0 for t in (B, A)]
     strides = *B.stride()[-2:], batches[0], *A.stride()[-2:], batches[1]
-    launch = _launch_build.prepare(grid, m, n, *strides, r, filled(r), noise is not None, 64, 128)
+    fine = B.dtype is not W.dtype
+    launch = _launch_build.prepare(grid, m, n, *strides, r, filled(r), noise is not None, fine, 64, 128)
 
     def run(W: Tensor, B: Tensor, A: Tensor, noise: Tensor | None) -> Tensor:
         out = torch.empty_like(W)

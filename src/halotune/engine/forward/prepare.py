@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...core.adapter import Adapter, Factors, Weights
+from ...core.adapter import Adapter, Dither, Weights
 from ...core.forms import Form
 from ...core.layer import AdaptedLayer
 from ...core.prepared import LOCAL, SCOPES, Prepared, seen, stream_of
@@ -67,7 +67,7 @@ class Scope:
         self.parents: list[nn.Module] = []
         self.recomputing: tuple[int, ForwardPass] | None = None
         self.known: dict[Adapter, Known] = {}
-        self.noises: dict[Hashable, Tensor] = {}  # by which W' was rounded in the last training pass
+        self.dithers: dict[Hashable, Dither] = {}  # by which the last forward pass rounded
 
     def find(self, model: nn.Module) -> list[AdaptedLayer]:
         """The layers that prepare together."""
@@ -171,7 +171,8 @@ class ForwardPass:
         adapted = self._kept_weights(key, members, dtype)
         rest = [m for m, W in zip(members, adapted, strict=True) if W is None]
         if len(rest) > 1:
-            made = prepare(Factors(adapter, dtype), [m.tensors for m in rest])
+            factors = adapter.prepares(dtype, self._dither(key))
+            made = prepare(factors, [m.tensors for m in rest])
             for member, factors in zip(rest, made, strict=True):
                 self._fill(member, factors, None, member.tensors, dtype)
 
@@ -218,16 +219,18 @@ class ForwardPass:
             self._prepare_weights_of((key, shape), [m for m, _ in pairs], [W for _, W in pairs], dtype)
 
     def _prepare_weights_of(self, key: Hashable, members: list[Member], matrices: list[Tensor], dtype: torch.dtype) -> None:
-        noises, again = self.scope.noises, self.scope.recomputing is not None and self.scope.recomputing[1] is self
-        noise = noises.get(key) if again else None  # what is computed again is rounded as before
-        noise = noise if noise is not None and len(noise) == len(members) else None
         adapter = members[0].adapter
-        weights = Weights(adapter, dtype, matrices, adapter.rounds_by_chance, noise)
-        if weights.noise is not None:
-            noises[key] = weights.noise
+        weights = Weights(adapter, dtype, matrices, self._dither(key) if adapter.training else None)
         made = prepare(weights, [m.tensors for m in members])
         for member, W, (adapted,) in zip(members, matrices, made, strict=True):
             self._fill(member, (), adapted, (*member.tensors, W), dtype)
+
+    def _dither(self, key: Hashable) -> Dither:
+        """A new one; where a backward pass computes again, that of the last forward pass, so that it rounds as before."""
+        dithers = self.scope.dithers
+        if self.scope.recomputing is None or self.scope.recomputing[1] is not self or key not in dithers:
+            dithers[key] = Dither()
+        return dithers[key]
 
     def _kept_weights(self, key: Hashable, members: list[Member], dtype: torch.dtype) -> list[Tensor | None]:
         """W' of those members for which there is room in the cache."""

@@ -15,7 +15,7 @@ from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.operator import Operator, WeightShape
 from ...core.recompute import Tensors
-from ...ops.build import build_low_rank
+from ...ops.build import build_low_rank, wide_product
 from . import ops
 from .config import HRAConfig
 
@@ -92,7 +92,8 @@ class HRA(Rotation):
         return W + B @ A
 
     def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
-        return build_low_rank(W, *self.low_rank(W, *factors), noise)
+        Ût, N = factors
+        return build_low_rank(W, wide_product(W, N.mT), Ût, noise)
 
     def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
         Ût, N = factors
