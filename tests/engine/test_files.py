@@ -176,7 +176,7 @@ def test_card_says_what_is_known_and_is_not_overwritten(tmp_path) -> None:
         "- hra",
         "- Method: HRA, r = 4",
         "- Adapted modules: q_proj",
-        "- Modules fully fine-tuned: lm_head",
+        "- Fully fine-tuned modules: lm_head",
         f"- Numbers stored: {stored:,}",
     ):
         assert line in card.splitlines()

@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from halotune import HalotuneError, PeftModel, PeftType, get_peft_model
+from halotune.bench.contenders import PeftApi
 from halotune.core.adapter import LowRank
-from halotune.core.config import CLASSES, AdapterConfig
+from halotune.core.config import CLASSES, AdapterConfig, peft_types
 from halotune.core.operator import WeightShape
 from halotune.engine.injection.modules import adapted_layers
+from halotune.engine.tuner import tuner_class
 from halotune.methods import registry
-from halotune.methods.registry import Method, method_of, methods, register
+from halotune.methods.registry import Kind, Method, kinds, method_of, methods, register
 
 
 def test_names():
@@ -64,7 +66,9 @@ def test_a_new_method_has_everything(mlp, tmp_path, monkeypatch):
     """Linear layers and convolutions, composition, merging and files."""
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     monkeypatch.setitem(CLASSES, "ROW", RowConfig)
-    register(Method("ROW", "row_", RowConfig, (Row,), Row.create))
+    register(Method("ROW", "row_", RowConfig, (Row,), Row.create, {"ROW": Kind(0.1)}))
+    assert peft_types()("ROW") == RowConfig().peft_type and tuner_class("ROW").__name__ == "RowModel"
+    assert "row" in PeftApi("halotune").methods and kinds()["ROW"][1].learning_rate == 0.1
     base = {k: t.clone() for k, t in mlp.state_dict().items()}
     x = mlp.sample()
     plain = mlp(x)
