@@ -164,7 +164,7 @@ def test_a_conversation(model: PeftModel, tokenizer: Any, capsys: pytest.Capture
     assert [m["role"] for m in chat.messages] == ["system", "user", "assistant"]
 
 
-def test_the_strength_of_the_adapter(model: PeftModel, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_scale_of_the_adapter(model: PeftModel, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     chat = Chat(model, tokenizer, GREEDY)
     script = ["/scale 0", "a", "/reset", "/scale 1", "/adapter off", "a", "/reset", "/adapter on", "a", "/exit", "never"]
     assert converse(chat, lines(*script)) == 0

@@ -169,7 +169,7 @@ def test_bad_file_beside_a_good_adapter(damage, folder: Path, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("lost", ["q_proj.hra_u", "k_proj.bias", "lm_head.weight"])
-def test_bad_file_with_biases_and_modules_trained_whole(lost: str, tmp_path) -> None:
+def test_bad_file_with_biases_and_fully_fine_tuned_modules(lost: str, tmp_path) -> None:
     config = HRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], bias="all")
     randomize(halotune.get_peft_model(base("llama"), config)).save_pretrained(tmp_path)
     edit_weights(lambda t: t.update({k: torch.full_like(t[k], torch.nan) for k in t if k.endswith(lost)}))(tmp_path)

@@ -148,7 +148,7 @@ def test_what_is_written_is_for_inference(tmp_path) -> None:
     assert model.peft_config["default"].inference_mode is False
 
 
-def test_gathered_state_dict_is_written_instead_of_the_models_own(tmp_path) -> None:
+def test_a_given_state_dict_is_written_instead_of_the_models_own(tmp_path) -> None:
     model, other = wrap(), wrap(seed=1)
     model.save_pretrained(tmp_path, state_dict=other.state_dict())
     assert torch.equal(output(PeftModel.from_pretrained(base("mlp"), tmp_path)), output(other))
@@ -446,7 +446,7 @@ def test_auto_classifier_with_a_resized_vocabulary(kind: str, target: str, saved
 
 
 @torch.no_grad()
-def test_auto_model_with_a_resized_vocabulary_trained_whole(saved) -> None:
+def test_auto_model_with_a_resized_vocabulary_fully_fine_tuned(saved) -> None:
     config = HRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
     folder, y = saved("llama", config, rows=70)
     assert error(output(halotune.AutoPeftModel.from_pretrained(folder).eval()), y) < 1e-6

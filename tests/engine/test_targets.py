@@ -222,7 +222,7 @@ def test_layers_need_names_and_patterns_need_layers() -> None:
 # -- modules fully fine-tuned
 
 
-def test_modules_trained_whole_are_not_adapted_too() -> None:
+def test_fully_fine_tuned_modules_are_not_adapted_too() -> None:
     assert adapted("llama", ["q_proj", "lm_head"], modules_to_save=["lm_head"]) == [
         "0.self_attn.q_proj",
         "1.self_attn.q_proj",

@@ -345,7 +345,7 @@ def test_peft_adds_the_output_projections_lora_twice():
 
 
 @torch.no_grad()
-def test_modules_trained_whole_go_to_who_reads_them(mlp, tmp_path):
+def test_fully_fine_tuned_modules_go_to_runtimes_that_read_them(mlp, tmp_path):
     plain = copy.deepcopy(mlp).eval()
     model = get_peft_model(mlp, HRAConfig(r=2, target_modules=["up"], init_weights=False, modules_to_save=["head"])).eval()
     model.base_model.model.head.modules_to_save["default"].weight.normal_()

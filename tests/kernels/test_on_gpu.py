@@ -66,7 +66,7 @@ def test_as_exact_as_plain_torch(case, dtype):
 CONFIGS = {
     "hra": HRAConfig(r=8, target_modules="all-linear"),
     "hra-gs": HRAConfig(r=6, apply_GS=True, init_weights=False, target_modules="all-linear"),
-    "loha-thin": LoHaConfig(r=4, alpha=4, target_modules="all-linear"),
+    "loha-low-rank": LoHaConfig(r=4, alpha=4, target_modules="all-linear"),
     "loha-dense": LoHaConfig(r=48, alpha=24, target_modules="all-linear"),
     "bone": BoneConfig(r=48, target_modules="all-linear"),
     "bat": BoneConfig(r=32, init_weights="bat", target_modules="all-linear"),

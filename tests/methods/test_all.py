@@ -84,7 +84,7 @@ D, TOKENS = 256, 48
         MissConfig(r=4, mini_r=2, init_weights="mini"),
         LoraConfig(r=4),
     ],
-    ids=["hra", "hra-gs", "loha-thin", "loha-dense", "bone", "bat", "miss-mini", "lora"],
+    ids=["hra", "hra-gs", "loha-low-rank", "loha-dense", "bone", "bat", "miss-mini", "lora"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_nothing_as_large_as_the_weight_is_kept_for_backward(config, dtype):

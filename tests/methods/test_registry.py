@@ -29,7 +29,7 @@ def test_names():
 
 
 @pytest.mark.parametrize("method", methods(), ids=lambda m: m.peft_type)
-def test_entries_are_whole(method):
+def test_entries_are_complete(method):
     assert method.config.TYPE == method.peft_type
     assert method.kinds
     adapter = method.create(WeightShape(9, 15), method.config(r=3))

@@ -72,7 +72,7 @@ def test_training_after_evaluation_is_as_before(case: Case):
 @pytest.mark.parametrize("reading", ["forward", "backward"])
 @grid()
 def test_who_reads_the_weight(case: Case, reading, monkeypatch):
-    """HRA, Bone, LoRA and thin LoHa call the layer as it is, and nothing else."""
+    """HRA, Bone, LoRA and low-rank LoHa call the layer as it is, and nothing else."""
     layer, x = case.layer(), case.input(requires_grad=True)
     kind = type(layer.base)
     if reading == "backward":
@@ -182,7 +182,7 @@ def test_compiles_whole(case: Case):
 
 @grid()
 @torch.no_grad()
-def test_copies_are_whole_and_their_own(case: Case):
+def test_copies_are_complete_and_their_own(case: Case):
     layer, x = case.layer(), case.input()
     y = layer(x)
     if not layer.base.opaque:

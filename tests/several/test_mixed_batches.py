@@ -65,7 +65,7 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def test_heads_trained_whole_go_with_their_samples():
+def test_fully_fine_tuned_heads_go_with_their_samples():
     """Each adapter has its own copy of the head; the base, and an adapter without one, the original."""
     plain, x = Classifier().double(), torch.randn(5, 6, dtype=torch.float64)
     heads = {"modules_to_save": ["score"]}
@@ -281,7 +281,7 @@ class TwoInputs(nn.Module):
 
 
 @torch.no_grad()
-def test_not_through_a_whole_module_of_two_inputs():
+def test_not_through_a_fully_fine_tuned_module_of_two_inputs():
     model = get_peft_model(TwoInputs(), config("hra-r4", ["up"], modules_to_save=["mix"]), "a")
     randomized(model)
     x = torch.randn(2, 6)

@@ -26,7 +26,7 @@ COMMANDS = {
     "inspect": "show a saved adapter layer by layer: sizes, ranks, rotation angles",
     "export": "write an adapter as a LoRA; check which programs can read one",
     "convert": "convert adapters: PEFT, LyCORIS, kohya",
-    "merge": "write an adapter into its base model, and save the whole",
+    "merge": "write an adapter into its base model, and save the model",
     "generate": "continue a prompt with an adapter",
     "chat": "talk to a model with an adapter",
     "demo": "compare all methods on a real model, in minutes",

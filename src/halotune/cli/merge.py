@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .main import Commands
 
 DESCRIPTION = """
-Write an adapter into the weights of its base model, and save the whole, with
+Write an adapter into the weights of its base model, and save the model, with
 its tokenizer, as a folder that from_pretrained loads without halotune. The
 base may be a pipeline of diffusers. A report says what the merge changed in
 every layer, and what share of the adapter was lost to rounding; --dtype
