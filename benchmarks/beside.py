@@ -48,7 +48,7 @@ class Case:
     """One table.
 
     Attributes:
-        title: what stands above it; `--only` looks into it.
+        title: its heading; `--only` looks into it.
         contenders: `frozen`, or `ours|peft:method-rRANK`.
         job: what a worker has to know beside the contender.
         once: one round is enough: nothing is timed.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """
 Print the continuation of a prompt as the model writes it. The prompt goes to
-the model as it stands, without a chat template: `halotune chat` uses that.
+the model as it is, without a chat template: `halotune chat` uses that.
 """
 EXAMPLES = """
 halotune generate my-adapter --prompt "Once upon a time"

@@ -14,7 +14,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_parser(commands: Commands, name: str, description: str, examples: str) -> Parser:
-    """A command's parser; its description is shown as it stands, and examples under the flags."""
+    """A command's parser; its description is shown as it is, and examples under the flags."""
     return commands.add_parser(
         name,
         description=description.strip(),

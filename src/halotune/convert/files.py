@@ -17,12 +17,12 @@ from ..engine.files.state_dict import read_metadata, read_tensors, write_tensors
 from ..methods.registry import method_of, methods, under_alias
 from .base import COMPONENTS, BaseLayers, load_bases
 from .loading import check_names, check_output, left_out, read_lycoris
-from .lycoris import PEFT_PREFIX, PREFIXES, Adapter, LycorisFile, is_lycoris
+from .lycoris import PEFT_PREFIX, PREFIXES, LycorisFile, StoredAdapter, is_lycoris
 from .reading import Resolved, best_prefixes, resolve
 from .writing import metadata_for, write
 
 FORMATS = ("peft", *sorted(name.lower() for m in methods() for name in m.aliases), "lycoris", "kohya")
-Adapters = dict[str, Adapter]  # model of a pipeline, or "" -> its adapter
+Adapters = dict[str, StoredAdapter]  # model of a pipeline, or "" -> its adapter
 
 # What a configuration says beside the adapter's own form.
 _BOOKKEEPING = frozenset(
@@ -114,7 +114,7 @@ def convert_adapter(
     return done
 
 
-def describe(adapter: Adapter) -> str:
+def describe(adapter: StoredAdapter) -> str:
     """Method, modules, ranks, and whatever else differs from the method's defaults."""
     config, method = adapter.config, method_of(adapter.config.peft_type)
     paths = {key.split(f".{method.prefix}")[0] for key in adapter.tensors if f".{method.prefix}" in key}
@@ -183,15 +183,15 @@ def _from_peft(source: str | PathLike[str]) -> tuple[Adapters, dict[str, str]]:
     return {"": adapter}, metadata
 
 
-def _read_peft(folder: Path) -> tuple[Adapter, dict[str, str]]:
+def _read_peft(folder: Path) -> tuple[StoredAdapter, dict[str, str]]:
     config = AdapterConfig.from_pretrained(folder)
     file = locate(folder, WEIGHTS_NAME)
-    return Adapter(config, read_tensors(file)), read_metadata(file)
+    return StoredAdapter(config, read_tensors(file)), read_metadata(file)
 
 
-def _under_alias(adapter: Adapter, to: str) -> Adapter:
+def _under_alias(adapter: StoredAdapter, to: str) -> StoredAdapter:
     """The adapter under the method's name that a format asks for."""
-    return adapter if to == "peft" else Adapter(*under_alias(adapter.config, adapter.tensors, to.upper()))
+    return adapter if to == "peft" else StoredAdapter(*under_alias(adapter.config, adapter.tensors, to.upper()))
 
 
 # -- LyCORIS files

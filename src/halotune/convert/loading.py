@@ -16,7 +16,7 @@ from ..engine.files.state_dict import config_of, get_peft_model_state_dict, read
 from ..engine.model import PeftModel
 from ..engine.tuner import AdapterModel
 from .base import BaseLayers
-from .lycoris import PEFT_PREFIX, Adapter, LycorisFile, parse
+from .lycoris import PEFT_PREFIX, LycorisFile, StoredAdapter, parse
 from .reading import Resolved, best_prefixes, resolve
 from .writing import metadata_for, write
 
@@ -117,7 +117,7 @@ def save_lycoris(
     inner = _base_model(model)
     root = next((f"{n}." for n, m in model.named_modules() if m is inner and n), "")
     own = {PEFT_PREFIX + k.removeprefix(root): t if dtype is None else t.to(dtype) for k, t in found.items()}
-    adapter = Adapter(config_of(model, adapter_name), own)
+    adapter = StoredAdapter(config_of(model, adapter_name), own)
     tensors = write(adapter, prefix, BaseLayers.of(inner), original=names == "original")
     write_tensors(tensors, check_output(file), {**metadata_for(adapter.config), **(metadata or {})})
 

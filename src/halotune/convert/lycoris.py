@@ -60,7 +60,7 @@ class LycorisFile:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class StoredAdapter:
     """A configuration and its tensors, under the keys of PEFT's files."""
 
     config: AdapterConfig

@@ -22,13 +22,13 @@ from ..engine.injection.targets import matches_suffix, shortest_suffixes
 from ..methods.lycoris_form import LycorisForm
 from ..methods.registry import Method
 from .base import BaseLayers
-from .lycoris import PEFT_PREFIX, Adapter, LycorisFile
+from .lycoris import PEFT_PREFIX, LycorisFile, StoredAdapter
 from .originals import Part
 from .rows import cut
 
 
 @dataclass(frozen=True)
-class Resolved(Adapter):
+class Resolved(StoredAdapter):
     """One adapter read from a LyCORIS file.
 
     Attributes:

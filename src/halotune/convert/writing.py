@@ -13,11 +13,11 @@ from ..core.errors import HalotuneError
 from ..methods.lycoris_form import LycorisForm
 from ..methods.registry import method_of, methods
 from .base import BaseLayers
-from .lycoris import PEFT_PREFIX, Adapter
+from .lycoris import PEFT_PREFIX, StoredAdapter
 from .rows import stack
 
 
-def write(adapter: Adapter, prefix: str, base: BaseLayers | None = None, original: bool = False) -> dict[str, Tensor]:
+def write(adapter: StoredAdapter, prefix: str, base: BaseLayers | None = None, original: bool = False) -> dict[str, Tensor]:
     """An adapter's tensors under LyCORIS' keys.
 
     Args:
