@@ -326,7 +326,7 @@ def test_attention_is_ours_alone(targets, arguments, tmp_path):
 
 @torch.no_grad()
 def test_peft_adds_the_output_projections_lora_twice():
-    """Why attention is refused for peft. Where this fails, peft has mended it."""
+    """Why attention is refused for peft. Where this fails, peft has fixed it."""
     plain = Attention()
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["attention"], init_lora_weights=False)
     model = peft.get_peft_model(copy.deepcopy(plain), config).eval()

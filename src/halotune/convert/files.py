@@ -118,10 +118,10 @@ def describe(adapter: StoredAdapter) -> str:
     """Method, modules, ranks, and whatever else differs from the method's defaults."""
     config, method = adapter.config, method_of(adapter.config.peft_type)
     paths = {key.split(f".{method.prefix}")[0] for key in adapter.tensors if f".{method.prefix}" in key}
-    ranks = Counter(config.at(path.removeprefix(PEFT_PREFIX)).r for path in paths)
-    shown = ", ".join(f"r = {r}" + (f" ({n} modules)" if len(ranks) > 1 else "") for r, n in ranks.most_common())
-    plain = type(config)().to_dict()
-    own = {k: v for k, v in config.to_dict().items() if k not in _BOOKKEEPING and v != plain.get(k)}
+    sizes = Counter(config.at(path.removeprefix(PEFT_PREFIX)).size for path in paths)
+    shown = ", ".join(f"{k} = {v}" + (f" ({n} modules)" if len(sizes) > 1 else "") for (k, v), n in sizes.most_common())
+    default, named = type(config)().to_dict(), {*_BOOKKEEPING, config.size[0]}
+    own = {k: v for k, v in config.to_dict().items() if k not in named and v != default.get(k)}
     return "; ".join([f"{method.peft_type}, {len(paths)} modules, {shown}", *(f"{k} = {v}" for k, v in sorted(own.items()))])
 
 

@@ -74,10 +74,10 @@ def _joined(form: LycorisForm, modules: Mapping[str, dict[str, Tensor]], base: B
 def metadata_for(config: AdapterConfig) -> dict[str, str]:
     """What user interfaces show of a file: kohya's names for rank, scale and method."""
     method = method_of(config.peft_type)
-    alpha = getattr(config, method.lycoris.alpha) if method.lycoris else config.r
+    alpha = getattr(config, method.lycoris.alpha) if method.lycoris else config.size[1]
     return {
         "ss_network_module": "lycoris.kohya",
-        "ss_network_dim": str(config.r),
+        "ss_network_dim": str(config.size[1]),
         "ss_network_alpha": str(alpha),
         "ss_network_args": json.dumps({"algo": method.peft_type.lower()}),
     }

@@ -71,7 +71,7 @@ class Base(Operator):
         return True
 
     def as_float(self, W: Tensor, dtype: torch.dtype) -> nn.Module:
-        """The plain layer with the weight `W (out, in)`, in place of a quantized one."""
+        """The plain layer with the weight `W (out, in)`, instead of a quantized one."""
         raise HalotuneError(
             f"{type(self.module).__name__} {self.shape} cannot be merged into floats: it holds no weight that is quantized and "
             "readable. Keep the adapter beside it."
