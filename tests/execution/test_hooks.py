@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from halotune.core.layer import AdaptedLayer
+
 from .cases import (
     Net,
     adapted,
@@ -121,3 +123,29 @@ class Recording(Net):
 def test_hooks_that_come_and_go_in_a_forward(method):
     model, reference = adapted(method, Recording)
     assert_agree(model, reference, sample())
+
+
+@every_method
+def test_parameters_that_are_whole_only_while_their_layer_runs(method):
+    """As ZeRO-3 shards them, after passes in which they were whole."""
+    model, reference = adapted(method)
+    x = sample(requires_grad=False)
+    with torch.no_grad():
+        assert_same([model(x)], [want := reference(x)])
+
+    def gather(layer, args) -> None:
+        for p in layer.adapters.parameters():
+            p.data = wholes[p]
+
+    def shard(layer, *args) -> None:
+        for p in layer.adapters.parameters():
+            p.data = p.new_empty(0)
+
+    wholes = {p: p.data for p in trained(model)}
+    for layer in [m for m in model.modules() if isinstance(m, AdaptedLayer)]:
+        shard(layer)
+        layer.register_forward_pre_hook(gather)
+        layer.register_forward_hook(shard)
+    with torch.no_grad():
+        for _ in range(2):
+            assert_same([model(x)], [want])

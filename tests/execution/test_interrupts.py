@@ -7,8 +7,10 @@ import pickle
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from halotune import get_peft_model_state_dict, set_peft_model_state_dict
+from halotune.core.layer import AdaptedLayer
 
 from .cases import adapted, assert_agree, assert_same, change, every_method, every_method_and_sped_up, inner, randomize, sample
 
@@ -96,3 +98,19 @@ def test_loading_merging_and_copying_after_it(method, way):
     way(model, x)
     set_peft_model_state_dict(model, best)
     assert_same([model.merge_and_unload()(x)], [want])
+
+
+@every_method
+def test_what_a_failed_backward_computed_again_is_dropped(method):
+    model, _ = adapted(method)
+    inner(model).run = lambda block, x: checkpoint(block, x, use_reentrant=False)
+    in_backward(model, sample())
+    prepared = [slot.prepared for slot in slots(model) if slot.prepared is not None]
+    assert prepared
+    with torch.no_grad():
+        model(sample())
+    assert not any(p.factors or p.adapted is not None for p in prepared)
+
+
+def slots(model):
+    return [a.slot for layer in model.modules() if isinstance(layer, AdaptedLayer) for a in layer.adapters.values()]

@@ -117,3 +117,17 @@ def test_parameters_frozen_in_turn(method):
         leaves = [*trained(model), x]
         want = step(lambda: reference(x), leaves)
         assert_same(step(lambda: model(x), leaves), want)
+
+
+@every_method
+def test_backward_under_autocast(method):
+    """A backward may be called inside of an autocast in which the forward was not."""
+    model, reference = adapted(method, lambda: Net(1), dtype=torch.float32, std=0.1)
+    parameters = trained(model)
+    want = torch.autograd.grad(reference(sample(dtype=torch.float32)).square().sum(), parameters)
+    y = model(sample(dtype=torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y.square().sum(), parameters)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype is torch.float32
+        assert float((a - b).norm() / b.norm()) < 0.05

@@ -79,3 +79,12 @@ def test_second_derivatives_with_a_scale(method):
     for way in WAYS:
         want = way(lambda x: reference(x, scale=0.5), parameters, x)
         assert_same(way(model, parameters, x), want, none_is_zero=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_second_derivatives_through_a_frozen_adapter(method):
+    model, reference = adapted(method, lambda: Critic(linear), ["first", "last"])
+    model.requires_grad_(False)
+    x = sample(5, WIDTH)
+    want = penalty_and_loss(reference, [], x)
+    assert_same(penalty_and_loss(model, [], x), want)

@@ -6,9 +6,12 @@ import io
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.utils.checkpoint import checkpoint
 
 from .cases import (
     METHODS,
+    Attention,
     Net,
     adapted,
     assert_agree,
@@ -85,3 +88,28 @@ def test_one_block_of_two_is_compiled():
     model, reference = adapted("hra")
     inner(model).blocks[1].compile(backend="eager", fullgraph=True)
     assert_agree(model, reference, sample(), passes=2)
+
+
+def as_transformers_does(model) -> None:
+    for block in inner(model).blocks:
+        block.gradient_checkpointing = True
+    inner(model).run = lambda block, x: checkpoint(block, x, use_reentrant=False)
+
+
+def by_wrappers(model) -> None:
+    apply_activation_checkpointing(inner(model), check_fn=lambda module: isinstance(module, Attention))
+
+
+@pytest.mark.parametrize("put", [as_transformers_does, by_wrappers], ids=lambda put: put.__name__)
+@pytest.mark.parametrize("method", ["hra", "lora"])
+def test_checkpoints_around_compiled_blocks(method, put):
+    """The compiler decides what to keep for backward; that must be the same when a block runs again."""
+    torch.compiler.reset()
+    model, reference = adapted(method)
+    leaves = [*trained(model), x := sample()]
+    want = step(lambda: reference(x), leaves)
+    for block in inner(model).blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    put(model)
+    for _ in range(2):
+        assert_same(step(lambda: model(x), leaves), want)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..ops.build import build_low_rank
-from ..ops.rounding import DROPPED, draw_noise, round_stochastically
+from ..ops.rounding import DROPPED, Dither, round_stochastically
 from .forms import Form, is_weight
 from .frozen_linear import low_rank_linear
 from .operator import Operator, WeightShape
@@ -148,6 +148,8 @@ class Adapter(nn.Module, ABC):
 
     # -- forward
 
+    alone = False  # whether its layer ran last outside of any pass
+
     def batch_key(self) -> Hashable:
         """Adapters of one class, with parameters of the same shapes and equal keys, prepare alike."""
         return self.shape
@@ -186,14 +188,24 @@ class Adapter(nn.Module, ABC):
             if (ready := slot.prepared) is not None and ready.serves(dtype, tensors, W, as_weight):
                 return ready
         if as_weight and W is not None:
-            made = prepare(Weights(self, dtype, [W], Dither() if self.training else None), [tensors])[0]
+            made = prepare(Weights(self, dtype, [W], self.dither(dtype)), [tensors])[0]
             return Prepared((), made[0], dtype, True, 0, ())
         return Prepared(prepare(self.prepares(dtype), [tensors])[0], None, dtype, True, 0, ())
 
-    def prepares(self, dtype: torch.dtype, dither: Dither | None = None) -> Factors:
+    def prepares(self, dtype: torch.dtype) -> Factors:
         """What makes the factors of all adapters like this one."""
-        by_chance = self.makes_weight and self.training
-        return Factors(self, dtype, Dither() if by_chance and dither is None else dither if by_chance else None)
+        return Factors(self, dtype, self.dither(dtype) if self.makes_weight else None)
+
+    def dither(self, dtype: torch.dtype) -> Dither | None:
+        """By what W' of this dtype is rounded stochastically: in half precision in training, not in evaluation.
+
+        A pass has a seed of its own for it, from before its first layer: what a checkpoint runs again then gets the same
+        noise, and the generator that gives it dropout's masks is left as it was.
+        """
+        if dtype not in DROPPED or not self.training or torch.compiler.is_compiling():
+            return None
+        running = None if is_transformed() else pass_of(self)
+        return Dither(None if running is None else running.seed(self))
 
     @abstractmethod
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
@@ -217,21 +229,6 @@ def usable(tensors: Tensors, dtype: torch.dtype) -> Tensors:
     """As kernels want them: in their dtype, and contiguous."""
     return tuple([t.to(dtype, memory_format=torch.contiguous_format).contiguous() for t in tensors])  # `to` alone leaves
     # what has the dtype already
-
-
-class Dither(dict[str, Tensor]):
-    """The noises of one preparation: drawn once, and the same when it is repeated."""
-
-    def round(self, tensors: Tensors, dtype: torch.dtype) -> Tensors:
-        """`usable` by chance, so that small changes of factors are not lost either."""
-        if dtype not in DROPPED:
-            return usable(tensors, dtype)
-        return tuple([round_stochastically(t.float(), self.noise(f"factor {i}", t), dtype) for i, t in enumerate(tensors)])
-
-    def noise(self, name: str, like: Tensor) -> Tensor:
-        if name not in self:
-            self[name] = draw_noise(like)
-        return self[name]
 
 
 class Factors(Preparation):
@@ -269,7 +266,7 @@ class Weights(Preparation):
             return (self.adapter.adapt(W, *usable(made, self.dtype)),)
         if self.adapter.makes_weight:  # from factors in the dtype of W, as when it is made layer by layer
             made = usable(made, self.dtype) if self.dither is None else self.dither.round(made, self.dtype)
-        noise = None if self.dither is None else self.dither.noise("W", W)
+        noise = None if self.dither is None else self.dither.noise(0, W)
         return (self.adapter.build(W, *made, noise=noise),)
 
     def pull(self, stacked: Tensors, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -353,10 +350,10 @@ class Dense(Adapter):
         return True
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
-        return weight_form(x, op, self, factors, scale, noisy=self.training)
+        return weight_form(x, op, self, factors, scale, self.dither(x.dtype))
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        return weight_form_linear(x, W, bias, self, *factors, noisy=self.training)
+        return weight_form_linear(x, W, bias, self, *factors, dither=self.dither(W.dtype))
 
 
 def add_low_rank(x: Tensor, dropped: Tensor, op: Operator, factors: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:

@@ -73,11 +73,13 @@ class _LowRankLinear(torch.autograd.Function):
             if dx is not None:
                 dx = add_unfolded(dx, dz_more, False) if A is None else torch.addmm(dx, dz_more, A)
             dz = None if dz is None else dz + dz_more
-        if A is None:
+        if not any(ctx.needs_input_grad[4:]):
+            dθ = [None] * len(θ)
+        elif A is None:
             dθ = torch.mm(z.t(), dy), None
         else:
             dθ = transposed_products(z, dy, dz, flattened(x))
-        if made is not None:
+        if made is not None and dθ[0] is not None:
             dθ = torch.autograd.grad(made, θ, dθ, create_graph=torch.is_grad_enabled())
         return (None if dx is None else unflattened(dx, x) if x is not None else dx.view(ctx.shape)), None, None, None, *dθ
 

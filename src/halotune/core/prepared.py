@@ -105,6 +105,10 @@ class Pass(Protocol):
         """
         ...
 
+    def seed(self, adapter: Any) -> int | None:
+        """Of the noise by which W' of this adapter is rounded; None draws it from torch's generator."""
+        ...
+
 
 class Scope(Protocol):
     """A model whose layers prepare together."""
@@ -125,8 +129,11 @@ SCOPES: WeakKeyDictionary[Any, ref[Scope]] = WeakKeyDictionary()  # of each adap
 def pass_of(adapter: Any) -> Pass | None:
     """The pass that is running in this thread; None where a layer is called by itself."""
     if LOCAL.running is not None:
+        adapter.__dict__["alone"] = False  # past nn.Module's slow way to set it
         return LOCAL.running
     if torch._C._current_graph_task_id() == -1:
+        adapter.__dict__["alone"] = True
+    if adapter.alone:  # and so it is when a checkpoint runs it again
         return None
     scope = SCOPES.get(adapter)  # a checkpoint runs its layers again, which on CUDA happens in a thread of autograd's
     found = None if scope is None else scope()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.rounding import DROPPED, draw_noise
+from ..ops.rounding import Dither
 from .frozen_linear import flattened, unflattened
 from .precision import compute_dtype
 from .prepared import is_transformed
@@ -110,11 +110,13 @@ class _WeightForm(torch.autograd.Function):
         return dx, dW, None, None, None, *dθ
 
 
-def weight_form(x: Tensor, op: Operator, adapter: WeightMap, θ: Tensors, scale: float = 1.0, noisy: bool = False) -> Tensor:
+def weight_form(
+    x: Tensor, op: Operator, adapter: WeightMap, θ: Tensors, scale: float = 1.0, dither: Dither | None = None
+) -> Tensor:
     """`op` applied to `x` with `W + scale (W' − W)`.
 
     Args:
-        noisy: round W' stochastically, where it is stored in half precision.
+        dither: by what W' is rounded stochastically; None rounds to nearest.
     """
     mapping = adapter if scale == 1.0 else Scaled(adapter, scale)
     x = x.to(compute_dtype(x))
@@ -123,15 +125,15 @@ def weight_form(x: Tensor, op: Operator, adapter: WeightMap, θ: Tensors, scale:
         return op.with_weight(x, mapping.adapt(W, *θ))
     x = op.pad(x)
     kept = None if op.transient and not W.requires_grad else W  # what is made for a call is made again, not kept
-    noise = draw_noise(W) if noisy and W.dtype in DROPPED else None
+    noise = None if dither is None else dither.noise(0, W)
     return op.add_bias(_WeightForm.apply(x, kept, None, (op, W, mapping), noise, *θ))  # type: ignore[arg-type]
 
 
 def weight_form_linear(
-    x: Tensor, W: Tensor, bias: Tensor | None, adapter: WeightMap, *θ: Tensor, noisy: bool = False
+    x: Tensor, W: Tensor, bias: Tensor | None, adapter: WeightMap, *θ: Tensor, dither: Dither | None = None
 ) -> Tensor:
     """`x W'ᵀ + b` for a frozen matrix W. W' is built, used and dropped, in forward and again in backward."""
-    noise = draw_noise(W) if noisy and W.dtype in DROPPED and not torch.compiler.is_compiling() else None
+    noise = None if dither is None else dither.noise(0, W)
     if not torch.is_grad_enabled():
         return F.linear(x, adapter.build(W, *θ, noise=noise), bias)
     return _WeightForm.apply(x, W, bias, (Matrix, W, adapter), noise, *θ)  # type: ignore[return-value]

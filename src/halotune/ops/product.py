@@ -40,7 +40,9 @@ def _add_product(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inpla
         z = torch.mm(a, A.t())
     if Q is None:
         return add_unfolded(b, z, inplace), z
-    return (b.addmm_(z, Q) if inplace else torch.addmm(b, z, Q)), z
+    if inplace and b.dtype is z.dtype is Q.dtype:  # autocast around a backward changes the products, and no operation in place
+        return b.addmm_(z, Q), z
+    return torch.addmm(b, z, Q), z
 
 
 def _transposed_products(z: Tensor, d: Tensor, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

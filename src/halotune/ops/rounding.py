@@ -9,15 +9,19 @@ sum of rounding errors has the variance of independent ones, for `out + in` rand
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # bits that fp32 has more
 
 
-def draw_noise(like: Tensor) -> Tensor:
-    """a and b for a weight `(…, out, in)`, as `(…, out + in)` int32, from torch's generator."""
-    return torch.randint(0, 1 << 16, (*like.shape[:-2], sum(like.shape[-2:])), dtype=torch.int32, device=like.device)
+def draw_noise(like: Tensor, seed: int | None = None) -> Tensor:
+    """a and b for a weight `(…, out, in)`, as `(…, out + in)` int32, from torch's generator; or from one of this seed."""
+    generator = None if seed is None else torch.Generator(like.device).manual_seed(seed)
+    size = *like.shape[:-2], sum(like.shape[-2:])
+    return torch.randint(0, 1 << 16, size, dtype=torch.int32, device=like.device, generator=generator)
 
 
 def round_stochastically(y: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
@@ -26,3 +30,25 @@ def round_stochastically(y: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor
     n_out = y.shape[-2]
     u = (noise[..., :n_out, None] + noise[..., None, n_out:]) & ((1 << k) - 1)
     return ((y.contiguous().view(torch.int32) + u) & -(1 << k)).view(torch.float32).to(dtype)
+
+
+class Dither:
+    """The noises by which one preparation is rounded: each is drawn once, and the same where it is repeated.
+
+    Args:
+        seed: of the noises; None draws them from torch's generator.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
+        self.drawn: dict[int, Tensor] = {}
+
+    def noise(self, i: int, like: Tensor) -> Tensor:
+        """The i-th, 0 being that of W'."""
+        if i not in self.drawn:
+            self.drawn[i] = draw_noise(like, None if self.seed is None else self.seed + i)
+        return self.drawn[i]
+
+    def round(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Factors in this dtype by chance, so that their small changes are not lost either."""
+        return tuple([round_stochastically(t.float(), self.noise(i, t), dtype) for i, t in enumerate(tensors, 1)])

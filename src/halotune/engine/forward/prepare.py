@@ -7,6 +7,7 @@ adapters' slots until the pass ends; each layer looks for itself whether it may 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Iterable
 from operator import is_
 from typing import Any, NamedTuple
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...core.adapter import Adapter, Dither, Weights
+from ...core.adapter import Adapter, Weights
 from ...core.forms import Form
 from ...core.layer import AdaptedLayer
-from ...core.prepared import LOCAL, SCOPES, Prepared, seen, stream_of
+from ...core.prepared import LOCAL, SCOPES, Prepared, is_transformed, seen, stream_of
 from ...core.recompute import Tensors, prepare
+from ...ops.rounding import DROPPED
 from .weight_cache import WeightCache
 
+SEEDS = 16  # of the noises of one adapter
 BUDGET = 2 * 2**30  # bytes for W' of all layers and its gradients, if nothing else is asked for
 
 
@@ -45,8 +48,20 @@ class Known(NamedTuple):
     """What was seen of an adapter's parameters: alike ones have equal keys."""
 
     tensors: Tensors
-    looks: list[tuple[torch.dtype, torch.device, bool]]
+    looks: list[tuple[torch.Size, torch.dtype, torch.device, bool]]
     key: Hashable
+
+
+class _Recomputing(threading.local):
+    """The last pass of this thread that a backward computed again. A backward that fails does not call back."""
+
+    task = -1
+    running: ForwardPass | None = None
+
+    def clear(self) -> None:
+        if self.running is not None:
+            self.running.clear()
+            self.running = None
 
 
 class Scope:
@@ -56,6 +71,7 @@ class Scope:
         self.cache = WeightCache()
         self.form: Form = "auto"
         self.budget = BUDGET
+        self.seed: int | None = None
         self._reset()
         self.handles = [
             model.register_forward_pre_hook(self._begin),
@@ -65,9 +81,10 @@ class Scope:
     def _reset(self) -> None:
         self.layers: list[AdaptedLayer] | None = None
         self.parents: list[nn.Module] = []
-        self.recomputing: tuple[int, ForwardPass] | None = None
+        self.local = _Recomputing()
         self.known: dict[Adapter, Known] = {}
-        self.dithers: dict[Hashable, Dither] = {}  # by which the last forward pass rounded
+        self.order: dict[Adapter, int] = {}
+        self.rounds = False  # whether some W' may be made in training
 
     def find(self, model: nn.Module) -> list[AdaptedLayer]:
         """The layers that prepare together."""
@@ -78,19 +95,26 @@ class Scope:
         matrices = [p for layer in self.layers if (p := getattr(layer.base_layer, "weight", None)) is not None]
         fits = 2 * sum([p.numel() * p.itemsize for p in matrices]) <= self.budget  # W', and the gradients that wait for it
         for layer in self.layers:
-            for adapter in layer.adapters.values():
+            adapters: Any = layer.adapters.values()
+            for adapter in adapters:
                 SCOPES[adapter] = ref(self)
-                adapter.form = self.form if fits else "activations"  # type: ignore[assignment]
+                self.order[adapter] = len(self.order)
+                adapter.form = self.form if fits else "activations"
+                self.rounds |= adapter.makes_weight or adapter.form != "activations"
+        self.rounds &= any([layer.base.dtype in DROPPED for layer in self.layers])
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():  # a whole model in one graph: layers prepare alone, and the compiler arranges it
             return
         if self.layers is None:
             self._look(model)
-        self.close()  # an earlier pass may have been interrupted past all hooks
-        LOCAL.running = running = ForwardPass(self, LOCAL.running)
-        if any([m._compiled_call_impl is not None or type(m).__name__ == "OptimizedModule" for m in self.parents]):
-            running.prepare_all()  # compiled code takes what is prepared, and cannot ask for it
+        self.close()  # an earlier pass may have been interrupted past all hooks,
+        if torch._C._current_graph_task_id() == -1:
+            self.local.clear()  # and an earlier backward
+        LOCAL.running = running = ForwardPass(self, LOCAL.running, self._draw_seed(model))
+        if torch.is_grad_enabled() and any([_is_compiled(m) for m in self.parents]):
+            if not any([_is_checkpointed(m) for m in self.parents]):  # else it finds nothing prepared when it runs again
+                running.prepare_all()  # compiled code takes what is prepared, and cannot ask for it
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -108,13 +132,24 @@ class Scope:
                 return
             running = running.outer
 
+    def _draw_seed(self, model: nn.Module) -> int | None:
+        """One for each pass in training in which W' may be rounded; None where there is none."""
+        if not model.training or is_transformed() or not (self.rounds or torch._C._is_any_autocast_enabled()):
+            return None
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
+        if torch.is_grad_enabled():
+            self.seed = seed  # for what its backward runs again
+        return seed
+
     def recomputation(self) -> ForwardPass:
         task = torch._C._current_graph_task_id()
-        if self.recomputing is None or self.recomputing[0] != task:
-            self.recomputing = task, ForwardPass(self, None)
+        local = self.local
+        if local.running is None or local.task != task:
+            local.clear()
+            local.task, local.running = task, ForwardPass(self, None, self.seed)
             engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
-            engine.queue_callback(self.recomputing[1].clear)
-        return self.recomputing[1]
+            engine.queue_callback(local.running.clear)
+        return local.running
 
     def cache_weights(self, budget: int) -> None:
         """Keep W' without gradients, up to a budget of bytes."""
@@ -141,14 +176,15 @@ class Scope:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.seed = None
         self._reset()
 
 
 class ForwardPass:
     """One pass of a scope in a thread."""
 
-    def __init__(self, scope: Scope, outer: Any) -> None:
-        self.scope, self.outer = scope, outer
+    def __init__(self, scope: Scope, outer: Any, seed: int | None) -> None:
+        self.scope, self.outer, self.first_seed = scope, outer, seed
         self.groups: dict[Hashable, list[Member]] | None = None
         self.keys: dict[Adapter, Hashable] = {}
         self.tried: set[Hashable] = set()
@@ -166,15 +202,19 @@ class ForwardPass:
         if members[0].layer.base.dtype is not dtype and not _is_autocast(members[0].tensors[0], dtype):
             return
         if as_weight:
-            self._prepare_weights(key, members, dtype)
+            self._prepare_weights(members, dtype)
             return
         adapted = self._kept_weights(key, members, dtype)
         rest = [m for m, W in zip(members, adapted, strict=True) if W is None]
         if len(rest) > 1:
-            factors = adapter.prepares(dtype, self._dither(key))
-            made = prepare(factors, [m.tensors for m in rest])
+            made = prepare(adapter.prepares(dtype), [m.tensors for m in rest])
             for member, factors in zip(rest, made, strict=True):
                 self._fill(member, factors, None, member.tensors, dtype)
+
+    def seed(self, adapter: Adapter) -> int | None:
+        if self.first_seed is None or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return None  # a captured step draws anew in every replay
+        return self.first_seed + SEEDS * self.scope.order.get(adapter, 0)
 
     def prepare_all(self) -> None:
         """For every adapter, in the dtype that its layer runs in."""
@@ -197,40 +237,32 @@ class ForwardPass:
             running = layer.running()
             for adapter in running:
                 tensors = adapter.tensors()
-                looks = [(t.dtype, t.device, t.requires_grad) for t in tensors]
+                looks = [(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors]
                 seen_before = known.get(adapter)
                 if seen_before is None or seen_before.looks != looks or not all(map(is_, seen_before.tensors, tensors)):
                     if not all([_is_at_hand(t) for t in tensors]):
                         self.keys.clear()
                         return {}
-                    key = type(adapter), adapter.batch_key(), layer.base.dtype, *[t.shape for t in tensors], *looks
+                    key = type(adapter), adapter.batch_key(), layer.base.dtype, *looks
                     known[adapter] = seen_before = Known(tensors, looks, key)
                 self.keys[adapter] = seen_before.key
                 groups.setdefault(seen_before.key, []).append(Member(layer, adapter, tensors, len(running) == 1))
         return groups
 
-    def _prepare_weights(self, key: Hashable, members: list[Member], dtype: torch.dtype) -> None:
+    def _prepare_weights(self, members: list[Member], dtype: torch.dtype) -> None:
         """W' of all of them, in training."""
         shapes: dict[torch.Size, list[tuple[Member, Tensor]]] = {}
         for member in members:
             if (W := member.plain(dtype)) is not None:
                 shapes.setdefault(W.shape, []).append((member, W))
-        for shape, pairs in shapes.items():
-            self._prepare_weights_of((key, shape), [m for m, _ in pairs], [W for _, W in pairs], dtype)
+        for pairs in shapes.values():
+            self._prepare_weights_of([m for m, _ in pairs], [W for _, W in pairs], dtype)
 
-    def _prepare_weights_of(self, key: Hashable, members: list[Member], matrices: list[Tensor], dtype: torch.dtype) -> None:
+    def _prepare_weights_of(self, members: list[Member], matrices: list[Tensor], dtype: torch.dtype) -> None:
         adapter = members[0].adapter
-        weights = Weights(adapter, dtype, matrices, self._dither(key) if adapter.training else None)
-        made = prepare(weights, [m.tensors for m in members])
+        made = prepare(Weights(adapter, dtype, matrices, adapter.dither(dtype)), [m.tensors for m in members])
         for member, W, (adapted,) in zip(members, matrices, made, strict=True):
             self._fill(member, (), adapted, (*member.tensors, W), dtype)
-
-    def _dither(self, key: Hashable) -> Dither:
-        """A new one; where a backward pass computes again, that of the last forward pass, so that it rounds as before."""
-        dithers = self.scope.dithers
-        if self.scope.recomputing is None or self.scope.recomputing[1] is not self or key not in dithers:
-            dithers[key] = Dither()
-        return dithers[key]
 
     def _kept_weights(self, key: Hashable, members: list[Member], dtype: torch.dtype) -> list[Tensor | None]:
         """W' of those members for which there is room in the cache."""
@@ -251,6 +283,7 @@ class ForwardPass:
         made_from = tuple(made_from)
         recorded, stream = torch.is_grad_enabled(), stream_of(made_from[0])
         member.adapter.slot.prepared = made = Prepared(factors, adapted, dtype, recorded, stream, seen(made_from))
+        vars(member.adapter)["alone"] = False
         self.filled.append(made)
 
     def clear(self) -> None:
@@ -260,11 +293,21 @@ class ForwardPass:
         self.filled, self.groups, self.keys = [], None, {}
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    """Whether transformers, or torch's `apply_activation_checkpointing`, runs the module in a checkpoint."""
+    return vars(module).get("gradient_checkpointing", False) or type(module).__name__ == "CheckpointWrapper"
+
+
 def _is_at_hand(t: Tensor) -> bool:
     """Whether a parameter may be read at any time: no part of a sharded, flat, offloaded or replicated one."""
     return (
         type(t) is nn.Parameter
         and not (t.is_meta or t.is_inference())
+        and t.numel() > 0
         and not (hasattr(t, "_fsdp_flattened") or hasattr(t, "ds_id"))
     )
 

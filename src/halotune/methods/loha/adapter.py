@@ -144,7 +144,7 @@ class LoHa(Dense):
         factors = (self._drop_rows(factors[0]), *factors[1:])
         if op.opaque or self._low_rank_for(x):
             return add_low_rank(x, x, op, ops.khatri_rao(*factors, s=self.scaling), scale)  # type: ignore[call-arg]
-        return weight_form(x, op, self, factors, scale, noisy=self.training)
+        return weight_form(x, op, self, factors, scale, self.dither(x.dtype))
 
     def _low_rank_for(self, x: Tensor) -> bool:
         tokens = x.numel() // (self.shape.in_channels * self.shape.groups)
@@ -221,7 +221,7 @@ class DecomposedLoHa(LoHa):
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         first, *others = factors
-        return weight_form(x, op, self, (self._drop_rows(first), *others), scale, noisy=self.training)
+        return weight_form(x, op, self, (self._drop_rows(first), *others), scale, self.dither(x.dtype))
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # which does not see into the gradients of autograd's own
