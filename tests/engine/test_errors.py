@@ -69,7 +69,7 @@ def in_a_subfolder(folder: Path) -> None:
 
 # damage done to the folder; the file that is named; the key; what the message says, its remedy last
 BAD_FILES = {
-    "missing tensor": (edit_weights(lambda t: t.pop(FIRST)), WEIGHTS, FIRST, "missing.*base model the one"),
+    "missing tensor": (edit_weights(lambda t: t.pop(FIRST)), WEIGHTS, FIRST, "missing.*base model that it was trained on"),
     "extra tensor": (
         edit_weights(lambda t: t.update(more=torch.ones(1))),
         WEIGHTS,

@@ -121,7 +121,7 @@ def _check_finite(file: Path, path: str, tensors: Mapping[str, Tensor]) -> None:
                 file,
                 "expected finite numbers, found NaN or infinity.",
                 key=f"{path}.{name}",
-                remedy="Get the file again, or train with a lower rate: training may have diverged.",
+                remedy="Get the file again: it is damaged, or its training diverged.",
             )
 
 

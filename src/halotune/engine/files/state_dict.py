@@ -261,7 +261,7 @@ def _fits(key: str, tensor: Tensor, target: Tensor, ignore_shape: bool, file: st
             file,
             f"{sizes}.",
             key=key,
-            remedy="Use the adapter_config.json, with its rank, and the base model that belong to this file.",
+            remedy="Use the rank in adapter_config.json and the base model that belong to this file.",
         )
     if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
         what = f"{tensor.dtype}" if not tensor.is_floating_point() else "values that are not finite"
@@ -269,7 +269,7 @@ def _fits(key: str, tensor: Tensor, target: Tensor, ignore_shape: bool, file: st
             file,
             f"expected finite floating-point numbers, found {what}.",
             key=key,
-            remedy="Get the file again, or train again with a lower rate.",
+            remedy="Get the file again: it is damaged, or its training diverged.",
         )
     return True
 
