@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "ops": set(),
     "methods": {"core", "ops"},
     "export": {"core"},
-    "engine": {"core", "export", "methods.registry"},
+    "engine": {"core", "ops", "export", "methods.registry"},
     "convert": {"core", "engine", "methods.registry", "methods.lycoris_form"},
     "quant": {"core"},
     "integrations": {"engine", "core", "methods.registry"},

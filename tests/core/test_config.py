@@ -190,11 +190,13 @@ def test_a_bad_entry_names_the_file(tmp_path):
         ("init_weights", "yes"),
         ("init_weights", None),
         ("task_type", "CAUSAL"),
-        ("peft_type", "OFT"),
+        ("peft_type", "VERA"),
     ],
     ids=repr,
 )
 def test_wrong_values_name_the_field(config, field, value):
+    if config().r == value:
+        pytest.skip("its size has another name")
     name = "(rank_pattern|a)" if field == "rank_pattern" else field
     with pytest.raises(HalotuneError, match=rf"{config.__name__}(\.|: ){name}"):
         config(**{field: value})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, OFTConfig, PeftModel, get_peft_model
 
 CONFIGS = {
     "hra": HRAConfig(r=4, target_modules="all-linear"),
@@ -17,6 +17,7 @@ CONFIGS = {
     "loha-dense": LoHaConfig(r=8, alpha=3, target_modules="all-linear"),
     "bone": BoneConfig(r=5, target_modules="all-linear"),
     "bat": BoneConfig(r=4, init_weights="bat", target_modules="all-linear"),
+    "oft": OFTConfig(oft_block_size=4, target_modules="all-linear"),
     "lora": LoraConfig(r=3, target_modules="all-linear"),
 }
 every = pytest.mark.parametrize("name", CONFIGS)

@@ -113,10 +113,10 @@ BAD_FILES = {
     "binary config": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), CONFIG, None, "as JSON.*get it again"),
     "unknown peft_type": (edit_config(peft_type="HRRA"), CONFIG, None, "peft_type.*'HRRA'. Did you mean HRA"),
     "peft_type of peft's other methods": (
-        edit_config(peft_type="OFT"),
+        edit_config(peft_type="VERA"),
         CONFIG,
         None,
-        "peft_type.*expected one of.*OFT",
+        "peft_type.*expected one of.*VERA",
     ),
     "no peft_type": (edit_config(peft_type=...), CONFIG, "peft_type", "missing.*adapter's folder"),
     "peft_type swapped to LORA": (

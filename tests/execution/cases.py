@@ -52,6 +52,7 @@ METHODS = {
     "loha-large": Method(definitions.LoHa(3 / 6), "LoHaConfig", {"r": 6, "alpha": 3}),
     "bone": Method(definitions.bone, "BoneConfig", {"r": 4}),
     "bat": Method(definitions.bat, "BoneConfig", {"r": 4, "init_weights": "bat"}),
+    "oft": Method(definitions.oft, "OFTConfig", {"r": 0, "oft_block_size": 4, "use_cayley_neumann": False}),
     "lora": Method(definitions.LoRA(5 / 3), "LoraConfig", {"r": 3, "lora_alpha": 5}),
 }
 SPED_UP = {

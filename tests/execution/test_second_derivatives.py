@@ -88,3 +88,15 @@ def test_second_derivatives_through_a_frozen_adapter(method):
     x = sample(5, WIDTH)
     want = penalty_and_loss(reference, [], x)
     assert_same(penalty_and_loss(model, [], x), want)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_second_derivatives_as_weights(method):
+    """W' of both layers in one node, whose backward is recorded."""
+    model, reference = adapted(method, lambda: Critic(linear), ["first", "last"])
+    model.set_adapter_form("weights")
+    parameters, x = trained(model), sample(5, WIDTH)
+    for way in WAYS:
+        want = way(reference, parameters, x)
+        for _ in range(2):
+            assert_same(way(model, parameters, x), want, none_is_zero=True)

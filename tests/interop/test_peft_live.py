@@ -91,6 +91,12 @@ CASES = {
     "bone-bias-only": Case("BoneConfig", {"r": 4, "bias": "bone_only", "target_modules": QV}),
     "miss": Case("MissConfig", {"r": 4, "target_modules": QV}),
     "miss-bat": Case("MissConfig", {"r": 8, "init_weights": "bat", "target_modules": QV}),
+    "oft": Case("OFTConfig", {"oft_block_size": 8, "target_modules": [*QV, "down_proj"]}),
+    "oft-terms": Case("OFTConfig", {"oft_block_size": 16, "num_cayley_neumann_terms": 3, "target_modules": QV}),
+    "oft-blocks": Case("OFTConfig", {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False, "target_modules": QV}),
+    "oft-shared": Case("OFTConfig", {"oft_block_size": 4, "block_share": True, "bias": "oft_only", "target_modules": QV}),
+    "oft-coft": Case("OFTConfig", {"oft_block_size": 4, "coft": True, "eps": 9.0, "target_modules": QV}),
+    "oft-conv": Case("OFTConfig", {"oft_block_size": 2, "target_modules": ["conv1x1", "fc"]}, "convnet"),
     "miss-mini": Case("MissConfig", {"r": 4, "mini_r": 4, "init_weights": "mini", "target_modules": QV}),
 }
 cases = pytest.mark.parametrize("case", [pytest.param(c, id=name) for name, c in CASES.items()])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, MissConfig, PeftModel, get_peft_model
+from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, MissConfig, OFTConfig, PeftModel, get_peft_model
 from halotune.core.adapter import Adapter
 from halotune.core.config import AdapterConfig
 from halotune.core.layer import AdaptedLayer
@@ -88,6 +88,12 @@ VARIANTS = [
     Variant("miss-mini-r7", MissConfig(r=7, mini_r=3, init_weights="mini", target_modules=["layer"]), 3),
     Variant("lora-r2", LoraConfig(r=2, lora_alpha=5, target_modules=["layer"]), 2),
     Variant("rslora-r3", LoraConfig(r=3, lora_alpha=4, use_rslora=True, target_modules=["layer"]), 3),
+    Variant("oft-b3", OFTConfig(oft_block_size=3, use_cayley_neumann=False, target_modules=["layer"]), None),
+    Variant("oft-neumann-b5", OFTConfig(oft_block_size=5, target_modules=["layer"]), None),
+    Variant("oft-shared-b3", OFTConfig(oft_block_size=3, block_share=True, target_modules=["layer"]), None),
+    Variant(
+        "coft-b3", OFTConfig(oft_block_size=3, coft=True, eps=1.5, use_cayley_neumann=False, target_modules=["layer"]), None
+    ),
 ]
 
 BASES = [

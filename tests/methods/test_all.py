@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from halotune import BoneConfig, HalotuneError, HRAConfig, LoHaConfig, LoraConfig, MissConfig, get_peft_model
+from halotune import BoneConfig, HalotuneError, HRAConfig, LoHaConfig, LoraConfig, MissConfig, OFTConfig, get_peft_model
 from halotune.core.layer import AdaptedLayer
 from halotune.core.operator import WeightShape
 from halotune.methods.registry import method_of, methods
@@ -20,6 +20,7 @@ OWN_BIASES = {
     "BONE": ["bone_only"],
     "MISS": ["MiSS_only", "bone_only"],
     "LORA": ["lora_only"],
+    "OFT": ["oft_only"],
 }
 
 EVERY = pytest.mark.parametrize("method", methods(), ids=lambda m: m.peft_type)
@@ -83,8 +84,10 @@ D, TOKENS = 256, 48
         BoneConfig(r=4, init_weights="bat"),
         MissConfig(r=4, mini_r=2, init_weights="mini"),
         LoraConfig(r=4),
+        OFTConfig(oft_block_size=16),
+        OFTConfig(oft_block_size=16, use_cayley_neumann=False),
     ],
-    ids=["hra", "hra-gs", "loha-low-rank", "loha-dense", "bone", "bat", "miss-mini", "lora"],
+    ids=["hra", "hra-gs", "loha-low-rank", "loha-dense", "bone", "bat", "miss-mini", "lora", "oft-neumann", "oft"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_nothing_as_large_as_the_weight_is_kept_for_backward(config, dtype):

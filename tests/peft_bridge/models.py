@@ -27,9 +27,12 @@ LLAMA: dict[str, Any] = {
     "hra": lambda **kwargs: peft.HRAConfig(**{"r": 4, "target_modules": QV, **kwargs}),
     "loha": lambda **kwargs: peft.LoHaConfig(**{"r": 3, "alpha": 5, "target_modules": QV, **kwargs}),
     "miss": lambda **kwargs: peft.MissConfig(**{"r": 4, "target_modules": QV, **kwargs}),
+    "oft": lambda **kwargs: peft.OFTConfig(**{"oft_block_size": 4, "target_modules": QV, **kwargs}),
     "bat": lambda **kwargs: peft.MissConfig(**{"r": 8, "init_weights": "bat", "target_modules": QV, **kwargs}),
 }
 every = pytest.mark.parametrize("config", [pytest.param(c, id=name) for name, c in LLAMA.items()])
+# peft's OFT has an order of its own for several active adapters
+in_order = pytest.mark.parametrize("config", [pytest.param(c, id=name) for name, c in LLAMA.items() if name != "oft"])
 
 
 def live(config: Any, kind: str | nn.Module = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

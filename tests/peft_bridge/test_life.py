@@ -14,7 +14,7 @@ from halotune import HalotuneError
 from halotune.integrations.peft_bridge.layer import FastLayer
 
 from ..interop.models import base, error, inputs, output, randomize
-from .models import LLAMA, MLP, QV, Single, calm, every, fast_layers, live, pair, peft, same, tensors, two
+from .models import LLAMA, MLP, QV, Single, calm, every, fast_layers, in_order, live, pair, peft, same, tensors, two
 
 pytestmark = calm
 
@@ -27,7 +27,7 @@ def by_peft(model: Any) -> torch.Tensor:
     return output(halotune.slow_down(copy.deepcopy(model)))
 
 
-@every
+@in_order
 def test_an_adapter_on_other_modules_is_covered(config: Any) -> None:
     model = halotune.speed_up(live(config()))
     model.add_adapter("b", config(target_modules=["q_proj", "o_proj"]))
@@ -65,7 +65,7 @@ def test_loading_without_memory_and_speeding_up_at_once(config: Any, tmp_path) -
     assert error(output(empty), output(other)) < 1e-5
 
 
-@every
+@in_order
 def test_switching_several_and_deleting(config: Any) -> None:
     theirs, ours = pair(two(config))
     seen = []
@@ -127,7 +127,7 @@ def test_modules_to_save(config: Any) -> None:
 # -- merging
 
 
-@every
+@in_order
 @pytest.mark.parametrize("safe", [True, False])
 def test_merging_and_unmerging(config: Any, safe: bool) -> None:
     model = halotune.speed_up(two(config))
@@ -150,7 +150,7 @@ def test_merging_and_unmerging(config: Any, safe: bool) -> None:
         model.unmerge_adapter()
 
 
-@every
+@in_order
 def test_merged_one_after_the_other(config: Any) -> None:
     model = two(config)
     model.base_model.set_adapter(["default", "b"])
@@ -165,7 +165,7 @@ def test_merged_one_after_the_other(config: Any) -> None:
     assert same(tensors(model), state)
 
 
-@every
+@in_order
 def test_merged_by_peft_before(config: Any) -> None:
     """What we merge on top of it is taken out exactly, and then peft unmerges its own."""
     model = two(config)

@@ -15,7 +15,7 @@ import halotune
 from halotune import HalotuneError
 
 from ..interop.models import base, error, inputs, output, randomize
-from .models import LLAMA, Single, calm, every, live, pair, peft, same, tensors, two
+from .models import LLAMA, Single, calm, every, in_order, live, pair, peft, same, tensors, two
 
 pytestmark = calm
 
@@ -51,6 +51,30 @@ def test_hra_on_convolutions(kwargs: dict[str, Any], message: str) -> None:
     assert len(said) == 1 and message in said[0] and "layer" in said[0]
     assert error(model(x), merged(x)) < 1e-5
     assert not heard(lambda: halotune.speed_up(hra_conv(**kwargs))(x))  # once
+
+
+def test_oft_on_convolutions() -> None:
+    """Those with a kernel are as the merged weight says; peft adds patches where they overlap."""
+    model, x = (
+        live(peft.OFTConfig(oft_block_size=6, target_modules=["layer"]), Single(nn.Conv2d(2, 5, 3))),
+        torch.randn(2, 2, 9, 8),
+    )
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert error(model(x), merged(x)) > 1e-2
+    said = heard(lambda: halotune.speed_up(model)(x))
+    assert len(said) == 1 and "overlapping patches" in said[0]
+    assert error(model(x), merged(x)) < 1e-5
+
+
+def test_the_order_of_two_oft_adapters() -> None:
+    """It is the order in which they would be merged."""
+    model = two(LLAMA["oft"])
+    model.base_model.set_adapter(["default", "b"])
+    merged, wrong = copy.deepcopy(model).merge_and_unload(adapter_names=["default", "b"]), output(model)
+    assert error(wrong, output(merged)) > 1e-2
+    said = heard(lambda: halotune.speed_up(model))
+    assert len(said) == 1 and "order opposite" in said[0]
+    assert error(output(model), output(merged)) < 1e-5
 
 
 @pytest.mark.parametrize("mode", ["reflect", "circular", "replicate"])
@@ -142,7 +166,7 @@ def test_disabled_while_merged_in_half_precision(config: Any) -> None:
     assert not heard(disabled)
 
 
-@every
+@in_order
 def test_one_of_two_merged(config: Any) -> None:
     model = two(config)
     model.base_model.set_adapter(["default", "b"])

@@ -130,8 +130,10 @@ VARIANTS = [
     *(v for v in FLOAT_VARIANTS if not v.needs_kernel),
     Variant("loha-r16", LoHaConfig(r=16, alpha=4, target_modules=["layer"]), 256, dense=True),
 ]
-NEED_WEIGHT = {v.name for v in VARIANTS if v.name == "loha-r16" or v.rank is None}  # at this size, for these inputs
-ONE_EACH = [v for v in VARIANTS if v.name in ("hra-r4", "loha-r5", "bone-r7", "bat-r3", "miss-mini-r7", "lora-r2")]
+NEED_WEIGHT = {
+    v.name for v in VARIANTS if v.name == "loha-r16" or (v.rank is None and v.dense)
+}  # at this size, for these inputs
+ONE_EACH = [v for v in VARIANTS if v.name in ("hra-r4", "loha-r5", "bone-r7", "bat-r3", "miss-mini-r7", "lora-r2", "oft-b3")]
 
 
 @dataclass(frozen=True)

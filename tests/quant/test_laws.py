@@ -72,7 +72,7 @@ def test_training_after_evaluation_is_as_before(case: Case):
 @pytest.mark.parametrize("reading", ["forward", "backward"])
 @grid()
 def test_who_reads_the_weight(case: Case, reading, monkeypatch):
-    """HRA, Bone, LoRA and low-rank LoHa call the layer as it is, and nothing else."""
+    """HRA, OFT, Bone, LoRA and low-rank LoHa call the layer as it is, and nothing else."""
     layer, x = case.layer(), case.input(requires_grad=True)
     kind = type(layer.base)
     if reading == "backward":

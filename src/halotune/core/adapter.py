@@ -283,19 +283,34 @@ class Weights(Preparation):
 class Rotation(Adapter):
     """`W' = W Q`: the input is rotated, then meets the base as it is."""
 
+    module_dropout: float = 0.0
+
     @abstractmethod
     def rotate(self, x: Tensor, *factors: Tensor) -> Tensor:
         """`x Qᵀ` over the last dimension, in the dtype of `x`."""
 
+    def drop(self, *factors: Tensor) -> Tensors:
+        """The factors of a rotation of which each part is left out with the chance `module_dropout`."""
+        return factors
+
+    @property
+    def dropout(self) -> float:
+        return self.module_dropout
+
+    def reads_weight(self, op: Operator) -> bool:
+        return not op.shape.is_linear
+
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
+        if self.training and self.module_dropout:
+            factors = self.drop(*factors)
         if not op.shape.is_linear:  # patches of an image cannot be rotated before they are cut
             return self.run_on_patches(x, op, factors, scale)
         rotated = self.rotate(x, *factors)
         return op(rotated if scale == 1.0 else torch.lerp(x, rotated, scale))
 
-    @abstractmethod
     def run_on_patches(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
-        """`run` for a convolution."""
+        """`run` for a convolution. Where `Q − I` is of low rank there may be a cheaper way than W'."""
+        return weight_form(x, op, self, factors, scale, self.dither(x.dtype))
 
 
 class LowRank(Adapter):

@@ -5,3 +5,4 @@ from .bone import MissConfig as MissConfig
 from .hra import HRAConfig as HRAConfig
 from .loha import LoHaConfig as LoHaConfig
 from .lora import LoraConfig as LoraConfig
+from .oft import OFTConfig as OFTConfig

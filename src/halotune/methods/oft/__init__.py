@@ -1,0 +1,20 @@
+"""OFT: orthogonal fine-tuning."""
+
+from ..registry import Kind, Method, register
+from .adapter import OFT
+from .config import OFTConfig
+from .from_peft import FROM_PEFT
+
+METHOD = register(
+    Method(
+        "OFT",
+        "oft_",
+        OFTConfig,
+        (OFT,),
+        OFT.create,
+        {"OFT": Kind(2e-3, lambda b: {"oft_block_size": b})},
+        from_peft=FROM_PEFT,
+    )
+)
+
+__all__ = ["METHOD", "OFT", "OFTConfig"]
