@@ -5,16 +5,7 @@ from .adapter import OFT
 from .config import OFTConfig
 from .from_peft import FROM_PEFT
 
-METHOD = register(
-    Method(
-        "OFT",
-        "oft_",
-        OFTConfig,
-        (OFT,),
-        OFT.create,
-        {"OFT": Kind(2e-3, lambda b: {"oft_block_size": b})},
-        from_peft=FROM_PEFT,
-    )
-)
+KINDS = {"OFT": Kind(2e-3, lambda b: {"oft_block_size": b})}
+METHOD = register(Method("OFT", "oft_", OFTConfig, (OFT,), OFT.create, KINDS, from_peft=FROM_PEFT))
 
 __all__ = ["METHOD", "OFT", "OFTConfig"]
