@@ -15,7 +15,7 @@ from .integrations import peft_types as _peft  # noqa: F401  (lets other librari
 from .integrations.peft_bridge import slow_down, speed_up
 from .methods.registry import kinds as _kinds
 
-# By kind of adapter; measured on the demo's task.
+# By kind of adapter.
 DEFAULT_LEARNING_RATES: dict[str, float] = {name: kind.learning_rate for name, (_, kind) in _kinds().items()}
 
 __all__ = [
