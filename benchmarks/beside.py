@@ -48,7 +48,7 @@ class Case:
     """One table.
 
     Attributes:
-        title: what stands above it; `--only` looks into it.
+        title: its heading; `--only` looks into it.
         contenders: `frozen`, or `ours|peft:method-rRANK`.
         job: what a worker has to know beside the contender.
         once: one round is enough: nothing is timed.
@@ -273,13 +273,13 @@ def summary(times: list[float]) -> dict[str, float] | None:
 def figures(row: Row, rows: list[Row]) -> dict[str, Any]:
     """All that a table or the file says of a row; `to_frozen` and `to_other` are ratios of minima and of medians."""
     bare = [r for r in rows if r.contender == "frozen"]
-    twin = [r for r in rows if (r.worker, r.contender) == (OTHER, row.contender) and row.worker == THIS]
+    counterpart = [r for r in rows if (r.worker, r.contender) == (OTHER, row.contender) and row.worker == THIS]
     measures = {}
     for measure in row.rounds:
         own = summary(row.times(measure))
         assert own is not None
         measures[measure] = {**own, "rounds": len(row.rounds[measure])}
-        for name, group in {"to_frozen": bare, "to_other": twin}.items():
+        for name, group in {"to_frozen": bare, "to_other": counterpart}.items():
             reference = summary([t for r in group for t in r.times(measure)])
             measures[measure][name] = reference and {k: own[k] / reference[k] for k in ("min", "median")}
     launches = min((r.launches for r in bare if r.launches is not None), default=None)

@@ -34,7 +34,7 @@ def main(
     config = HRAConfig(
         r=8,
         target_modules=["conv1", "conv2"],  # the stem, and two of the three convolutions of each block
-        modules_to_save=["fc"],  # the output layer is new, so it is trained whole
+        modules_to_save=["fc"],  # the output layer is new, so it is fully fine-tuned
         apply_GS=True,
         init_weights=True,
     )

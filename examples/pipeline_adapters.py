@@ -46,13 +46,13 @@ def train(pipe: StableDiffusionPipeline, images: list[Image.Image], prompt: str,
 
 
 def paint(pipe: StableDiffusionPipeline, folder: Path, prompt: str, inference_steps: int) -> None:
-    """Load the adapter into another pipeline, and paint with it at several strengths, always from the same noise."""
+    """Load the adapter into another pipeline, and paint with it at several scales, always from the same noise."""
     adapters = PipelineAdapters(pipe)
     adapters.load(folder)
-    for strength in (0.0, 0.5, 1.0):
-        adapters.set("subject", strength)
+    for scale in (0.0, 0.5, 1.0):
+        adapters.set("subject", scale)
         picture = pipe(prompt, num_inference_steps=inference_steps, generator=torch.Generator().manual_seed(0)).images[0]
-        picture.save(folder / f"strength-{strength}.png")
+        picture.save(folder / f"scale-{scale}.png")
     adapters.fuse()  # as fast as without adapters; unfuse() restores the weights bit for bit
     pipe.save_pretrained(folder / "fused")  # a plain pipeline
     adapters.unfuse()
@@ -66,7 +66,7 @@ def main(
     steps: int = 400,
     inference_steps: int = 25,
 ) -> list[float]:
-    """The loss before each step. `output` holds the adapter, a picture for each strength, and a pipeline with it fused."""
+    """The loss before each step. `output` holds the adapter, a picture for each scale, and a pipeline with it fused."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     files = sorted(f for f in Path(images).iterdir() if f.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"})
     pipe = StableDiffusionPipeline.from_pretrained(model).to(device)

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 import halotune
+from halotune.engine.model import PeftModel
+from halotune.engine.tuner import AdapterModel
+from halotune.methods.registry import kinds, methods
 
 ROOT = Path(halotune.__file__).parent
 MODULE_NAME = re.compile(r"halotune(\.\w+)+")  # a text that is one names a module to be imported
@@ -35,7 +38,8 @@ ALLOWED: dict[str, set[str] | None] = {
     "cli": None,
     "__main__": {"cli"},
     "api": None,
-    "__init__": {"api"},
+    "compat": {"core", "engine", "methods.registry"},
+    "__init__": {"api", "compat", "methods", "methods.registry"},
 }
 THIRD_PARTY = {"torch", "safetensors", "typing_extensions"}
 
@@ -139,3 +143,85 @@ def test_importing_is_cheap():
         assert not heavy
         seconds.append(float(measured))
     assert min(seconds) < 0.3
+
+
+# Where code may name a method: the format `lora` and what other programs call theirs, and what is chosen by hand.
+NAMED: dict[str, set[str]] = {
+    "bench/config.py": {"hra", "loha", "bone", "bat", "lora"},  # presets
+    "bench/rows.py": {"lora"},
+    "bench/report.py": {"lora"},
+    "demo/methods.py": {"hra", "loha", "bone", "bat", "lora"},
+    "demo/report.py": {"hra", "loha", "bone", "bat", "lora"},
+    "engine/model.py": {"bone", "miss", "lora"},  # save_pretrained(bone_as_miss=True), export("lora")
+    "engine/tuner.py": {"bone", "miss", "lora"},
+    "integrations/diffusers/pipeline.py": {"bone", "miss"},
+    "integrations/diffusers/models.py": {"lora"},  # diffusers' own methods
+    "engine/weights/combine.py": {"lora"},
+    "engine/files/export.py": {"lora"},
+    "engine/files/state_dict.py": {"lora"},  # kohya's names
+    "convert": {"lora"},
+    "export": {"lora"},
+    "cli/export.py": {"lora"},
+    "cli/main.py": {"lora"},
+    "cli/convert.py": {"bone", "miss", "lora"},  # examples in the help
+}
+
+
+def code_texts(file: Path) -> Iterator[str]:
+    """Identifiers and strings of a file, without docstrings."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        for name, value in ast.iter_fields(node):
+            if isinstance(value, str) and name != "type_comment" and id(node) not in docs:
+                yield value
+            if isinstance(node, (ast.Global, ast.Nonlocal)) and isinstance(value, list):
+                yield from value
+
+
+def test_methods_are_named_in_their_folders_alone():
+    names = {"oft", *(m.peft_type.lower() for m in methods()), *(name.lower() for name in kinds())}
+    word = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(names))})(?![a-z]|[A-Z]+\b)")
+    found: dict[str, set[str]] = {}
+    for file in (f for f in files() if part_of(f) != "methods"):
+        path = file.relative_to(ROOT).as_posix()
+        allowed = set().union(*(words for place, words in NAMED.items() if f"{path}/".startswith(f"{place}/")))
+        texts = (text.replace("lycoris-lora", "") for text in code_texts(file))
+        found[path] = {w.lower() for text in texts for w in word.findall(text)} - allowed
+    wrong = {path: words for path, words in found.items() if words}
+    assert not wrong, "what is a method's own belongs into its folder, or into the registry"
+
+
+def test_the_named_are_still_named():
+    """An exception that nothing needs any more is deleted."""
+    for place, words in NAMED.items():
+        texts = " ".join(
+            t for f in files() if f"{f.relative_to(ROOT).as_posix()}/".startswith(f"{place}/") for t in code_texts(f)
+        )
+        assert all(w in texts.lower() for w in words), place
+
+
+def test_what_an_adapter_model_has_a_peft_model_has():
+    """As methods of its own, which type checkers and editors see."""
+    internal = {"prefix", "tuner_layer_cls", "target_module_mapping"}
+    own = {name for name in vars(AdapterModel) if not name.startswith("_")} - internal
+    missing = [name for name in sorted(own) if name not in vars(PeftModel)]
+    assert not missing
+    assert all(getattr(PeftModel, name).__doc__ for name in own if name not in ("peft_config", "active_adapter"))
+
+
+def test_the_names_in_front_are_few_and_the_others_are_there():
+    assert len(halotune.__all__) < 25
+    others = [
+        "PeftModelForCausalLM",
+        "AutoPeftModelForCausalLM",
+        "PeftType",
+        "AdapterConfig",
+        *(f"{n}Model" for n in ("HRA", "LoHa")),
+    ]
+    assert all(hasattr(halotune, name) and name not in halotune.__all__ for name in others)
+
+
+def test_the_package_runs_as_a_module():
+    out = subprocess.run([sys.executable, "-m", "halotune", "--version"], capture_output=True, text=True, check=True).stdout
+    assert out == f"halotune {halotune.__version__}\n"

@@ -1,7 +1,8 @@
 """halotune: HRA, LoHa and Bone/BAT adapters, as cheap as LoRA, under PEFT's API and file formats.
 
-The names are those of `halotune.api`, which needs torch: it is imported with the first of them that is asked for, so that
-`halotune --help` answers at once.
+`__all__` has the names of `halotune.api` and the methods' configurations; those of `halotune.compat` and the methods' model
+classes (`HRAModel` …) can be imported as well. They need torch, which is imported with the first of them that is asked for,
+so that `halotune --help` answers at once.
 """
 
 from importlib import import_module
@@ -11,16 +12,23 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .api import *  # noqa: F403  (it has an __all__)
-    from .api import __all__ as __all__
+    from .compat import *  # noqa: F403
+    from .methods import *  # noqa: F403  (the configurations)
 else:  # out of a type checker's sight, which would take any misspelt name for good
 
+    def _public():
+        api, compat = import_module(".api", __name__), import_module(".compat", __name__)
+        methods = import_module(".methods.registry", __name__).methods()
+        front = {name: getattr(api, name) for name in api.__all__} | {m.config.__name__: m.config for m in methods}
+        others = {name: getattr(compat, name) for name in compat.__all__} | compat.MODELS
+        return {"__all__": sorted(front), **front, **others}
+
     def __getattr__(name):
-        if name == "__all__" or not name.startswith("__"):  # the others are asked for by Python's own machinery
-            api = import_module(".api", __name__)
-            globals().update({public: getattr(api, public) for public in api.__all__}, __all__=api.__all__)
+        if name == "__all__" or not name.startswith("_"):  # the others are asked for by Python's own machinery
+            globals().update(_public())
         if name not in globals():
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return globals()[name]
 
     def __dir__():
-        return sorted({*globals(), *import_module(".api", __name__).__all__})
+        return sorted({*globals(), *_public()})

@@ -234,13 +234,13 @@ def test_copies_are_their_own(method: str, copied):
     plain, qkv = frozen(Block()), inputs([(5, 3, 6)])
     model = adapted(plain, default=config(method, ["attn"]))
     y = model(*qkv)[0]
-    twin = copied(model)
-    assert torch.equal(twin(*qkv)[0], y)
-    assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
-    twin.merge_adapter()
-    for p in twin.parameters():
+    duplicate = copied(model)
+    assert torch.equal(duplicate(*qkv)[0], y)
+    assert not {id(p) for p in duplicate.parameters()} & {id(p) for p in model.parameters()}
+    duplicate.merge_adapter()
+    for p in duplicate.parameters():
         p.zero_()
-    assert torch.equal(model(*qkv)[0], y) and differ(twin(*qkv)[0], y)
+    assert torch.equal(model(*qkv)[0], y) and differ(duplicate(*qkv)[0], y)
     model.merge_adapter()  # the original writes to its own weights still
     close(model.merge_and_unload()(*qkv)[0], y)
 

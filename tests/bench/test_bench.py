@@ -306,7 +306,7 @@ def test_runs_are_added_to_the_file_and_nothing_else_is_overwritten(capsys: pyte
     ("arguments", "said"),
     [
         pytest.param(["stepp"], ["stepp", "step"], id="kind"),
-        pytest.param(["step", "--contenders", "ours:dora-r8"], ["'ours:dora-r8'", "frozen", "peft:{hra"], id="method"),
+        pytest.param(["step", "--contenders", "ours:dora-r8"], ["'ours:dora-r8'", "frozen", "peft:{bone"], id="method"),
         pytest.param(["step", "--contenders", "ours:hra"], ["'ours:hra'", "r8"], id="no-rank"),
         pytest.param(["step", "--contenders", ""], ["''"], id="nobody"),
         pytest.param(["step", "--model", "gpt-9"], ["gpt-9", "llama-3b"], id="model"),
@@ -325,7 +325,7 @@ def test_bad_input_is_one_line_and_status_2(arguments: list[str], said: list[str
 
 
 def test_a_captured_step_reads_each_batch_where_the_first_was(monkeypatch):
-    """With stand-ins for a GPU's streams and graphs: what is captured runs on one place, into which batches are copied."""
+    """With substitutes for a GPU's streams and graphs: what is captured runs on one place, into which batches are copied."""
     seen: list[list[float]] = []
 
     class Graph:

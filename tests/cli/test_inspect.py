@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from halotune import HRAConfig, LoHaConfig, get_peft_model
-from halotune.cli.loading import Base, Saved
+from halotune.cli.loading import BaseModel, Saved
 from halotune.cli.main import main
 from halotune.core.errors import AdapterFileError, HalotuneError
 from halotune.core.layer import AdaptedLayer
@@ -52,8 +52,8 @@ def numbers(layer: Figures) -> dict[str, Any]:
     return {k: v for k, v in layer.to_dict().items() if isinstance(v, (float, int))}
 
 
-def entropy_rank(σ: Tensor) -> float:
-    p = [s / float(σ.sum()) for s in σ.tolist()]
+def entropy_rank(values: Tensor) -> float:
+    p = [s / float(values.sum()) for s in values.tolist()]
     return math.exp(-sum(x * math.log(x) for x in p if x > 0))
 
 
@@ -64,20 +64,20 @@ def test_figures_are_those_of_the_dense_delta(case: Case, tmp_path: Path) -> Non
     saved, layer = saved_on(tmp_path, module, case.variant.config)
     fresh = case.module()
     fresh.load_state_dict(original)
-    (found,) = measure(saved, Base("here", Model(fresh)))
+    (found,) = measure(saved, BaseModel("here", Model(fresh)))
 
-    W, Δ = dense(layer)
-    σ = torch.linalg.svdvals(Δ)
+    W, delta = dense(layer)
+    values = torch.linalg.svdvals(delta)
     assert (found.path, found.kind, found.shape) == ("layer", type(module).__name__, tuple(matrix(module).shape))
     assert found.rank == (case.variant.config.r or layer.adapters["default"].rank)
     assert found.weight_norm == pytest.approx(float(W.norm()))
-    assert found.delta_norm == pytest.approx(float(Δ.norm()))
-    assert found.relative == pytest.approx(float(Δ.norm() / W.norm()))
+    assert found.delta_norm == pytest.approx(float(delta.norm()))
+    assert found.relative == pytest.approx(float(delta.norm() / W.norm()))
     if case.variant.rank is None:
         assert found.spectral_norm is None and found.effective_rank is None
     else:
-        assert found.spectral_norm == pytest.approx(float(σ[0]))
-        assert found.effective_rank == pytest.approx(entropy_rank(σ), rel=1e-4)
+        assert found.spectral_norm == pytest.approx(float(values[0]))
+        assert found.effective_rank == pytest.approx(entropy_rank(values), rel=1e-4)
 
     if registry.method_of(case.variant.config.peft_type).measures is None:
         with pytest.raises(HalotuneError, match="Give it with --base"):
@@ -102,12 +102,12 @@ def test_hra_angles_are_those_of_the_dense_rotation(r: int, gram_schmidt: bool, 
     saved, layer = saved_on(tmp_path, nn.Linear(7, 5), config)
     (found,) = measure(saved, None)
     Q = layer.adapters["default"].double().weight(torch.eye(7, dtype=torch.float64)).detach()
-    λ = torch.linalg.eigvals(Q)
-    θ = torch.atan2(λ.imag.abs(), λ.real).rad2deg().sort().values
+    eigenvalues = torch.linalg.eigvals(Q)
+    every = torch.atan2(eigenvalues.imag.abs(), eigenvalues.real).rad2deg().sort().values
     angles = torch.tensor(found.own["angles"], dtype=torch.float64)
     assert len(angles) == min(r, 7)
-    torch.testing.assert_close(angles, θ[-len(angles) :], atol=1e-5, rtol=0)
-    assert (θ[: -len(angles)] < 1e-4).all()
+    torch.testing.assert_close(angles, every[-len(angles) :], atol=1e-5, rtol=0)
+    assert (every[: -len(angles)] < 1e-4).all()
     assert found.own["rotation"] == pytest.approx(float((Q - torch.eye(7)).norm()))
     Û = nn.functional.normalize(layer.adapters["default"].hra_u.detach(), dim=0)
     assert found.own["orthogonality_gap"] == pytest.approx(float((Û.T @ Û - torch.eye(r)).norm()))
@@ -117,15 +117,15 @@ def test_hra_angles_are_those_of_the_dense_rotation(r: int, gram_schmidt: bool, 
 def test_an_untrained_adapter_does_nothing(config: Any, tmp_path: Path) -> None:
     module = nn.Linear(9, 8)
     saved, _ = saved_on(tmp_path, module, config, trained=False)
-    (found,) = measure(saved, Base("here", Model(nn.Linear(9, 8))))
+    (found,) = measure(saved, BaseModel("here", Model(nn.Linear(9, 8))))
     assert found.delta_norm == found.relative == found.spectral_norm == found.effective_rank == 0
     assert all(value < 1e-6 for key, value in found.own.items() if key in ("largest_angle", "rotation"))
 
 
 def test_factors_of_high_rank_are_not_decomposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved, layer = saved_on(tmp_path, nn.Linear(9, 8), LoHaConfig(r=3, target_modules=["layer"]))
-    monkeypatch.setattr(figures, "THIN", 8)
-    (found,) = measure(saved, Base("here", Model(nn.Linear(9, 8))))
+    monkeypatch.setattr(figures, "MAX_FACTOR_RANK", 8)
+    (found,) = measure(saved, BaseModel("here", Model(nn.Linear(9, 8))))
     assert found.effective_rank is None
     assert found.delta_norm == pytest.approx(float(dense(layer)[1].norm()))
 
@@ -134,7 +134,7 @@ def test_a_method_without_measures_of_its_own(tmp_path: Path, monkeypatch: pytes
     saved, _ = saved_on(tmp_path, nn.Linear(9, 8), HRAConfig(r=4, target_modules=["layer"]))
     whole = registry.method_of("HRA")
     monkeypatch.setitem(registry._METHODS, "HRA", dataclasses.replace(whole, measures=None))
-    (found,) = measure(saved, Base("here", Model(nn.Linear(9, 8))))
+    (found,) = measure(saved, BaseModel("here", Model(nn.Linear(9, 8))))
     assert found.delta_norm and found.effective_rank and not found.own
     with pytest.raises(HalotuneError, match="HRA adapters are inspected with their base model"):
         measure(saved, None)
@@ -160,7 +160,7 @@ def test_table(adapters: Path, base: Path, capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     assert f"base     {base} (LlamaForCausalLM, float32)" in out and "task     CAUSAL_LM" in out
     assert "4 layers, 320 numbers" in out
-    layers = measure(Saved.read(str(adapters / "hra")), Base.load(Saved.read(str(adapters / "hra")), str(base)))
+    layers = measure(Saved.read(str(adapters / "hra")), BaseModel.load(Saved.read(str(adapters / "hra")), str(base)))
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("model.")}
     assert list(lines) == [layer.path for layer in layers]
     first = layers[0]

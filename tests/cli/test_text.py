@@ -164,14 +164,14 @@ def test_a_conversation(model: PeftModel, tokenizer: Any, capsys: pytest.Capture
     assert [m["role"] for m in chat.messages] == ["system", "user", "assistant"]
 
 
-def test_the_strength_of_the_adapter(model: PeftModel, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_scale_of_the_adapter(model: PeftModel, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     chat = Chat(model, tokenizer, GREEDY)
     script = ["/scale 0", "a", "/reset", "/scale 1", "/adapter off", "a", "/reset", "/adapter on", "a", "/exit", "never"]
     assert converse(chat, lines(*script)) == 0
     out, err = capsys.readouterr()
     none, off, on = out.splitlines()
     assert none == off != on
-    assert "strength is 0.\n" in err and "The adapter is off" in err and "The adapter is on" in err
+    assert "scale is 0.\n" in err and "The adapter is off" in err and "The adapter is on" in err
 
 
 @pytest.mark.parametrize("line", ["/foo", "/scale", "/scale much", "/scale nan", "/adapter", "/adapter maybe", "/exit now"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import halotune
 from halotune import HalotuneError, LoHaConfig, convert_adapter, get_peft_model
-from halotune.convert.base import Base, load_bases
+from halotune.convert.base import BaseLayers, load_bases
 from halotune.engine.files.state_dict import read_metadata
 
 from .models import randomize, same
@@ -70,7 +70,7 @@ def folder_of(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-def original_file(base: Base, file: Path, prefix: str, r: int = 3, names: str = "original") -> dict[str, Tensor]:
+def original_file(base: BaseLayers, file: Path, prefix: str, r: int = 3, names: str = "original") -> dict[str, Tensor]:
     """A LoHa on every layer, under the original names (stacked where these are), as a script would write it."""
     modules = {path: [path] for path in base.shapes}
     if names == "original":
@@ -97,7 +97,7 @@ def original_file(base: Base, file: Path, prefix: str, r: int = 3, names: str = 
 def test_names_of_a_unet_are_those_that_diffusers_converts(kind: str, per_block: int) -> None:
     with torch.device("meta"):
         model = unet(layers_per_block=per_block, **(SDXL if kind == "sdxl" else {}))
-    base = Base.of(model)
+    base = BaseLayers.of(model)
     assert {p.path for parts in base.originals.values() for p in parts} == set(base.shapes)
     paths = {name: parts[0].path for name, parts in base.originals.items()}
     checkpoint = {f"model.diffusion_model.{n}.{leaf}": p for n, p in paths.items() for leaf in ("weight", "bias")}
@@ -108,7 +108,7 @@ def test_names_of_a_unet_are_those_that_diffusers_converts(kind: str, per_block:
 def test_rows_of_flux_are_those_that_diffusers_converts() -> None:
     with torch.device("meta"):
         model = flux(heads=24, width=128)  # the width that diffusers' converter is written for
-    base = Base.of(model)
+    base = BaseLayers.of(model)
     assert {p.path for parts in base.originals.values() for p in parts} == set(base.shapes)
     checkpoint = {}
     for i, (name, parts) in enumerate(base.originals.items()):
@@ -161,7 +161,7 @@ def test_files_come_back_bit_for_bit(kind: str, prefix: str, names: str, tmp_pat
 @pytest.mark.parametrize("kind", ["sdxl", "flux"])
 def test_stacked_layers_have_the_weights_of_their_parts(kind: str, tmp_path: Path) -> None:
     model = MODELS[kind]()
-    base = Base.of(model)
+    base = BaseLayers.of(model)
     tensors = original_file(base, tmp_path / "in.safetensors", "lora_unet")
     loaded = halotune.load_lycoris(model, tmp_path / "in.safetensors").get_base_model()
     for name, parts in base.originals.items():
@@ -236,7 +236,7 @@ def test_each_model_of_a_pipeline_takes_its_own_modules(tmp_path: Path) -> None:
     base = pipeline(tmp_path / "sdxl")
     pipeline_file(base, tmp_path / "in.safetensors")
     for model, prefix in ((unet(**SDXL), "lora_unet"), (clip(), "lora_te1"), (clip(projection=True, width=12), "lora_te2")):
-        layers = len(Base.of(model).shapes)
+        layers = len(BaseLayers.of(model).shapes)
         with pytest.warns(UserWarning, match="left out are .* modules under lora_"):
             loaded = halotune.load_lycoris(model, tmp_path / "in.safetensors")
         halotune.save_lycoris(loaded, tmp_path / "own.safetensors", prefix=prefix, names="original", dtype=torch.bfloat16)

@@ -24,7 +24,7 @@ from halotune.engine.injection.modules import adapted_layers
 from halotune.methods.registry import methods
 
 EVERY = pytest.mark.parametrize("config", [m.config for m in methods()], ids=lambda c: c.__name__)
-WITH_TWIN = pytest.mark.parametrize("config", [HRAConfig, LoHaConfig, MissConfig], ids=lambda c: c.__name__)
+WITH_COUNTERPART = pytest.mark.parametrize("config", [HRAConfig, LoHaConfig, MissConfig], ids=lambda c: c.__name__)
 
 
 def plain(entries):
@@ -38,16 +38,16 @@ def plain(entries):
     return {k: jsonable(v) for k, v in entries.items() if k != "peft_version"}
 
 
-def twin(config):
+def counterpart(config):
     return getattr(peft, config.__name__)
 
 
 # -- PEFT's parameters
 
 
-@WITH_TWIN
+@WITH_COUNTERPART
 def test_entries_and_defaults_are_pefts(config):
-    assert plain(config().to_dict()) == plain(twin(config)().to_dict())
+    assert plain(config().to_dict()) == plain(counterpart(config)().to_dict())
 
 
 def test_entries_of_lora_are_among_pefts():
@@ -78,7 +78,7 @@ def test_bone_has_the_entries_of_miss_but_two():
 )
 def test_peft_means_the_same_by_the_same_arguments(given):
     entries = {k: v for k, v in given.to_dict().items() if k != "peft_type"}
-    assert plain(twin(type(given))(**entries).to_dict()) == plain(given.to_dict())
+    assert plain(counterpart(type(given))(**entries).to_dict()) == plain(given.to_dict())
 
 
 # -- to a file and back
@@ -105,7 +105,7 @@ def test_round_trip(config, tmp_path):
 
 @EVERY
 def test_fields_beyond_peft_are_written_only_where_set(config):
-    in_peft = hasattr(peft, config.__name__) and "rank_pattern" in twin(config)().to_dict()
+    in_peft = hasattr(peft, config.__name__) and "rank_pattern" in counterpart(config)().to_dict()
     assert ("rank_pattern" in config().to_dict()) is in_peft
     assert config(rank_pattern={"a": 2}).to_dict()["rank_pattern"] == {"a": 2}
 

@@ -140,8 +140,8 @@ def test_damaged_json(tmp_path, content, says):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("key", [None, "a.hra_u"])
 def test_an_error_survives_another_process(copied, key):
-    error = AdapterFileError("x.safetensors", "is bad.", key=key, remedy="Mend it.")
-    twin = copied(error)
-    assert type(twin) is AdapterFileError and isinstance(twin, HalotuneError) and isinstance(twin, ValueError)
-    assert str(twin) == str(error) == f"x.safetensors{': a.hra_u' if key else ''}: is bad. Mend it."
-    assert (twin.file, twin.key) == ("x.safetensors", key)
+    error = AdapterFileError("x.safetensors", "is bad.", key=key, remedy="Fix it.")
+    duplicate = copied(error)
+    assert type(duplicate) is AdapterFileError and isinstance(duplicate, HalotuneError) and isinstance(duplicate, ValueError)
+    assert str(duplicate) == str(error) == f"x.safetensors{': a.hra_u' if key else ''}: is bad. Fix it."
+    assert (duplicate.file, duplicate.key) == ("x.safetensors", key)

@@ -70,7 +70,7 @@ def test_a_model_of_images_is_refused(encoder: str, tmp_path: Path) -> None:
         Pretrained.find(str(tmp_path)).rater(0)
 
 
-def test_an_encoder_decoder_lends_its_encoder(encoder: str, tmp_path: Path) -> None:
+def test_an_encoder_decoder_gives_its_encoder(encoder: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, T5Config, T5Model
 
     T5Model(T5Config(vocab_size=57, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)

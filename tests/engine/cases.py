@@ -1,4 +1,4 @@
-"""Every form of a forward pass, at sizes that make it: small and large ranks, thin and dense."""
+"""Every form of a forward pass, at sizes that make it: small and large ranks, low-rank and dense."""
 
 from __future__ import annotations
 

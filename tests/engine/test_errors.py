@@ -69,7 +69,7 @@ def in_a_subfolder(folder: Path) -> None:
 
 # damage done to the folder; the file that is named; the key; what the message says, its remedy last
 BAD_FILES = {
-    "missing tensor": (edit_weights(lambda t: t.pop(FIRST)), WEIGHTS, FIRST, "missing.*base model the one"),
+    "missing tensor": (edit_weights(lambda t: t.pop(FIRST)), WEIGHTS, FIRST, "missing.*base model that it was trained on"),
     "extra tensor": (
         edit_weights(lambda t: t.update(more=torch.ones(1))),
         WEIGHTS,
@@ -129,18 +129,18 @@ BAD_FILES = {
         edit_config(peft_type="LORA", apply_GS=True),
         CONFIG,
         None,
-        "apply_GS.*not supported.*Mend the file",
+        "apply_GS.*not supported.*Fix the file",
     ),
-    "r is a string": (edit_config(r="4"), CONFIG, None, r"HRAConfig.r: expected int; got '4' \(str\).*Mend the file"),
-    "r is a bool": (edit_config(r=True), CONFIG, None, r"HRAConfig.r: expected int; got True.*Mend the file"),
+    "r is a string": (edit_config(r="4"), CONFIG, None, r"HRAConfig.r: expected int; got '4' \(str\).*Fix the file"),
+    "r is a bool": (edit_config(r=True), CONFIG, None, r"HRAConfig.r: expected int; got True.*Fix the file"),
     "r of other weights": (
         edit_config(r=8),
         WEIGHTS,
         FIRST,
         r"expected \(8, 8\), found \(8, 4\).*rank in adapter_config",
     ),
-    "an option we lack": (edit_config(use_dora=True), CONFIG, None, "use_dora: not supported.*Mend the file"),
-    "a misspelt key": (edit_config(aply_GS=True), CONFIG, None, "Did you mean 'apply_GS'.*Mend the file"),
+    "an option we lack": (edit_config(use_dora=True), CONFIG, None, "use_dora: not supported.*Fix the file"),
+    "a misspelt key": (edit_config(aply_GS=True), CONFIG, None, "Did you mean 'apply_GS'.*Fix the file"),
 }
 
 
@@ -169,7 +169,7 @@ def test_bad_file_beside_a_good_adapter(damage, folder: Path, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("lost", ["q_proj.hra_u", "k_proj.bias", "lm_head.weight"])
-def test_bad_file_with_biases_and_modules_trained_whole(lost: str, tmp_path) -> None:
+def test_bad_file_with_biases_and_fully_fine_tuned_modules(lost: str, tmp_path) -> None:
     config = HRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], bias="all")
     randomize(halotune.get_peft_model(base("llama"), config)).save_pretrained(tmp_path)
     edit_weights(lambda t: t.update({k: torch.full_like(t[k], torch.nan) for k in t if k.endswith(lost)}))(tmp_path)

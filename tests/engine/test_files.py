@@ -132,6 +132,11 @@ def test_bone_written_as_miss_is_the_same_adapter(tmp_path) -> None:
         assert (config["peft_type"], config["bias"]) == ("MISS", bias.replace("bone", "MiSS"))
         assert not any("bone" in key for key in load_file(tmp_path / WEIGHTS))
         assert torch.equal(output(PeftModel.from_pretrained(base("mlp"), tmp_path)), output(model))
+        model.save_pretrained(tmp_path / "named", peft_type="MISS")
+        assert (tmp_path / "named" / CONFIG).read_text() == (tmp_path / CONFIG).read_text()
+        assert (tmp_path / "named" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
+    with pytest.raises(HalotuneError, match=r"expected one of .*got 'MISSS'. Did you mean MISS"):
+        wrap().save_pretrained(tmp_path / "no", peft_type="MISSS")
     wrap().save_pretrained(tmp_path / "hra", bone_as_miss=True)
     assert json.loads((tmp_path / "hra" / CONFIG).read_text())["peft_type"] == "HRA"
 
@@ -143,7 +148,7 @@ def test_what_is_written_is_for_inference(tmp_path) -> None:
     assert model.peft_config["default"].inference_mode is False
 
 
-def test_gathered_state_dict_is_written_instead_of_the_models_own(tmp_path) -> None:
+def test_a_given_state_dict_is_written_instead_of_the_models_own(tmp_path) -> None:
     model, other = wrap(), wrap(seed=1)
     model.save_pretrained(tmp_path, state_dict=other.state_dict())
     assert torch.equal(output(PeftModel.from_pretrained(base("mlp"), tmp_path)), output(other))
@@ -171,7 +176,7 @@ def test_card_says_what_is_known_and_is_not_overwritten(tmp_path) -> None:
         "- hra",
         "- Method: HRA, r = 4",
         "- Adapted modules: q_proj",
-        "- Modules trained whole: lm_head",
+        "- Fully fine-tuned modules: lm_head",
         f"- Numbers stored: {stored:,}",
     ):
         assert line in card.splitlines()
@@ -441,7 +446,7 @@ def test_auto_classifier_with_a_resized_vocabulary(kind: str, target: str, saved
 
 
 @torch.no_grad()
-def test_auto_model_with_a_resized_vocabulary_trained_whole(saved) -> None:
+def test_auto_model_with_a_resized_vocabulary_fully_fine_tuned(saved) -> None:
     config = HRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
     folder, y = saved("llama", config, rows=70)
     assert error(output(halotune.AutoPeftModel.from_pretrained(folder).eval()), y) < 1e-6

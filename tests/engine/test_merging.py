@@ -431,7 +431,7 @@ def test_without_the_head_a_tied_model_stays_tied_and_silent(tmp_path) -> None:
     assert error(output(again), y) < 1e-5
 
 
-def test_training_a_tied_head_whole_leaves_the_embedding_alone() -> None:
+def test_fully_fine_tuning_a_tied_head_leaves_the_embedding_alone() -> None:
     config = HRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.warns(UserWarning, match="lm_head shares its weight"):
         model = halotune.get_peft_model(base("tied"), config)

@@ -423,6 +423,7 @@ def test_model_status() -> None:
         "available_adapters": ["default"],
         "devices": {"default": ["cpu"]},
         "quantization_backend": None,
+        "form": {"default": "auto"},
     }
     layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
     layers[0].adapters["default"].requires_grad_(False)
@@ -431,6 +432,19 @@ def test_model_status() -> None:
     layers[0].enabled = False
     status = model.get_model_status()
     assert status.active_adapters == status.enabled == "irregular"
+
+
+def test_the_status_shows_the_form() -> None:
+    model = wrap("mlp", HRAConfig(r=2, target_modules=["0", "1"]))
+    for form in ("weights", "activations", "auto"):
+        model.set_adapter_form(form)
+        assert [status.form for status in model.get_layer_status()] == [{"default": form}] * 2
+        assert model.get_model_status().form == {"default": form}
+    model.set_adapter_form("weights", budget_gib=0)  # no room for W'
+    assert model.get_model_status().form == {"default": "activations"}
+    layer = next(m for m in model.modules() if isinstance(m, AdaptedLayer))
+    layer.adapters["default"].form = "auto"
+    assert model.get_model_status().form == {"default": "irregular"}
 
 
 # -- without the wrapper

@@ -219,10 +219,10 @@ def test_layers_need_names_and_patterns_need_layers() -> None:
         HRAConfig(target_modules=".*q_proj", layers_to_transform=[0])
 
 
-# -- modules trained whole
+# -- modules fully fine-tuned
 
 
-def test_modules_trained_whole_are_not_adapted_too() -> None:
+def test_fully_fine_tuned_modules_are_not_adapted_too() -> None:
     assert adapted("llama", ["q_proj", "lm_head"], modules_to_save=["lm_head"]) == [
         "0.self_attn.q_proj",
         "1.self_attn.q_proj",
@@ -267,7 +267,7 @@ def test_alpha_pattern() -> None:
 
 
 def test_fused_experts_are_left_out_with_a_warning():
-    """peft's "all-linear" on Mixtral adapts the attention and no expert, in silence."""
+    """peft's "all-linear" on Mixtral adapts the attention and no expert, silently."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=32, num_local_experts=3, **sizes))

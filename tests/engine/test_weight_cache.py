@@ -89,13 +89,13 @@ def disable(model):
 @pytest.mark.parametrize("change", [change_data, change_base, merge, disable])
 def test_what_changed_is_seen(change):
     model, x = model_with(CONFIGS["bat"]), torch.randn(3, 16)
-    twin = copy.deepcopy(model)
+    duplicate = copy.deepcopy(model)
     model.cache_weights(gib=1)
     with torch.no_grad():
         model(x)
-        change(model), change(twin)
-        assert torch.equal(model(x), twin(x))
-        assert torch.equal(model(x), twin(x))
+        change(model), change(duplicate)
+        assert torch.equal(model(x), duplicate(x))
+        assert torch.equal(model(x), duplicate(x))
 
 
 def test_training_gets_its_gradients_and_the_memory():
@@ -114,10 +114,10 @@ def test_copies_start_empty():
     model.cache_weights(gib=1)
     with torch.no_grad():
         want = model(x)
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert twin.cached_weights == (0, 0)
-            assert torch.equal(twin(x), want)
-            assert twin.cached_weights == (2, 2 * LAYER)
+        for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert duplicate.cached_weights == (0, 0)
+            assert torch.equal(duplicate(x), want)
+            assert duplicate.cached_weights == (2, 2 * LAYER)
 
 
 def test_a_budget_is_a_number_of_gib():

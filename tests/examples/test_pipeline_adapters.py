@@ -25,7 +25,7 @@ def test_as_a_user_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     first, last = capsys.readouterr().out.split("the loss went from ")[1].split(" to ")
     assert float(last) < float(first)
 
-    pictures = {s: Image.open(out / f"strength-{s}.png").tobytes() for s in (0.0, 0.5, 1.0)}
+    pictures = {s: Image.open(out / f"scale-{s}.png").tobytes() for s in (0.0, 0.5, 1.0)}
     assert len(set(pictures.values())) == 3
     plain = diffusers.StableDiffusionPipeline.from_pretrained(pipeline)
     options = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(0)}

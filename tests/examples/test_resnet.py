@@ -43,7 +43,7 @@ def test_resnet(tmp_path: Path) -> None:
 
 
 def test_as_a_user_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for what the script takes from torchvision, which not every build of torch can import."""
+    """With a substitute for what the script takes from torchvision, which not every build of torch can import."""
 
     class Images(list):
         classes = ("cat", "dog", "cow")

@@ -62,7 +62,7 @@ def test_a_unet(config: AdapterConfig, pipeline: Path, tmp_path: Path):
     pipe = load(pipeline)
     plain = denoised(pipe.unet)
     model = adapted(copy.deepcopy(pipe.unet), config, UNET)
-    report = model.export("lora", tmp_path, consumer="diffusers")
+    report = model.export("lora", tmp_path, runtime="diffusers")
     assert report.exact and check(tmp_path, "diffusers") == []
     A, B = (load_file(tmp_path / "pytorch_lora_weights.safetensors")[f"unet.conv_in.lora_{f}.weight"] for f in "AB")
     assert A.shape == (report.rank, 4, 3, 3) and B.shape == (16, report.rank, 1, 1)
@@ -79,7 +79,7 @@ def test_a_text_encoder(pipeline: Path, tmp_path: Path):
     ids = torch.arange(32).reshape(2, 16)
     plain = pipe.text_encoder(ids)[0]
     model = adapted(copy.deepcopy(pipe.text_encoder), HRAConfig(r=4, init_weights=False), ["q_proj", "out_proj", "fc1"])
-    model.export("lora", tmp_path, consumer="diffusers")
+    model.export("lora", tmp_path, runtime="diffusers")
     pipe.load_lora_weights(tmp_path)
     assert relative(model(ids)[0], plain) > 1e-2
     assert relative(pipe.text_encoder(ids)[0], model(ids)[0]) < 1e-5
@@ -110,7 +110,7 @@ def test_a_transformer(config: AdapterConfig, tmp_path: Path):
     inputs = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32), torch.randn(2, 16), torch.tensor([3.0, 3.0])
     plain = transformer(*inputs).sample
     model = adapted(copy.deepcopy(transformer), config, ["to_q", "to_out.0", "add_k_proj", "ff.net.2", "proj"])
-    model.export("lora", tmp_path, consumer="diffusers")
+    model.export("lora", tmp_path, runtime="diffusers")
     pipe.load_lora_weights(tmp_path)
     assert relative(model(*inputs).sample, plain) > 1e-2
     assert relative(pipe.transformer(*inputs).sample, model(*inputs).sample) < 1e-5
@@ -125,7 +125,7 @@ class Grouped(nn.Module):
 def test_the_header_gives_the_rank_of_a_grouped_convolution(tmp_path: Path):
     """diffusers reads the rank off lora_B, which here has a third of the columns, unless the header has it."""
     model = adapted(Grouped(), HRAConfig(r=2, init_weights=False), ["conv"])
-    model.export("lora", tmp_path, consumer="diffusers", component="transformer")
+    model.export("lora", tmp_path, runtime="diffusers", component="transformer")
     file = tmp_path / "pytorch_lora_weights.safetensors"
     with safe_open(file, framework="pt") as f:
         assert f.metadata()["lora_adapter_metadata"] == (
@@ -136,7 +136,7 @@ def test_the_header_gives_the_rank_of_a_grouped_convolution(tmp_path: Path):
 
 def test_comfyui_knows_a_unet_by_kohyas_names(pipeline: Path, tmp_path: Path):
     model = adapted(load(pipeline).unet, HRAConfig(r=4, init_weights=False), UNET)
-    report = model.export("lora", tmp_path, consumer="comfyui")
+    report = model.export("lora", tmp_path, runtime="comfyui")
     assert check(tmp_path, "comfyui") == []
     tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     layers = adapted_layers(model.get_base_model())

@@ -65,7 +65,7 @@ def test_peft_computes_the_same(case: Case, tmp_path: Path):
 @torch.no_grad()
 def test_our_own_lora_computes_the_same(case: Case, tmp_path: Path):
     plain, model = trained(case)
-    model.export("lora", tmp_path, consumer="halotune")
+    model.export("lora", tmp_path, runtime="halotune")
     x = case.input()
     assert relative(PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)(x), model(x)) < 1e-5
 
@@ -82,7 +82,7 @@ def test_what_peft_gets_wrong_is_refused_by_name(case: Case, tmp_path: Path):
 def test_comfyuis_product_is_the_delta(case: Case, tmp_path: Path):
     """`mm(up.flatten(1), down.flatten(1)).reshape(weight.shape)`, for every convolution."""
     _, model = trained(case)
-    model.export("lora", tmp_path, consumer="comfyui", component="transformer")
+    model.export("lora", tmp_path, runtime="comfyui", component="transformer")
     tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     up, down = (tensors[f"transformer.layer.lora_{f}.weight"].flatten(1) for f in "BA")
     (layer,) = adapted_layers(model).values()
@@ -139,8 +139,8 @@ def test_a_sketch_is_nearly_the_best_of_its_rank_and_knows_its_error(out, n_in, 
 def test_bat_is_sketched_to_the_rank_given(case: Case, tmp_path: Path):
     plain, model = trained(case)
     with pytest.raises(HalotuneError, match=r"full rank.*Give a rank"):
-        model.export("lora", tmp_path, consumer="halotune")
-    report = model.export("lora", tmp_path, consumer="halotune", rank=4)
+        model.export("lora", tmp_path, runtime="halotune")
+    report = model.export("lora", tmp_path, runtime="halotune", rank=4)
     (layer,) = report.layers.values()
     assert layer.how == SKETCHED and 0.01 < layer.error < 1 and not report.exact
     assert "randomised SVD" in str(report) and f"{layer.error:.2e}" in str(report)
@@ -187,7 +187,7 @@ def test_one_rank_for_all_layers_filled_up_with_zeros(mlp, tmp_path):
 @pytest.mark.parametrize(("r", "rank", "expected"), [(1, None, 1), (3, None, 8), (9, None, 16), (14, 4, 8), (3, 30, 32)])
 def test_ranks_are_those_of_vllm(r, rank, expected, tmp_path):
     model = randomized(get_peft_model(nn.Sequential(nn.Linear(40, 30)), BoneConfig(r=r, target_modules=["0"])))
-    report = model.export("lora", tmp_path, consumer="vllm", rank=rank)
+    report = model.export("lora", tmp_path, runtime="vllm", rank=rank)
     assert report.rank == expected
     A = load_file(tmp_path / "adapter_model.safetensors")["base_model.model.0.lora_A.weight"]
     assert A.shape[0] == expected and int(A.any(1).sum()) <= min(r, rank or r)
@@ -197,8 +197,8 @@ def test_a_rank_that_vllm_does_not_serve_is_refused(tmp_path):
     plain = nn.Sequential(nn.Linear(600, 600))
     model = randomized(get_peft_model(plain, LoHaConfig(r=23, target_modules=["0"])))
     with pytest.raises(HalotuneError, match=r"up to 512.*rank 529.*rank=512 or less"):
-        model.export("lora", tmp_path, consumer="vllm")
-    assert model.export("lora", tmp_path, consumer="vllm", rank=512).rank == 512
+        model.export("lora", tmp_path, runtime="vllm")
+    assert model.export("lora", tmp_path, runtime="vllm", rank=512).rank == 512
 
 
 @pytest.mark.parametrize("rank", [0, 7])
@@ -277,9 +277,9 @@ def test_refusals(two, tmp_path):
     _, model = two
     refused(model, tmp_path, "expected different names out of .*'default'.*got .*'other'", adapter_name="other")
     refused(model, tmp_path, "expected different names", adapter_name=["default", "default"])
-    refused(model, tmp_path, "expected one of peft, .*got 'vlm'. Did you mean 'vllm'", consumer="vlm")
-    refused(model, tmp_path, "vllm cannot represent .*convolutions: stem", consumer="vllm")
-    refused(model, tmp_path, "cannot tell which part of a pipeline a MLP is", consumer="diffusers", adapter_name="third")
+    refused(model, tmp_path, "expected one of peft, .*got 'vlm'. Did you mean 'vllm'", runtime="vlm")
+    refused(model, tmp_path, "vllm cannot represent .*convolutions: stem", runtime="vllm")
+    refused(model, tmp_path, "cannot tell which part of a pipeline a MLP is", runtime="diffusers", adapter_name="third")
     (tmp_path / "file").touch()
     with pytest.raises(HalotuneError, match="is a file"):
         model.export("lora", tmp_path / "file")
@@ -318,7 +318,7 @@ def test_attention_is_ours_alone(targets, arguments, tmp_path):
     plain = Attention(**arguments)
     model = randomized(get_peft_model(copy.deepcopy(plain), HRAConfig(r=2, target_modules=targets)))
     refused(model, tmp_path, r"peft .*reads no LoRA of torch\.nn\.MultiheadAttention, or reads it wrong: attention\.")
-    model.export("lora", tmp_path, consumer="halotune")
+    model.export("lora", tmp_path, runtime="halotune")
     x = torch.randn(2, 3, 8)
     assert relative(model(x), plain(x)) > 1e-3
     assert relative(PeftModel.from_pretrained(plain, tmp_path)(x), model(x)) < 1e-5
@@ -326,7 +326,7 @@ def test_attention_is_ours_alone(targets, arguments, tmp_path):
 
 @torch.no_grad()
 def test_peft_adds_the_output_projections_lora_twice():
-    """Why attention is refused for peft. Where this fails, peft has mended it."""
+    """Why attention is refused for peft. Where this fails, peft has fixed it."""
     plain = Attention()
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["attention"], init_lora_weights=False)
     model = peft.get_peft_model(copy.deepcopy(plain), config).eval()
@@ -345,15 +345,15 @@ def test_peft_adds_the_output_projections_lora_twice():
 
 
 @torch.no_grad()
-def test_modules_trained_whole_go_to_who_reads_them(mlp, tmp_path):
+def test_fully_fine_tuned_modules_go_to_runtimes_that_read_them(mlp, tmp_path):
     plain = copy.deepcopy(mlp).eval()
     model = get_peft_model(mlp, HRAConfig(r=2, target_modules=["up"], init_weights=False, modules_to_save=["head"])).eval()
     model.base_model.model.head.modules_to_save["default"].weight.normal_()
-    refused(model, tmp_path, "vllm reads a LoRA alone, .*whole modules: head", consumer="vllm")
+    refused(model, tmp_path, "vllm reads a LoRA alone, .*fully fine-tuned modules: head", runtime="vllm")
     x = plain.sample()
-    for consumer, load in (("peft", in_peft), ("halotune", PeftModel.from_pretrained)):
-        model.export("lora", tmp_path / consumer, consumer=consumer)
-        assert relative(load(copy.deepcopy(plain), tmp_path / consumer)(x), model(x)) < 1e-5
+    for runtime, load in (("peft", in_peft), ("halotune", PeftModel.from_pretrained)):
+        model.export("lora", tmp_path / runtime, runtime=runtime)
+        assert relative(load(copy.deepcopy(plain), tmp_path / runtime)(x), model(x)) < 1e-5
 
 
 @torch.no_grad()
@@ -364,12 +364,12 @@ def test_tied_and_resized_embeddings(language_model, tmp_path):
     plain = copy.deepcopy(language_model)
     config = BoneConfig(r=2, target_modules=["lm_head", "q_proj"])
     model = randomized(get_peft_model(copy.deepcopy(plain), config)).eval()
-    model.export("lora", tmp_path / "out", consumer="vllm")
+    model.export("lora", tmp_path / "out", runtime="vllm")
     ids = torch.arange(12).reshape(2, 6)
     assert relative(in_peft(plain, tmp_path / "out")(ids).logits, model(ids).logits) < 1e-5
     plain.resize_token_embeddings(40)
     resized = get_peft_model(plain, config)
-    refused(resized, tmp_path / "no", "whole modules: lm_head.base_layer, model.embed_tokens", consumer="vllm")
+    refused(resized, tmp_path / "no", "fully fine-tuned modules: lm_head.base_layer, model.embed_tokens", runtime="vllm")
 
 
 @torch.no_grad()
@@ -379,7 +379,7 @@ def test_a_layer_under_two_names(tmp_path):
     plain = nn.Sequential(shared, nn.Tanh(), shared)
     model = randomized(get_peft_model(copy.deepcopy(plain), BoneConfig(r=2, target_modules=["0", "2"])))
     refused(model, tmp_path, "several names .*: 0, 2")
-    model.export("lora", tmp_path, consumer="halotune")
+    model.export("lora", tmp_path, runtime="halotune")
     x = torch.randn(3, 6)
     expected = model(x)
     assert relative(expected, plain(x)) > 1e-3

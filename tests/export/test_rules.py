@@ -12,24 +12,24 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from halotune import AdapterFileError, BoneConfig, HalotuneError, HRAConfig, LoHaConfig, get_peft_model
-from halotune.export import CONSUMERS, RULES, check
+from halotune.export import RULES, RUNTIMES, check
 
 from ..interop.models import FIXTURES
 from ..several.models import randomized
 
-FOLDERS = [name for name in RULES if CONSUMERS[name].folder]
+FOLDERS = [name for name in RULES if RUNTIMES[name].folder]
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], None]
 
 
 class Adapter:
     """A good adapter's files, to be spoiled."""
 
-    def __init__(self, folder: Path, consumer: str, component: str = "transformer") -> None:
-        self.folder, self.consumer = folder, consumer
+    def __init__(self, folder: Path, runtime: str, component: str = "transformer") -> None:
+        self.folder, self.runtime = folder, runtime
         stack = {"q_proj": torch.nn.Linear(6, 8), "v_proj": torch.nn.Linear(6, 8)}
         model = get_peft_model(torch.nn.ModuleDict(stack), BoneConfig(r=2, target_modules=list(stack)))
-        randomized(model).export("lora", folder, consumer=consumer, component=component)
-        self.weights = folder / CONSUMERS[consumer].file
+        randomized(model).export("lora", folder, runtime=runtime, component=component)
+        self.weights = folder / RUNTIMES[runtime].file
         self.config = folder / "adapter_config.json"
 
     def spoil(self, change: Change) -> None:
@@ -41,7 +41,7 @@ class Adapter:
             self.config.write_text(json.dumps(entries))
 
     def broken(self) -> set[str]:
-        return {p.rule.name for p in check(self.folder, self.consumer)}
+        return {p.rule.name for p in check(self.folder, self.runtime)}
 
 
 def entry(**changes: Any) -> Change:
@@ -110,32 +110,32 @@ def test_every_rule_is_broken_somewhere():
     assert {(c, rule.name) for c, rules in RULES.items() for rule in rules} == SPOILED.keys() | NEEDS_CONFIG
 
 
-@pytest.mark.parametrize("consumer", RULES)
-def test_an_export_keeps_every_rule(consumer, tmp_path):
-    assert Adapter(tmp_path, consumer).broken() == set()
+@pytest.mark.parametrize("runtime", RULES)
+def test_an_export_keeps_every_rule(runtime, tmp_path):
+    assert Adapter(tmp_path, runtime).broken() == set()
 
 
-@pytest.mark.parametrize(("consumer", "rule"), [pytest.param(*case, id="/".join(case)) for case in SPOILED])
-def test_a_broken_rule_is_told(consumer, rule, tmp_path):
+@pytest.mark.parametrize(("runtime", "rule"), [pytest.param(*case, id="/".join(case)) for case in SPOILED])
+def test_a_broken_rule_is_told(runtime, rule, tmp_path):
     """It, and no other."""
-    adapter = Adapter(tmp_path, consumer)
-    adapter.spoil(SPOILED[consumer, rule])
-    (problem,) = [p for p in check(tmp_path, consumer) if p.rule.name == rule]
+    adapter = Adapter(tmp_path, runtime)
+    adapter.spoil(SPOILED[runtime, rule])
+    (problem,) = [p for p in check(tmp_path, runtime) if p.rule.name == rule]
     assert adapter.broken() == {rule}
     text = str(problem)
-    assert text.startswith(f"{consumer}: {rule}: {problem.rule.says} Found: {problem.found}. ")
-    assert "{" not in problem.rule.remedy.format(consumer=consumer) and problem.found
+    assert text.startswith(f"{runtime}: {rule}: {problem.rule.says} Found: {problem.found}. ")
+    assert "{" not in problem.rule.remedy.format(runtime=runtime) and problem.found
 
 
-@pytest.mark.parametrize("consumer", ["diffusers", "comfyui"])
+@pytest.mark.parametrize("runtime", ["diffusers", "comfyui"])
 @pytest.mark.parametrize("change", [entry(lora_alpha=7), entry(use_rslora=True), entry(alpha_pattern={"q_proj": 1})])
-def test_a_scale_that_only_the_configuration_has_is_lost(consumer, change, tmp_path):
+def test_a_scale_that_only_the_configuration_has_is_lost(runtime, change, tmp_path):
     """Of a folder in PEFT's format whose keys somebody renamed."""
     adapter = Adapter(tmp_path, "vllm")
     adapter.spoil(renamed("base_model.model.", "transformer."))
-    assert check(tmp_path, consumer) == []
+    assert check(tmp_path, runtime) == []
     adapter.spoil(change)
-    assert [p.rule.name for p in check(tmp_path, consumer)] == ["scale"]
+    assert [p.rule.name for p in check(tmp_path, runtime)] == ["scale"]
 
 
 def test_an_alpha_of_its_own_is_a_scale(tmp_path):
@@ -167,13 +167,13 @@ def test_sglangs_stacked_projections(tmp_path):
         assert names(*lone) == {"stacked"}
 
 
-@pytest.mark.parametrize("consumer", FOLDERS)
-def test_fixtures(consumer):
+@pytest.mark.parametrize("runtime", FOLDERS)
+def test_fixtures(runtime):
     """LoRAs that were checked in peft pass; other methods are told what to do."""
-    assert check(FIXTURES / "lora_from_loha_linear", consumer) == []
-    problems = check(FIXTURES / "hra_basic", consumer)
+    assert check(FIXTURES / "lora_from_loha_linear", runtime) == []
+    problems = check(FIXTURES / "hra_basic", runtime)
     assert [p.rule.name for p in problems] == ["lora", "names"]
-    assert f"halotune export ADAPTER --base MODEL --to lora --for {consumer}" in str(problems[0])
+    assert f"halotune export ADAPTER --base MODEL --to lora --for {runtime}" in str(problems[0])
 
 
 def test_comfyui_reads_loha_itself():
@@ -184,24 +184,24 @@ def test_comfyui_reads_loha_itself():
 
 
 @pytest.mark.parametrize("r", ["4", None, 0, [8]])
-@pytest.mark.parametrize("consumer", RULES)
-def test_damaged_files_are_told_of(r, consumer, tmp_path):
+@pytest.mark.parametrize("runtime", RULES)
+def test_damaged_files_are_told_of(r, runtime, tmp_path):
     """Rules hold of whatever there is: none of them fails."""
     tensors = {"x.lora_A.weight": torch.zeros(()), "x.lora_B.weight": torch.zeros(3), "lora_unet_y.alpha": torch.zeros(2)}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": r, "lora_alpha": "x"}))
-    assert any(p.rule.name in ("lora", "names") for p in check(tmp_path, consumer))
+    assert any(p.rule.name in ("lora", "names") for p in check(tmp_path, runtime))
 
 
 def test_several_programs_at_once(tmp_path):
     Adapter(tmp_path, "vllm").spoil(entry(use_rslora=True))
-    assert [p.consumer for p in check(tmp_path, ["vllm", "sglang", "llama.cpp"])] == ["sglang", "llama.cpp"]
+    assert [p.runtime for p in check(tmp_path, ["vllm", "sglang", "llama.cpp"])] == ["sglang", "llama.cpp"]
 
 
 def test_an_export_that_breaks_a_rule_is_not_written(tmp_path):
     model = get_peft_model(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(6, 8)}), BoneConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(HalotuneError, match=r"nothing was written\. sglang: stacked: .*q_proj without v_proj"):
-        model.export("lora", tmp_path / "out", consumer="sglang")
+        model.export("lora", tmp_path / "out", runtime="sglang")
     assert not (tmp_path / "out").exists()
 
 
@@ -210,8 +210,8 @@ def test_gpt2_goes_everywhere_but_to_llama_cpp(tmp_path):
 
     model = get_peft_model(torch.nn.ModuleDict({"c_attn": Conv1D(12, 4)}), HRAConfig(r=2, target_modules=["c_attn"]))
     with pytest.raises(HalotuneError, match=r"llama\.cpp cannot represent .*transposed: c_attn"):
-        model.export("lora", tmp_path, consumer="llama.cpp")
-    assert model.export("lora", tmp_path, consumer="vllm").rank == 8
+        model.export("lora", tmp_path, runtime="llama.cpp")
+    assert model.export("lora", tmp_path, runtime="vllm").rank == 8
     assert [p.rule.name for p in check(tmp_path, "llama.cpp")] == ["conv1d"]
 
 
@@ -229,5 +229,5 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_a_loha_for_vllm(tmp_path):
     model = get_peft_model(torch.nn.ModuleDict({"fc": torch.nn.Linear(30, 40)}), LoHaConfig(r=3, target_modules=["fc"]))
-    assert randomized(model).export("lora", tmp_path, consumer="vllm").rank == 16
+    assert randomized(model).export("lora", tmp_path, runtime="vllm").rank == 16
     assert check(tmp_path, list(FOLDERS)) == []

@@ -1,4 +1,4 @@
-"""Adapters in a diffusers pipeline: strength, several of them, fusing, files, training, and what shares the models."""
+"""Adapters in a diffusers pipeline: scale, several of them, fusing, files, training, and what shares the models."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def modules(model: nn.Module) -> list[tuple[str, type]]:
     return [(n, type(m)) for n, m in model.named_modules()]
 
 
-# -- strength, fusing, files
+# -- scale, fusing, files
 
 
 @every_method
@@ -188,9 +188,9 @@ def test_several_adapters(pipe: Any, base: Tensor, tmp_path: Path):
         ("cat", None, "no adapter named 'cat'"),
         (["dog"], [1.0, 2.0], "1 adapters, but 2 weights"),
         ("dog", {"vae": 1.0}, "'dog' is not in 'vae', but in text_encoder, unet"),
-        ("dog", float("nan"), "strength of 'dog' in text_encoder is nan"),
+        ("dog", float("nan"), "scale of 'dog' in text_encoder is nan"),
         ("dog", "0.7", r"set: 1 adapters, but 3 weights"),
-        ("dog", [True], "strength of 'dog' in text_encoder is True"),
+        ("dog", [True], "scale of 'dog' in text_encoder is True"),
     ],
 )
 def test_settings_that_are_refused(pipe: Any, names: Any, weights: Any, message: str):
@@ -567,7 +567,7 @@ def test_a_wrapped_model_is_refused(pipe: Any):
         PipelineAdapters(pipe).add({"unet": HRAConfig(r=4)}, "b")
 
 
-# -- transformers in the place of the UNet
+# -- transformers instead of the UNet
 
 
 @every_method

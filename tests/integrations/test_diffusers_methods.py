@@ -68,7 +68,7 @@ def test_models_set_one_by_one(pipe: Any):
 
 
 def test_scales_of_blocks(pipe: Any):
-    """diffusers gives each block of a UNet a strength of its own."""
+    """diffusers gives each block of a UNet a scale of its own."""
     adapters = add(pipe, unet=CONFIGS["hra"])
     full = image(pipe)
     pipe.set_adapters("dog", [{"unet": {"down": 0.3, "mid": 0.3, "up": 0.3}}])
@@ -80,7 +80,7 @@ def test_scales_of_blocks(pipe: Any):
 
 
 def test_a_scale_for_one_call(pipe: Any, base: Tensor):
-    """It multiplies the strength that was set."""
+    """It multiplies the scale that was set."""
     adapters = add(pipe)
     full = image(pipe)
     scaled = image(pipe, cross_attention_kwargs={"scale": 0.5})

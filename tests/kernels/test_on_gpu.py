@@ -66,7 +66,7 @@ def test_as_exact_as_plain_torch(case, dtype):
 CONFIGS = {
     "hra": HRAConfig(r=8, target_modules="all-linear"),
     "hra-gs": HRAConfig(r=6, apply_GS=True, init_weights=False, target_modules="all-linear"),
-    "loha-thin": LoHaConfig(r=4, alpha=4, target_modules="all-linear"),
+    "loha-low-rank": LoHaConfig(r=4, alpha=4, target_modules="all-linear"),
     "loha-dense": LoHaConfig(r=48, alpha=24, target_modules="all-linear"),
     "bone": BoneConfig(r=48, target_modules="all-linear"),
     "bat": BoneConfig(r=32, init_weights="bat", target_modules="all-linear"),
@@ -98,11 +98,11 @@ def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 def test_a_training_step_is_as_exact(name):
     model = adapted(CONFIGS[name])
     x = torch.randn(4, 384, 1024, device="cuda", dtype=torch.bfloat16)
-    twins = [copy.deepcopy(model) for _ in range(2)]
+    duplicates = [copy.deepcopy(model) for _ in range(2)]
     ours = gradients(model, x)
     with backend("reference"):
-        plain = gradients(twins[0], x)
-        exact = gradients(twins[1].double(), x.double())
+        plain = gradients(duplicates[0], x)
+        exact = gradients(duplicates[1].double(), x.double())
     for a, b, c in zip(ours, plain, exact, strict=True):
         assert error(a, c) <= 1.5 * error(b, c) + torch.finfo(torch.bfloat16).eps / 4
 

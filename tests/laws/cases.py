@@ -30,8 +30,8 @@ class Variant:
     """One way to configure a method.
 
     Attributes:
-        rank: the rank of its exact thin factors; None where only a full-rank delta is.
-        dense: a forward pass builds W', in place of two thin products beside the base layer.
+        rank: the rank of its exact low-rank factors; None where only a full-rank delta is.
+        dense: a forward pass builds W', in place of two low-rank products beside the base layer.
         needs_kernel: only a convolution with a kernel larger than 1 has it.
     """
 

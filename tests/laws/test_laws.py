@@ -100,7 +100,7 @@ def test_identity_at_start_or_a_notice(case: Case):
     assert (away > 1e-3) if notices else (away < 1e-12)
 
 
-# -- 3. Thin factors.
+# -- 3. Low-rank factors.
 
 
 @grid(torch.float64)
@@ -233,7 +233,7 @@ def test_saved_and_loaded_is_the_same(case: Case, tmp_path):
 def assert_as_close(case: Case, dtype: torch.dtype, autocast: bool):
     """`|ours − exact| ≤ 1.5 |plain − exact| + ε/4 |exact|` over several draws, `exact` in float64 on the same numbers.
 
-    ε/4 is one more rounding of the output: a thin form adds to what the base has rounded already.
+    ε/4 is one more rounding of the output: a low-rank form adds to what the base has rounded already.
     """
     ours, plain, size = 0.0, 0.0, 0.0
     for _ in range(4):
@@ -346,16 +346,16 @@ def test_hooks_of_the_base_fire(case: Case):
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 @grid(torch.float32)
 @torch.no_grad()
-def test_copies_are_whole_and_their_own(case: Case, copied):
+def test_copies_are_complete_and_their_own(case: Case, copied):
     layer, x = case.layer(), case.input()
     layer.scales["default"] = 0.5
     before = layer(x)
     layer.merge(["default"])
-    twin = copied(layer)
-    assert torch.equal(twin(x), layer(x))
-    twin.unmerge()
-    assert torch.equal(twin(x), before)
+    duplicate = copied(layer)
+    assert torch.equal(duplicate(x), layer(x))
+    duplicate.unmerge()
+    assert torch.equal(duplicate(x), before)
     assert layer.merged  # the original is as it was
-    train(twin)
+    train(duplicate)
     layer.unmerge()
     assert torch.equal(layer(x), before)

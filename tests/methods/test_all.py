@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, MissConfig, OFTConfig, get_peft_model
+from halotune import BoneConfig, HalotuneError, HRAConfig, LoHaConfig, LoraConfig, MissConfig, OFTConfig, get_peft_model
 from halotune.core.layer import AdaptedLayer
 from halotune.core.operator import WeightShape
 from halotune.methods.registry import method_of, methods
@@ -58,7 +58,8 @@ def test_biases_are_trained_as_the_configuration_says(mlp, method):
     choices = {"none": set(), "all": {"stem.bias", "blocks.0.up.base_layer.bias", "blocks.1.up.bias", "head.bias"}}
     choices |= {own: {"blocks.0.up.base_layer.bias"} for own in OWN_BIASES[method.peft_type]}
     if method.peft_type == "LOHA":
-        assert not hasattr(method.config(), "bias")
+        with pytest.raises(HalotuneError, match=r"bias: expected one of 'none'; got 'all'"):
+            method.config(bias="all")
         return
     for bias, expected in choices.items():
         model = copy.deepcopy(mlp)
@@ -86,7 +87,7 @@ D, TOKENS = 256, 48
         OFTConfig(oft_block_size=16),
         OFTConfig(oft_block_size=16, use_cayley_neumann=False),
     ],
-    ids=["hra", "hra-gs", "loha-thin", "loha-dense", "bone", "bat", "miss-mini", "lora", "oft-neumann", "oft"],
+    ids=["hra", "hra-gs", "loha-low-rank", "loha-dense", "bone", "bat", "miss-mini", "lora", "oft-neumann", "oft"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_nothing_as_large_as_the_weight_is_kept_for_backward(config, dtype):

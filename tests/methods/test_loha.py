@@ -1,4 +1,4 @@
-"""LoHa: low-rank Hadamard products, flat and Tucker, thin and dense, with dropout."""
+"""LoHa: low-rank Hadamard products, flat and Tucker, low-rank and dense, with dropout."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def test_both_forms_agree(module, monkeypatch):
     results = []
     low_rank_factors = Mock(wraps=ops.khatri_rao)
     monkeypatch.setattr(ops, "khatri_rao", low_rank_factors)
-    for thin in (True, False):
-        monkeypatch.setattr(ops, "low_rank_is_cheaper", lambda *_, thin=thin: thin)
+    for low_rank in (True, False):
+        monkeypatch.setattr(ops, "low_rank_is_cheaper", lambda *_, low_rank=low_rank: low_rank)
         low_rank_factors.reset_mock()
         y = layer(x)
-        assert low_rank_factors.called is thin
+        assert low_rank_factors.called is low_rank
         probe = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
         results.append([y, *torch.autograd.grad(y, [x, *layer.adapters.parameters()], probe)])
     for a, b in zip(*results, strict=True):
@@ -151,7 +151,7 @@ def delta(layer, x):
     return (layer(x) - layer.base_layer(x)).detach(), whole
 
 
-@pytest.mark.parametrize("r", [1, 6], ids=["thin", "dense"])
+@pytest.mark.parametrize("r", [1, 6], ids=["low-rank", "dense"])
 def test_rank_dropout_drops_rows_and_scales_up_the_others(r):
     layer, x = layer_with(LoHaConfig(r=r, rank_dropout=0.3)), torch.randn(40, 11, dtype=torch.float64)
     kept = 0

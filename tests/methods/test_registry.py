@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from enum import Enum
 
@@ -10,12 +11,14 @@ import torch
 from torch import nn
 
 from halotune import HalotuneError, PeftModel, PeftType, get_peft_model
+from halotune.bench.contenders import PeftApi
 from halotune.core.adapter import LowRank
-from halotune.core.config import AdapterConfig
+from halotune.core.config import CLASSES, AdapterConfig, peft_types
 from halotune.core.operator import WeightShape
 from halotune.engine.injection.modules import adapted_layers
+from halotune.engine.tuner import tuner_class
 from halotune.methods import registry
-from halotune.methods.registry import Method, method_of, methods, register
+from halotune.methods.registry import Kind, Method, kinds, method_of, methods, register
 
 
 def test_names():
@@ -26,22 +29,18 @@ def test_names():
 
 
 @pytest.mark.parametrize("method", methods(), ids=lambda m: m.peft_type)
-def test_entries_are_whole(method):
-    assert method.config.TYPE.value == method.peft_type
-    assert method.learning_rates
+def test_entries_are_complete(method):
+    assert method.config.TYPE == method.peft_type
+    assert method.kinds
     adapter = method.create(WeightShape(9, 15), method.config(r=3))
     assert type(adapter) in method.adapters and adapter.rank == 3
     names = [n for n, _ in adapter.named_parameters()]
     assert names and all(n.startswith(method.prefix) for n in names)
 
 
-class Type(str, Enum):
-    ROW = "ROW"
-
-
 @dataclass(kw_only=True)
 class RowConfig(AdapterConfig):
-    TYPE = Type.ROW
+    TYPE = "ROW"
 
 
 class Row(LowRank):
@@ -66,7 +65,10 @@ class Row(LowRank):
 def test_a_new_method_has_everything(mlp, tmp_path, monkeypatch):
     """Linear layers and convolutions, composition, merging and files."""
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    register(Method("ROW", "row_", RowConfig, (Row,), Row.create))
+    monkeypatch.setitem(CLASSES, "ROW", RowConfig)
+    register(Method("ROW", "row_", RowConfig, (Row,), Row.create, {"ROW": Kind(0.1)}))
+    assert peft_types()("ROW") == RowConfig().peft_type and tuner_class("ROW").__name__ == "RowModel"
+    assert "row" in PeftApi("halotune").methods and kinds()["ROW"][1].learning_rate == 0.1
     base = {k: t.clone() for k, t in mlp.state_dict().items()}
     x = mlp.sample()
     plain = mlp(x)
@@ -85,3 +87,12 @@ def test_a_new_method_has_everything(mlp, tmp_path, monkeypatch):
     again = type(mlp)()
     again.load_state_dict(base)
     torch.testing.assert_close(PeftModel.from_pretrained(again, tmp_path)(x), expected)
+
+
+def test_members_of_the_enumeration_survive_a_new_method(monkeypatch):
+    before = pickle.dumps(PeftType.HRA)
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setitem(CLASSES, "ROW", RowConfig)
+    assert pickle.loads(before) == PeftType.HRA
+    assert pickle.loads(pickle.dumps(RowConfig())).peft_type == "ROW"
+    assert isinstance(RowConfig().peft_type, Enum) and RowConfig().peft_type.value == "ROW"

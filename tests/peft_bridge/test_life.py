@@ -298,9 +298,9 @@ def test_beside_a_lora_model() -> None:
 
 def test_refusals() -> None:
     for model, message in (
-        (peft.get_peft_model(base("llama"), peft.LoraConfig(target_modules=QV)), "no layer of peft's HRA"),
+        (peft.get_peft_model(base("llama"), peft.LoraConfig(target_modules=QV)), "no layer of peft's .*HRA"),
         (halotune.get_peft_model(base("llama"), halotune.HRAConfig(target_modules=QV)), "fast as they are"),
-        (base("llama"), "no layer of peft's HRA"),
+        (base("llama"), "no layer of peft's .*HRA"),
     ):
         classes = [type(m) for m in model.modules()]
         with pytest.raises(HalotuneError, match=message):

@@ -1,4 +1,4 @@
-"""The grid of quantized layers: every one that can be had on the CPU, and a stand-in for those that cannot.
+"""The grid of quantized layers: every one that can be had on the CPU, and a substitute for those that cannot.
 
 The methods are those of `tests/laws`. The oracle is the quantized layer itself, run on the identity.
 """
@@ -92,7 +92,7 @@ def hqq(bits: int) -> Callable[[Tensor, Tensor], nn.Module]:
 
 
 class PackedLinear(nn.Module):
-    """A stand-in for layers that need a GPU or a compiled kernel (GPTQ, AWQ, EETQ): eight 4-bit codes in an int32, a scale per
+    """Layers that need a GPU or a compiled kernel (GPTQ, AWQ, EETQ), imitated: eight 4-bit codes in an int32, a scale per
     row. Like theirs it has sizes and packed buffers, no `weight`, and can only be called.
     """
 
@@ -191,9 +191,9 @@ def some(*names: str) -> list[Base]:
 @torch.no_grad()
 def matrix(module: nn.Module) -> Tensor:
     """The weight that a quantized layer applies, `(out, in)` in fp32, as its own kernel says; not after an evaluation."""
-    twin = copy.deepcopy(module).train()
-    twin.bias = None
-    return twin(torch.eye(IN, dtype=module.bias.dtype)).detach().float().t().contiguous()
+    duplicate = copy.deepcopy(module).train()
+    duplicate.bias = None
+    return duplicate(torch.eye(IN, dtype=module.bias.dtype)).detach().float().t().contiguous()
 
 
 def stored_tensors(module: nn.Module) -> list[Tensor]:

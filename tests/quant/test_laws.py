@@ -72,7 +72,7 @@ def test_training_after_evaluation_is_as_before(case: Case):
 @pytest.mark.parametrize("reading", ["forward", "backward"])
 @grid()
 def test_who_reads_the_weight(case: Case, reading, monkeypatch):
-    """HRA, OFT, Bone, LoRA and thin LoHa call the layer as it is, and nothing else."""
+    """HRA, OFT, Bone, LoRA and low-rank LoHa call the layer as it is, and nothing else."""
     layer, x = case.layer(), case.input(requires_grad=True)
     kind = type(layer.base)
     if reading == "backward":
@@ -130,11 +130,11 @@ def test_unmerging_is_bit_exact(case: Case, evaluated):
 def test_merging_after_evaluation_is_merging_before(case: Case):
     """bitsandbytes' 4-bit weight is rearranged in place by an evaluation on the CPU: misread, the merge is 36 % off."""
     layer, x = case.layer(), case.input()
-    twin = copy.deepcopy(layer)
+    duplicate = copy.deepcopy(layer)
     layer.eval()(x)
-    for one in (layer, twin):
+    for one in (layer, duplicate):
         one.merge(["default"])
-    assert torch.equal(matrix(layer.base_layer), matrix(twin.base_layer))
+    assert torch.equal(matrix(layer.base_layer), matrix(duplicate.base_layer))
 
 
 @grid(READABLE, ONE_EACH)
@@ -182,15 +182,15 @@ def test_compiles_whole(case: Case):
 
 @grid()
 @torch.no_grad()
-def test_copies_are_whole_and_their_own(case: Case):
+def test_copies_are_complete_and_their_own(case: Case):
     layer, x = case.layer(), case.input()
     y = layer(x)
     if not layer.base.opaque:
         layer.merge(["default"])
-    twin = copy.deepcopy(layer)
-    assert torch.equal(twin(x), layer(x))
-    twin.unmerge()
-    assert torch.equal(twin(x), y)
+    duplicate = copy.deepcopy(layer)
+    assert torch.equal(duplicate(x), layer(x))
+    duplicate.unmerge()
+    assert torch.equal(duplicate(x), y)
     assert layer.merged is not layer.base.opaque  # the original is as it was
     layer.unmerge()
     assert torch.equal(layer(x), y)

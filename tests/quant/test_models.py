@@ -117,7 +117,7 @@ def test_prepared_trained_saved_loaded_and_merged(checkpoint, name, method, tmp_
         assert relative(plain, load(checkpoint, name).eval()(input_ids=IDS).logits) < 1e-5
         assert relative(plain, y) > 0.02
 
-        merging = pytest.warns(UserWarning, match=r"quantizing 14 merged weights again \(bitsandbytes nf4")
+        merging = pytest.warns(UserWarning, match=r"requantizing 14 merged weights \(bitsandbytes nf4")
         if "nf4" in name:
             with merging:
                 report = again.merge_adapter()
@@ -189,11 +189,11 @@ def test_several_adapters(checkpoint, name):
     assert relative(mixed[0], alone["default"][0]) < 0.02 and relative(mixed[1], plain[1]) < 0.02
     model.set_adapter(["default", "b"])
     assert relative(model(input_ids=IDS).logits, alone["b"]) > 1e-3
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(input_ids=IDS).logits, model(input_ids=IDS).logits)
-    twin.delete_adapter("default")
-    assert torch.equal(twin(input_ids=IDS).logits, alone["b"])
-    assert torch.equal(twin.unload()(input_ids=IDS).logits, plain)
+    duplicate = copy.deepcopy(model)
+    assert torch.equal(duplicate(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    duplicate.delete_adapter("default")
+    assert torch.equal(duplicate(input_ids=IDS).logits, alone["b"])
+    assert torch.equal(duplicate.unload()(input_ids=IDS).logits, plain)
 
 
 class Sum(nn.ModuleList):
@@ -228,7 +228,7 @@ def test_a_merge_that_fails_halfway_leaves_every_layer_as_it_was(base, unload, m
 
 
 @each_base(some("bnb-nf4", "bnb-int8", "ao-int8", "hqq-4bit"))
-@pytest.mark.filterwarnings("ignore:quantizing 1 merged weights again")
+@pytest.mark.filterwarnings("ignore:requantizing 1 merged weights")
 @pytest.mark.parametrize("quantized", ["requantize", "keep_float"])
 @torch.no_grad()
 def test_disabled_while_merged(base, quantized):
@@ -252,7 +252,7 @@ def test_the_report_of_a_quantized_merge():
     (base,) = some("bnb-nf4")
     model = nn.Sequential(Case(HRA, base).module())
     model = halotune.get_peft_model(model, HRAConfig(r=3, init_weights=False, target_modules=["0"]))
-    with pytest.warns(UserWarning, match=r"quantizing 1 merged weights again \(bitsandbytes nf4\) left an error of \d+\.\d+%"):
+    with pytest.warns(UserWarning, match=r"requantizing 1 merged weights \(bitsandbytes nf4\) left an error of \d+\.\d+%"):
         report = model.merge_adapter()
     head, row, _ = str(report).splitlines()
     assert head.split() == ["layer", "|ΔW|/|W|", "lost", "error", "changed"]

@@ -128,7 +128,7 @@ def dynamic(bias: bool = True) -> nn.Module:
 
 @pytest.mark.parametrize("bias", ["none", "hra_only"])
 def test_a_base_that_returns_no_gradient_is_refused_in_training(bias):
-    """torchao with quantized activations: HRA would get no gradient at all, in silence."""
+    """torchao with quantized activations: HRA would get no gradient at all, silently."""
     model = halotune.get_peft_model(Model(dynamic()), HRAConfig(r=4, target_modules=["layer"], bias=bias))
     x = torch.randn(3, IN)
     with pytest.raises(HalotuneError, match=r"Linear \(96, 192\) \[torchao Int8Tensor\] returns no gradient for its input"):
@@ -208,7 +208,7 @@ def test_a_format_that_cannot_be_made_again_is_merged_into_floats():
     wrapped = halotune.get_peft_model(model, HRAConfig(r=3, init_weights=False, target_modules=["layer"])).eval()
     x = torch.randn(3, IN)
     y = wrapped(x)
-    with pytest.raises(HalotuneError, match=r"^layer: Linear .*Intx.* not quantized again.*keep_float"):
+    with pytest.raises(HalotuneError, match=r"^layer: Linear .*Intx.* not requantized.*keep_float"):
         wrapped.merge_adapter()
     report = wrapped.merge_adapter(quantized="keep_float")
     assert report.total().lost < 1e-6 and relative(wrapped(x), y) < 1e-5

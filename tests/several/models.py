@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from halotune import HRAConfig, PeftModel, get_peft_model
 from halotune.core.config import AdapterConfig
-from halotune.engine.injection.modules import adapted_layers, whole_modules
+from halotune.engine.injection.modules import adapted_layers, modules_to_save_wrappers
 
 from ..conftest import MLP
 from ..laws.cases import VARIANTS, matrix, train
@@ -46,7 +46,7 @@ def adapted(plain: nn.Module, **configs: AdapterConfig) -> PeftModel:
 def randomized(model: PeftModel) -> PeftModel:
     for layer in adapted_layers(model).values():
         train(layer.adapters)
-    for wrapper in whole_modules(model).values():
+    for wrapper in modules_to_save_wrappers(model).values():
         train(wrapper.modules_to_save)
     return model
 

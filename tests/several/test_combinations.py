@@ -317,15 +317,17 @@ REFUSED = [
     Refused("loha cat", [loha(2), loha(2)], [1, 1], "cat", LORA),
     Refused("mixed linear", [bone(3), lora(3)], [1, 1], "linear", LORA),
     Refused("mixed cat", [hra(2), lora(2)], [1, 1], "cat", LORA),
-    Refused("bat in a lora", [bat(3, UP), lora(2)], [1, 1], "lora", 'Bat has full rank.*BAT .* of one r .*"linear"'),
+    Refused("bat in a lora", [bat(3, UP), lora(2)], [1, 1], "lora", 'Bat has full rank.*of this kind and one r .*"linear"'),
     Refused("bat alone in a lora", [bat(3)], [1], "lora", "Bat has full rank"),
     # One kind on every layer, but not one for all: no configuration describes that.
     Refused("two kinds apart", [bone(3, UP), bat(3, ["down"])], [1, 1], "linear", 'different kinds.*"lora"'),
     Refused("bat first", [bat(3, UP), bone(3, ["down"])], [1, 1], "linear", "different kinds"),
     Refused("minis apart", [mini(3, 3, UP), miss(3, ["down"])], [1, 1], "linear", "different kinds"),
     Refused("bone and miss apart", [bone(3, UP), miss(3, ["down"])], [1, 1], "linear", "different kinds"),
-    Refused("biases", [hra(2, bias="all"), hra(2)], [1, 1], "cat", "'a' also trains whole modules or biases"),
-    Refused("heads", [bone(3), bone(3, modules_to_save=["head"])], [1, 1], "linear", "'b' also trains whole modules"),
+    Refused("biases", [hra(2, bias="all"), hra(2)], [1, 1], "cat", "'a' also trains biases"),
+    Refused(
+        "heads", [bone(3), bone(3, modules_to_save=["head"])], [1, 1], "linear", "'b' also trains .*fully fine-tuned modules"
+    ),
     Refused("no such way", [lora(2), lora(2)], [1, 1], "svd", "expected 'linear', 'cat' or 'lora'; got 'svd'"),
     Refused("too few weights", [lora(2), lora(2)], [1], "linear", r"a weight each; got \['a', 'b'\] and \[1\]"),
     Refused("too many weights", [lora(2)], [1, 2], "linear", "a weight each"),

@@ -236,7 +236,7 @@ def test_every_method_of_one_model_saved_and_loaded(crowd: PeftModel, plain: MLP
     assert torch.equal(loaded(x), crowd(x))
 
 
-# -- modules trained whole
+# -- modules fully fine-tuned
 
 
 def whole(method: str) -> AdapterConfig:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from halotune import HalotuneError, PeftModel, PeftModelForSequenceClassification, TaskType, get_peft_model
-from halotune.engine.injection.modules import adapted_layers, whole_modules
+from halotune.engine.injection.modules import adapted_layers, modules_to_save_wrappers
 
 from .models import METHODS, MLP, adapted, close, composed, config, differ, every_method, layers, randomized
 
@@ -65,7 +65,7 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def test_heads_trained_whole_go_with_their_samples():
+def test_fully_fine_tuned_heads_go_with_their_samples():
     """Each adapter has its own copy of the head; the base, and an adapter without one, the original."""
     plain, x = Classifier().double(), torch.randn(5, 6, dtype=torch.float64)
     heads = {"modules_to_save": ["score"]}
@@ -281,12 +281,12 @@ class TwoInputs(nn.Module):
 
 
 @torch.no_grad()
-def test_not_through_a_whole_module_of_two_inputs():
+def test_not_through_a_fully_fine_tuned_module_of_two_inputs():
     model = get_peft_model(TwoInputs(), config("hra-r4", ["up"], modules_to_save=["mix"]), "a")
     randomized(model)
     x = torch.randn(2, 6)
     assert model(x).shape == (2, 4)
-    with pytest.raises(HalotuneError, match="Bilinear, trained whole, is called with more than one input"):
+    with pytest.raises(HalotuneError, match="Bilinear, fully fine-tuned, is called with more than one input"):
         model(x, adapter_names=["a", BASE])
-    layers_and_wholes = [*adapted_layers(model).values(), *whole_modules(model).values()]
+    layers_and_wholes = [*adapted_layers(model).values(), *modules_to_save_wrappers(model).values()]
     assert [m.rows for m in layers_and_wholes] == [None, None] and len(layers(model)) == 1

@@ -44,7 +44,7 @@ class BenchConfig:
         time_limit: seconds after which no turn starts.
         features: inputs and outputs of the single layer.
         prompt: tokens in the cache before decoding starts.
-        weight_cache: GiB in which our BAT and dense LoHa may keep W' while decoding.
+        weight_cache: GiB in which ours may keep W' while decoding.
         ranks, token_counts: the points of the curves.
     """
 

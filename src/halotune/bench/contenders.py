@@ -18,6 +18,7 @@ from torch import nn
 from typing_extensions import Self
 
 from ..core.errors import HalotuneError
+from ..methods.registry import kinds, method_of
 
 FROZEN = "frozen"
 
@@ -41,8 +42,7 @@ class Contender:
         found = re.fullmatch(r"(\w+):(\w+)-r([1-9]\d*)", text)
         known = found and found[1] in LIBRARIES and found[2] in LIBRARIES[found[1]].methods
         if not found or not known:
-            every = ", ".join(f"{name}:{{{','.join(lib.methods)}}}-rN" for name, lib in LIBRARIES.items() if lib.methods)
-            raise HalotuneError(f"contenders: expected {FROZEN}, {every}; got {text!r}. N is the rank, such as r8.")
+            raise HalotuneError(f"contenders: expected {spelling()}; got {text!r}. N is the rank, such as r8.")
         return cls(found[1], found[2], int(found[3]))
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class Contender:
 class Library(ABC):
     """What a benchmark asks of a library. A model is what `wrap` returned: it is called like its base."""
 
-    methods: ClassVar[tuple[str, ...]] = ()
+    methods: tuple[str, ...] = ()
 
     @abstractmethod
     def wrap(self, base: nn.Module, contender: Contender, targets: Sequence[str]) -> nn.Module: ...
@@ -113,30 +113,21 @@ class Frozen(Library):
 class PeftApi(Library):
     """halotune and peft, which have one API."""
 
-    methods = ("hra", "loha", "bone", "bat", "lora", "oft")
-
-    def __init__(self, package: str, block: str) -> None:
+    def __init__(self, package: str) -> None:
         self.package = package
-        self.classes = {
-            "hra": "HRAConfig",
-            "loha": "LoHaConfig",
-            "bone": block,
-            "bat": block,
-            "lora": "LoraConfig",
-            "oft": "OFTConfig",
-        }
+        self.methods = tuple(name.lower() for name in kinds())
 
     @property
     def api(self) -> Any:
         return imported(self.package)
 
     def wrap(self, base: nn.Module, contender: Contender, targets: Sequence[str]) -> nn.Module:
-        r = contender.r
-        scale = {"loha": {"alpha": r}, "lora": {"lora_alpha": r}, "bat": {"init_weights": "bat"}}
-        config = getattr(self.api, self.classes[contender.method])
-        options = scale.get(contender.method, {})
-        size, _ = getattr(imported(__name__.partition(".")[0]), self.classes[contender.method])().size
-        return self.api.get_peft_model(base, config(**{size: r}, target_modules=list(targets), **options))
+        method, kind = kinds()[contender.method.upper()]
+        named = [m.config.__name__ for m in (method, *map(method_of, method.aliases))]
+        config = next((getattr(self.api, name) for name in named if hasattr(self.api, name)), None)
+        if config is None:
+            raise Unavailable(f"has no {named[0]}")
+        return self.api.get_peft_model(base, config(target_modules=list(targets), **kind.fields(contender.r)))
 
     def cache(self, model: Any, gib: float) -> None:
         if self.package == "halotune":
@@ -161,7 +152,7 @@ class PeftApi(Library):
 class Lycoris(Library):
     """lycoris-lora, which replaces the `forward` of the layers and keeps its parameters in a module of their own."""
 
-    methods = ("loha", "lora")
+    methods = tuple(name.lower() for name, (method, _) in kinds().items() if method.lycoris)
     FILE: ClassVar[str] = "lycoris.safetensors"
 
     class Model(nn.Module):
@@ -212,10 +203,16 @@ def imported(module: str) -> Any:
 
 LIBRARIES: dict[str, Library] = {
     FROZEN: Frozen(),
-    "ours": PeftApi(__name__.partition(".")[0], block="BoneConfig"),
-    "peft": PeftApi("peft", block="MissConfig"),
+    "ours": PeftApi(__name__.partition(".")[0]),
+    "peft": PeftApi("peft"),
     "lycoris": Lycoris(),
 }
+
+
+def spelling() -> str:
+    """How contenders are written."""
+    every = [f"{name}:{{{','.join(library.methods)}}}-rN" for name, library in LIBRARIES.items() if library.methods]
+    return ", ".join([FROZEN, *every])
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import io
 import textwrap
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -22,15 +23,7 @@ NONE = "–"
 TITLES = {"frozen": "× frozen", "lora": "× LoRA", "peft_lora": "× peft's LoRA"}
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 LIBRARIES = {"frozen": "#555555", "ours": "#0072B2", "peft": "#E69F00", "lycoris": "#CC79A7"}
-METHODS = {
-    "": "#555555",
-    "hra": "#D55E00",
-    "loha": "#0072B2",
-    "bone": "#009E73",
-    "bat": "#CC79A7",
-    "lora": "#000000",
-    "oft": "#56B4E9",
-}
+COLOURS = ("#CC79A7", "#009E73", "#D55E00", "#0072B2", "#000000", "#E69F00", "#56B4E9", "#F0E442")  # of the methods
 LINES = {"peft": "--", "lycoris": ":"}
 
 # -- the table
@@ -180,11 +173,16 @@ def _curves(axes: Any, name: str, rows: Sequence[Row]) -> None:
     lines: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         lines.setdefault((row.contender.library, row.contender.method), []).append(row)
+    colours = dict(zip(dict.fromkeys(method for _, method in lines if method), cycle(COLOURS), strict=False))
     for (library, method), line in lines.items():
         label = f"{library}:{method}" if method else library
         if name == "tokens" and method:
             label = str(line[0].contender)
-        style: dict[str, Any] = {"color": METHODS[method], "linestyle": LINES.get(library, "-"), "marker": "o"}
+        style: dict[str, Any] = {
+            "color": colours.get(method, LIBRARIES["frozen"]),
+            "linestyle": LINES.get(library, "-"),
+            "marker": "o",
+        }
         axes.plot([r.point[name] for r in line], [r.median for r in line], label=label, markersize=3, **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

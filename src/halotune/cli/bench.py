@@ -11,6 +11,7 @@ import torch
 
 from ..bench.benches import BENCHES
 from ..bench.config import CONTENDERS, DTYPES, BenchConfig, parse_contenders
+from ..bench.contenders import spelling
 from ..bench.models import PRESETS, TARGETS
 from ..bench.run import bench
 from ..core.errors import HalotuneError
@@ -36,7 +37,7 @@ def add(commands: Commands) -> None:
         "--contenders",
         default=CONTENDERS,
         metavar="LIST",
-        help="frozen, or ours|peft|lycoris:hra|loha|bone|bat|lora-rN, with commas (default: %(default)s)",
+        help=f"{spelling()}; with commas (default: %(default)s)",
     )
     flag("--batch", type=_count, metavar="N", help="(default: 4; for decode 8)")
     flag(
@@ -49,13 +50,19 @@ def add(commands: Commands) -> None:
     flag("--device", default="cuda" if cuda else "cpu", help="cpu or cuda (default: %(default)s)")
     flag("--rounds", type=_count, default=5, metavar="N", help="turns of every contender (default: 5)")
     flag("--steps-per-round", type=_count, metavar="N", help="timed repetitions of a turn (default: 5; for decode 16)")
-    flag("--warmup", type=_whole, default=2, metavar="N", help="repetitions before, not timed (default: 2)")
+    flag("--warmup", type=_integer, default=2, metavar="N", help="repetitions before, not timed (default: 2)")
     flag("--compile", action="store_true", help="compile every layer of the model in full")
     flag("--cuda-graph", action="store_true", help="of step: capture it once and replay it")
     flag("--time-limit", type=float, metavar="SECONDS", help="start no turn after that, and report what was measured")
     flag("--features", type=_features, default=(4096, 4096), metavar="INxOUT", help="of the layer (default: 4096x4096)")
     flag("--prompt", type=_count, default=16, metavar="N", help="tokens before decoding (default: 16)")
-    flag("--weight-cache", type=float, default=8.0, metavar="GIB", help="of our BAT and LoHa, to decode (default: 8; 0: none)")
+    flag(
+        "--weight-cache",
+        type=float,
+        default=8.0,
+        metavar="GIB",
+        help="for our adapted weights, to decode (default: 8; 0: none)",
+    )
     flag("--ranks", type=_counts, default=BenchConfig.ranks, metavar="LIST", help="of scaling (default: 2,4 … 256)")
     flag(
         "--token-counts",
@@ -97,14 +104,14 @@ def run(args: argparse.Namespace) -> int:
     return bench(args.kind, config, args.output_dir, as_json=args.json)
 
 
-def _whole(text: str, least: int = 0) -> int:
+def _integer(text: str, least: int = 0) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}; got {text!r}")
     return int(text)
 
 
 def _count(text: str) -> int:
-    return _whole(text, least=1)
+    return _integer(text, least=1)
 
 
 def _counts(text: str) -> tuple[int, ...]:

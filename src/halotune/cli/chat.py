@@ -1,4 +1,4 @@
-"""`halotune chat`: a conversation with a model, the adapter's strength at hand."""
+"""`halotune chat`: a conversation with a model, the adapter's scale at hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ halotune chat my-adapter
 halotune chat my-adapter --system "Answer in one sentence." --temperature 0
 """
 HELP = """/reset            forget the conversation
-/scale X          the adapter's strength: 1 is its own, 0 is the base model
+/scale X          the adapter's scale: 1 is its own, 0 is the base model
 /adapter on|off   answer with the adapter, or without
 /help             this list
 /exit             leave; so does Ctrl-D. Ctrl-C ends an answer"""
@@ -39,12 +39,12 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .loading import Base, Saved, find_device, load_tokenizer
+    from .loading import BaseModel, Saved, find_device, load_tokenizer
     from .text import Sampling, check_generates
 
     device = find_device(args.device)
     saved = Saved.read(args.adapter)
-    base = Base.load(saved, args.base, args.dtype, device)
+    base = BaseModel.load(saved, args.base, args.dtype, device)
     check_generates(base.model, base.name)
     tokenizer = load_tokenizer(saved, base.name)
     chat = Chat(saved.on(base), tokenizer, Sampling.of(args), args.system)
@@ -108,7 +108,7 @@ class Chat:
                 return "The adapter is off: this is the base model."
             case "/scale", _ if _is_number(value):
                 self.model.set_scale(self.model.active_adapters[0], float(value))
-                return f"The adapter's strength is {float(value):g}."
+                return f"The adapter's scale is {float(value):g}."
         return f"{line!r} is no command.\n{HELP}"
 
 

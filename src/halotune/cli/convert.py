@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from .main import Commands
 
 DESCRIPTION = """
-Write an adapter in another format: PEFT's folders, LyCORIS and kohya files
-(LoHa, LoRA), Bone and MiSS. The source's format is recognised. Tensors are
+Write an adapter in another format: PEFT's folders, LyCORIS and kohya files, or
+under another name of its method. The source's format is recognised. Tensors are
 copied bit for bit; the base model's weights are not read.
 """
 EXAMPLES = """
@@ -30,9 +30,9 @@ def add(commands: Commands) -> None:
     flag(
         "--to",
         required=True,
-        choices=("peft", "miss", "bone", "lycoris", "kohya"),
-        help="peft keeps the method; miss and bone are one adapter, for peft from 0.19 and up to 0.18; lycoris names modules "
-        "as the model does, kohya as sd-scripts does",
+        metavar="FORMAT",
+        help="peft keeps the method; another name of the method writes it under that one; lycoris names modules as the model "
+        "does, kohya as sd-scripts does",
     )
     flag(
         "--base",

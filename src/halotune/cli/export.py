@@ -1,4 +1,4 @@
-"""`halotune export`: an adapter as a LoRA, and the check of who can read one."""
+"""`halotune export`: an adapter as a LoRA, and the check of which programs can read one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..export.consumers import CONSUMERS, component_of
 from ..export.rules import RULES
+from ..export.runtimes import RUNTIMES, component_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,10 +28,12 @@ _STORED = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 def add(commands: Commands) -> None:
     text = (
-        "Write an HRA, LoHa, Bone or BAT adapter as a LoRA that gives the same outputs, for programs that read nothing else; "
+        "Write an adapter of any method as a LoRA that gives the same outputs, for programs that read nothing else; "
         "or, with --check alone, say which rules of such a program an adapter breaks."
     )
-    parser = commands.add_parser("export", help="write an adapter as a LoRA; check who can read one", description=text)
+    parser = commands.add_parser(
+        "export", help="write an adapter as a LoRA; check which programs can read one", description=text
+    )
     flag = parser.add_argument
     flag(
         "adapter",
@@ -41,14 +43,14 @@ def add(commands: Commands) -> None:
     flag("--to", choices=["lora"], default="lora", help="the format (default: lora)")
     flag("--base", metavar="MODEL", help="folder or hub id of the base model (default: the one that the adapter names)")
     flag("--output", type=Path, metavar="DIR", help="the folder to write; without it, nothing is converted")
-    flag("--for", dest="consumer", choices=list(CONSUMERS), default="peft", help="who reads it (default: peft)")
-    flag("--rank", type=_count, metavar="R", help="cut every layer to this rank; the error is printed layer by layer")
+    flag("--for", dest="runtime", choices=list(RUNTIMES), default="peft", help="the target runtime (default: peft)")
+    flag("--rank", type=_count, metavar="R", help="truncate every layer to this rank; the error is printed layer by layer")
     flag("--component", metavar="NAME", help="the model's part in its pipeline: unet, transformer … (default: by its class)")
     flag("--dtype", choices=list(DTYPES), help="of the tensors (default: the adapter's)")
     flag(
         "--check",
         action="append",
-        type=_consumers,
+        type=_runtimes,
         metavar="NAME[,NAME]",
         help=f"check the rules of {', '.join(RULES)}, for what was written, or else for ADAPTER; 1 is the exit status where "
         "one is broken",
@@ -77,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
     if checked:
         header = Header.read(args.output or args.adapter)
         problems = check(header, checked)
-        report["check"] = {n: [{"rule": p.rule.name, "found": p.found} for p in problems if p.consumer == n] for n in checked}
+        report["check"] = {n: [{"rule": p.rule.name, "found": p.found} for p in problems if p.runtime == n] for n in checked}
         for name in checked:
-            found = [str(p) for p in problems if p.consumer == name]
-            print("\n".join(found) or f"{name}: reads it{CONSUMERS[name].serving_hint(header.rank)}", file=out)
+            found = [str(p) for p in problems if p.runtime == name]
+            print("\n".join(found) or f"{name}: reads it{RUNTIMES[name].serving_hint(header.rank)}", file=out)
     if args.json:
         print(json.dumps(report, indent=2))
     return BROKEN if problems else OK
@@ -103,7 +105,7 @@ def _export(args: argparse.Namespace) -> ExportReport:
     stored = _STORED.get(Header.read(locate(args.adapter, WEIGHTS_NAME)).dtype, "fp32")
     model = _with_adapter(args.adapter, config, args.component)
     dtype = getattr(torch, DTYPES[args.dtype or stored])
-    return model.export(args.to, args.output, consumer=args.consumer, rank=args.rank, component=args.component, dtype=dtype)
+    return model.export(args.to, args.output, runtime=args.runtime, rank=args.rank, component=args.component, dtype=dtype)
 
 
 def _with_adapter(adapter: str, config: AdapterConfig, component: str | None) -> PeftModel:
@@ -129,11 +131,11 @@ def _of_diffusers(name: str, base: str, component: str | None) -> nn.Module:
     return getattr(diffusers, name).from_pretrained(base, subfolder=None if alone else component or component_of(name))
 
 
-def _consumers(text: str) -> list[str]:
+def _runtimes(text: str) -> list[str]:
     names = [name.strip().lower() for name in text.split(",")]
     for name in names:
         if name not in RULES:
-            raise argparse.ArgumentTypeError(f"unknown program {name!r}; choose from {', '.join(RULES)}")
+            raise argparse.ArgumentTypeError(f"unknown target runtime {name!r}; choose from {', '.join(RULES)}")
     return names
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """
 Print the continuation of a prompt as the model writes it. The prompt goes to
-the model as it stands, without a chat template: `halotune chat` uses that.
+the model as it is, without a chat template: `halotune chat` uses that.
 """
 EXAMPLES = """
 halotune generate my-adapter --prompt "Once upon a time"
@@ -35,12 +35,12 @@ def add(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     prompt = _prompt(args.prompt)
-    from .loading import Base, Saved, find_device, load_tokenizer
+    from .loading import BaseModel, Saved, find_device, load_tokenizer
     from .text import Sampling, check_generates, stream
 
     device = find_device(args.device)
     saved = Saved.read(args.adapter)
-    base = Base.load(saved, args.base, args.dtype, device)
+    base = BaseModel.load(saved, args.base, args.dtype, device)
     check_generates(base.model, base.name)
     tokenizer = load_tokenizer(saved, base.name)
     sampling = Sampling.of(args)

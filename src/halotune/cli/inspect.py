@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """
 Show what a saved adapter does, layer by layer: norms, the largest singular
 value and the effective rank of its delta ΔW = W' − W, and what its method is
-about, such as the rotation angles of HRA. What depends on the base weights W
+about, such as the angles of rotations. What depends on the base weights W
 is shown with --base.
 """
 EXAMPLES = """
@@ -53,10 +53,10 @@ def _run(args: argparse.Namespace) -> int:
     from ..inspect import report
     from ..inspect.figures import measure
     from ..report.record import json_text, write_record
-    from .loading import Base, Saved
+    from .loading import BaseModel, Saved
 
     saved = Saved.read(args.adapter)
-    base = None if args.base is None else Base.load(saved, args.base or None)
+    base = None if args.base is None else BaseModel.load(saved, args.base or None)
     layers = measure(saved, base)
     out = sys.stderr if args.json == "-" else sys.stdout
     parts = [report.heading(saved, base, layers), report.table(saved, layers), report.closing(layers)]

@@ -47,18 +47,18 @@ class Saved:
         """What the names of the adapter's own tensors begin with."""
         return method_of(self.config.peft_type).prefix
 
-    def on(self, base: Base) -> PeftModel:
+    def on(self, base: BaseModel) -> PeftModel:
         """The base, which is changed in place, with the adapter."""
         return PeftModel.from_pretrained(base.model, self.source).eval()
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseModel:
     """A base model.
 
     Attributes:
         name: the folder or hub id.
-        component: which part of a diffusers pipeline the model is; None where it is whole.
+        component: which part of a diffusers pipeline the model is; None where it is no pipeline.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Base:
     component: str | None = None
 
     @classmethod
-    def load(cls, saved: Saved, name: str | None, dtype: str = "auto", device: torch.device | str = "cpu") -> Base:
+    def load(cls, saved: Saved, name: str | None, dtype: str = "auto", device: torch.device | str = "cpu") -> BaseModel:
         """Load the base model of an adapter: `name`, or the one that its configuration names."""
         named = saved.config.base_model_name_or_path
         revision = saved.config.revision if name in (None, named) else None
@@ -77,7 +77,7 @@ class Base:
             raise HalotuneError(f"{name}: is an adapter, not a base model. Give the model that it was trained on.")
         require("transformers", ["transformers"])
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-            raise HalotuneError(f"the base model {name!r} cannot be loaded: there is no such folder.")
+            raise HalotuneError(f"the base model {name!r} cannot be loaded: there is no such folder. Give one with --base.")
         quiet_unless_watched()
         number = None if dtype == "auto" else getattr(torch, dtype)
         with loadable("the base model", name):
@@ -150,8 +150,8 @@ def _labels(saved: Saved) -> dict[str, int]:
     if saved.config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
         return {}
     heads = set(PeftModelForSequenceClassification.heads)
-    whole = {key: t for key, t in saved.tensors.items() if f".{saved.prefix}" not in key and heads & {*key.split(".")}}
-    rows = [t.shape[0] for t in whole.values() if t.dim() == 2]  # of the last layer: no other is as narrow
+    heads_stored = {key: t for key, t in saved.tensors.items() if f".{saved.prefix}" not in key and heads & {*key.split(".")}}
+    rows = [t.shape[0] for t in heads_stored.values() if t.dim() == 2]  # of the last layer: no other is as narrow
     return {"num_labels": min(rows)} if rows else {}
 
 

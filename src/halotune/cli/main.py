@@ -24,13 +24,13 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 # A command is a module here with `add(commands)` -> its line in `halotune --help`.
 COMMANDS = {
     "inspect": "show a saved adapter layer by layer: sizes, ranks, rotation angles",
-    "export": "write an adapter as a LoRA; check who can read one",
-    "convert": "convert adapters: PEFT, LyCORIS, kohya; Bone, MiSS",
-    "merge": "write an adapter into its base model, and save the whole",
+    "export": "write an adapter as a LoRA; check which programs can read one",
+    "convert": "convert adapters: PEFT, LyCORIS, kohya",
+    "merge": "write an adapter into its base model, and save the model",
     "generate": "continue a prompt with an adapter",
     "chat": "talk to a model with an adapter",
     "demo": "compare all methods on a real model, in minutes",
-    "bench": "compare speed and memory with peft, lycoris-lora, LoRA",
+    "bench": "compare speed and memory with peft and lycoris-lora",
 }
 
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    parser = Parser(prog="halotune", description="Fine-tune models with HRA, LoHa, Bone, BAT and LoRA adapters.")
+    parser = Parser(prog="halotune", description="Fine-tune pretrained models with adapters, and use them.")
     parser.add_argument("--version", action="version", version=f"halotune {__version__}", help="show the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, text in COMMANDS.items():

@@ -15,11 +15,11 @@ from ..core.errors import HalotuneError
 from .options import add_model_flags, add_parser
 
 if TYPE_CHECKING:
-    from .loading import Base, Saved
+    from .loading import BaseModel, Saved
     from .main import Commands
 
 DESCRIPTION = """
-Write an adapter into the weights of its base model, and save the whole, with
+Write an adapter into the weights of its base model, and save the model, with
 its tokenizer, as a folder that from_pretrained loads without halotune. The
 base may be a pipeline of diffusers. A report says what the merge changed in
 every layer, and what share of the adapter was lost to rounding; --dtype
@@ -45,15 +45,15 @@ def add(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     check_output(args.output, force=args.force)
-    from .loading import Base, Saved, find_device
+    from .loading import BaseModel, Saved, find_device
 
     device = find_device(args.device)
     saved = Saved.read(args.adapter)
     check_apart(args.output, args.adapter, args.base or saved.config.base_model_name_or_path)
-    base = Base.load(saved, args.base, args.dtype, device)
+    base = BaseModel.load(saved, args.base, args.dtype, device)
     model = saved.on(base)
     tuner = model.base_model
-    merged = Base(base.name, model.merge_and_unload(safe_merge=not args.no_safe_merge), base.component)
+    merged = BaseModel(base.name, model.merge_and_unload(safe_merge=not args.no_safe_merge), base.component)
     print(tuner.merge_report)
     write_folder(args.output, lambda folder: save(merged, saved, folder, args.max_shard_size))
     print(f"\nWrote {args.output}")
@@ -66,7 +66,7 @@ def _size(text: str) -> str:
     return text
 
 
-def save(base: Base, saved: Saved, folder: Path, max_shard_size: str) -> None:
+def save(base: BaseModel, saved: Saved, folder: Path, max_shard_size: str) -> None:
     """The model with all that it needs to run: a tokenizer or processor, or the rest of its pipeline."""
     if base.component is not None:
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline

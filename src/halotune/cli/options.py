@@ -14,7 +14,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_parser(commands: Commands, name: str, description: str, examples: str) -> Parser:
-    """A command's parser; its description is shown as it stands, and examples under the flags."""
+    """A command's parser; its description is shown as it is, and examples under the flags."""
     return commands.add_parser(
         name,
         description=description.strip(),
@@ -33,7 +33,7 @@ def add_model_flags(parser: Parser, *, device: str) -> None:
 
 def add_sampling_flags(parser: Parser, *, temperature: float, max_new_tokens: int) -> None:
     flag = parser.add_argument
-    flag("--max-new-tokens", type=whole(1), default=max_new_tokens, metavar="N", help="(default: %(default)s)")
+    flag("--max-new-tokens", type=integer(1), default=max_new_tokens, metavar="N", help="(default: %(default)s)")
     flag(
         "--temperature",
         type=number(0, math.inf),
@@ -42,10 +42,10 @@ def add_sampling_flags(parser: Parser, *, temperature: float, max_new_tokens: in
         help="0 takes the likeliest token each time (default: %(default)g)",
     )
     flag("--top-p", type=number(0, 1), default=1.0, metavar="P", help="sample from the likeliest P alone (default: 1)")
-    flag("--seed", type=whole(0), metavar="N", help="of the sampling")
+    flag("--seed", type=integer(0), metavar="N", help="of the sampling")
 
 
-def whole(least: int) -> Any:
+def integer(least: int) -> Any:
     """The type of a flag: a whole number, at least `least`."""
 
     def parse(text: str) -> int:

@@ -27,7 +27,7 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseLayers:
     """A base model's layers.
 
     Attributes:
@@ -46,7 +46,7 @@ class Base:
     origin: str | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, origin: str | None = None) -> Base:
+    def of(cls, model: nn.Module, origin: str | None = None) -> BaseLayers:
         """Of a model, which may lie on the meta device, and may have adapters in it."""
         shapes, paths, keys = {}, [], {}
         for path, module in visible_modules(model):
@@ -83,7 +83,7 @@ class Base:
         return index
 
 
-def load_bases(where: str | PathLike[str]) -> dict[str, Base]:
+def load_bases(where: str | PathLike[str]) -> dict[str, BaseLayers]:
     """The models in a folder or a repository of the hub: of a diffusers pipeline by the components' names, else one, "".
 
     Only configurations are read; the models are built on the meta device.
@@ -113,14 +113,17 @@ def _entries(where: str | PathLike[str], name: str, subfolder: str = "") -> dict
     except AdapterFileError as e:
         if type(e.__cause__).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
             return None
-        raise HalotuneError(f"{where}: no base model there ({e}).") from e
+        raise HalotuneError(f"{where}: no base model there ({e}). Give a folder or a hub id.") from e
 
 
-def _build(where: str | PathLike[str], library: str, class_name: str, subfolder: str = "") -> Base:
+def _build(where: str | PathLike[str], library: str, class_name: str, subfolder: str = "") -> BaseLayers:
     entries = _entries(where, "config.json", subfolder)
     name = f"{where}/{subfolder}" if subfolder else str(where)
     if library not in ("diffusers", "transformers") or entries is None:
-        raise HalotuneError(f"{name}: a {class_name} of {library} cannot be built from its configuration alone.")
+        raise HalotuneError(
+            f"{name}: a {class_name} of {library} cannot be built from its configuration alone. Load it and "
+            "use halotune.load_lycoris."
+        )
     try:
         module: Any = importlib.import_module(library)
     except ImportError:
@@ -137,4 +140,4 @@ def _build(where: str | PathLike[str], library: str, class_name: str, subfolder:
             model = cls.from_config(module.AutoConfig.for_model(**entries))
         else:
             model = cls(cls.config_class.from_dict(entries))
-    return Base.of(model, str(where))
+    return BaseLayers.of(model, str(where))

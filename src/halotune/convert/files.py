@@ -14,15 +14,15 @@ from ..core.errors import AdapterFileError, HalotuneError
 from ..core.files import CONFIG_NAME, WEIGHTS_NAME, locate
 from ..engine.files.save import write_adapter
 from ..engine.files.state_dict import read_metadata, read_tensors, write_tensors
-from ..methods.registry import method_of
-from .base import COMPONENTS, Base, load_bases
+from ..methods.registry import method_of, methods, under_alias
+from .base import COMPONENTS, BaseLayers, load_bases
 from .loading import check_names, check_output, left_out, read_lycoris
-from .lycoris import PEFT_PREFIX, PREFIXES, Adapter, LycorisFile, is_lycoris
+from .lycoris import PEFT_PREFIX, PREFIXES, LycorisFile, StoredAdapter, is_lycoris
 from .reading import Resolved, best_prefixes, resolve
 from .writing import metadata_for, write
 
-FORMATS = ("peft", "miss", "bone", "lycoris", "kohya")
-Adapters = dict[str, Adapter]  # model of a pipeline, or "" -> its adapter
+FORMATS = ("peft", *sorted(name.lower() for m in methods() for name in m.aliases), "lycoris", "kohya")
+Adapters = dict[str, StoredAdapter]  # model of a pipeline, or "" -> its adapter
 
 # What a configuration says beside the adapter's own form.
 _BOOKKEEPING = frozenset(
@@ -79,13 +79,13 @@ def convert_adapter(
     Args:
         source: a LyCORIS or kohya file; an adapter's folder in PEFT's format, or one of such folders named as a pipeline's
             models; or a hub id of one.
-        output: the folder of `"peft"`, `"miss"`, `"bone"`; the file of `"lycoris"`, `"kohya"`.
+        output: a folder; of `"lycoris"`, `"kohya"` a file.
         to: the format. `"peft"` keeps the method; `"miss"` and `"bone"` are two names of one adapter, for peft from 0.19 and
             up to 0.18; `"lycoris"` names modules as the model does, under `lycoris_`; `"kohya"` as sd-scripts does.
         base: the base model's folder or hub id, or a diffusers pipeline's; its weights are not read. A LyCORIS source needs
             it, and an output with the original names of SDXL's or FLUX's layers.
         prefix: of the LyCORIS file that is read or written, where it is not the usual one.
-        names: of modules in the file written: `"model"` or `"original"`, in the place of what the format has.
+        names: of modules in the file written: `"model"` or `"original"`, instead of what the format has.
 
     Raises:
         HalotuneError: what was found, what was expected, and the remedy. Nothing is written then.
@@ -107,21 +107,21 @@ def convert_adapter(
         _write_lycoris(adapters, check_output(output), to, bases, prefix if lycoris is None else None, names, metadata)
         done.written = [Path(output)]
     else:
-        adapters = {component: _twin(a, to) for component, a in adapters.items()}
+        adapters = {component: _under_alias(a, to) for component, a in adapters.items()}
         for component, adapter in adapters.items():
             write_adapter(Path(output) / component, adapter.config, adapter.tensors, metadata)
             done.written.append(Path(output) / component)
     return done
 
 
-def describe(adapter: Adapter) -> str:
+def describe(adapter: StoredAdapter) -> str:
     """Method, modules, ranks, and whatever else differs from the method's defaults."""
     config, method = adapter.config, method_of(adapter.config.peft_type)
     paths = {key.split(f".{method.prefix}")[0] for key in adapter.tensors if f".{method.prefix}" in key}
-    ranks = Counter(config.at(path.removeprefix(PEFT_PREFIX)).r for path in paths)
-    shown = ", ".join(f"r = {r}" + (f" ({n} modules)" if len(ranks) > 1 else "") for r, n in ranks.most_common())
-    plain = type(config)().to_dict()
-    own = {k: v for k, v in config.to_dict().items() if k not in _BOOKKEEPING and v != plain.get(k)}
+    sizes = Counter(config.at(path.removeprefix(PEFT_PREFIX)).size for path in paths)
+    shown = ", ".join(f"{k} = {v}" + (f" ({n} modules)" if len(sizes) > 1 else "") for (k, v), n in sizes.most_common())
+    default, named = type(config)().to_dict(), {*_BOOKKEEPING, config.size[0]}
+    own = {k: v for k, v in config.to_dict().items() if k not in named and v != default.get(k)}
     return "; ".join([f"{method.peft_type}, {len(paths)} modules, {shown}", *(f"{k} = {v}" for k, v in sorted(own.items()))])
 
 
@@ -142,7 +142,7 @@ def _lycoris_file(source: Path, prefix: str | None) -> LycorisFile | None:
     return read_lycoris(source, prefix)
 
 
-def _from_lycoris(source: LycorisFile, bases: Mapping[str, Base], prefix: str | None) -> tuple[Adapters, Conversion]:
+def _from_lycoris(source: LycorisFile, bases: Mapping[str, BaseLayers], prefix: str | None) -> tuple[Adapters, Conversion]:
     if not bases:
         raise HalotuneError(
             f"{source.file}: its names have '_' where modules' paths have '.', so they are looked up in the base model. Give "
@@ -162,7 +162,7 @@ def _from_lycoris(source: LycorisFile, bases: Mapping[str, Base], prefix: str | 
     return dict(adapters), Conversion(f"LyCORIS ({source.prefixes})", left_out=left_out(source, list(adapters.values())))
 
 
-def _prefixes_of(component: str, source: LycorisFile, bases: Mapping[str, Base], prefix: str | None) -> list[str]:
+def _prefixes_of(component: str, source: LycorisFile, bases: Mapping[str, BaseLayers], prefix: str | None) -> list[str]:
     """Whose modules are those of one of the base models."""
     if prefix is not None:
         return [p for p in source.groups if p == prefix]
@@ -183,20 +183,15 @@ def _from_peft(source: str | PathLike[str]) -> tuple[Adapters, dict[str, str]]:
     return {"": adapter}, metadata
 
 
-def _read_peft(folder: Path) -> tuple[Adapter, dict[str, str]]:
+def _read_peft(folder: Path) -> tuple[StoredAdapter, dict[str, str]]:
     config = AdapterConfig.from_pretrained(folder)
     file = locate(folder, WEIGHTS_NAME)
-    return Adapter(config, read_tensors(file)), read_metadata(file)
+    return StoredAdapter(config, read_tensors(file)), read_metadata(file)
 
 
-def _twin(adapter: Adapter, to: str) -> Adapter:
+def _under_alias(adapter: StoredAdapter, to: str) -> StoredAdapter:
     """The adapter under the method's name that a format asks for."""
-    method = method_of(adapter.config.peft_type)
-    if to == "peft" or method.peft_type == to.upper():
-        return adapter
-    if to.upper() not in method.twins:
-        raise HalotuneError(f"a {method.peft_type} adapter has no form as {to.upper()}: these are two names of one method.")
-    return Adapter(*method.twins[to.upper()](adapter.config, adapter.tensors))
+    return adapter if to == "peft" else StoredAdapter(*under_alias(adapter.config, adapter.tensors, to.upper()))
 
 
 # -- LyCORIS files
@@ -206,7 +201,7 @@ def _write_lycoris(
     adapters: Adapters,
     file: Path,
     to: str,
-    bases: Mapping[str, Base],
+    bases: Mapping[str, BaseLayers],
     prefix: str | None,
     names: str | None,
     metadata: Mapping[str, str],

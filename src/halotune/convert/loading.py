@@ -15,8 +15,8 @@ from ..engine.files.load import AdapterSource
 from ..engine.files.state_dict import config_of, get_peft_model_state_dict, read_metadata, read_tensors, write_tensors
 from ..engine.model import PeftModel
 from ..engine.tuner import AdapterModel
-from .base import Base
-from .lycoris import PEFT_PREFIX, Adapter, LycorisFile, parse
+from .base import BaseLayers
+from .lycoris import PEFT_PREFIX, LycorisFile, StoredAdapter, parse
 from .reading import Resolved, best_prefixes, resolve
 from .writing import metadata_for, write
 
@@ -74,7 +74,7 @@ def load_lycoris(
         AdapterFileError: what was found in the file, what was expected, and the remedy.
     """
     source = read_lycoris(file, prefix)
-    base = Base.of(_base_model(model))
+    base = BaseLayers.of(_base_model(model))
     if prefix is not None and prefix not in source.groups:
         raise AdapterFileError(
             file, f"no key begins with {prefix}_; found: {source.prefixes}.", remedy="Give one of these, or none."
@@ -117,8 +117,8 @@ def save_lycoris(
     inner = _base_model(model)
     root = next((f"{n}." for n, m in model.named_modules() if m is inner and n), "")
     own = {PEFT_PREFIX + k.removeprefix(root): t if dtype is None else t.to(dtype) for k, t in found.items()}
-    adapter = Adapter(config_of(model, adapter_name), own)
-    tensors = write(adapter, prefix, Base.of(inner), original=names == "original")
+    adapter = StoredAdapter(config_of(model, adapter_name), own)
+    tensors = write(adapter, prefix, BaseLayers.of(inner), original=names == "original")
     write_tensors(tensors, check_output(file), {**metadata_for(adapter.config), **(metadata or {})})
 
 

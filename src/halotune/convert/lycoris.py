@@ -15,7 +15,7 @@ from ..methods.registry import Method, methods
 
 PEFT_PREFIX = "base_model.model."
 
-# prefix in files -> the model of a pipeline that it stands for: the first that the pipeline has. T5 is the third text
+# prefix in files -> the model of a pipeline that it means: the first that the pipeline has. T5 is the third text
 # encoder of Stable Diffusion 3, and so numbered for FLUX too, where it is the second. The last six come with dots.
 PREFIXES: dict[str, tuple[str, ...]] = {
     "lycoris": ("unet", "transformer"),
@@ -60,7 +60,7 @@ class LycorisFile:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class StoredAdapter:
     """A configuration and its tensors, under the keys of PEFT's files."""
 
     config: AdapterConfig
@@ -80,7 +80,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path
         prefix: the file's own, where it is none of the usual ones.
 
     Raises:
-        AdapterFileError: it holds something else, or modules that are not whole.
+        AdapterFileError: it holds something else, or modules that are not complete.
     """
     names = {n for m in methods() if m.lycoris for n in (*m.lycoris.required, *m.lycoris.optional)}
     modules: Modules = {}
@@ -100,7 +100,7 @@ def parse(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path
             file,
             f"expected modules of one method ({expected}), found tensors named {ends}.",
             key=(unknown or list(tensors))[0],
-            remedy="Files that also hold norms, other algorithms or whole weights cannot be converted.",
+            remedy="Give a file without norms, other algorithms and full weights.",
         )
     method = found[0]
     _check_whole(method, modules, file)
@@ -124,5 +124,5 @@ def _check_whole(method: Method, modules: Modules, file: Path) -> None:
                 file,
                 f"a module of {method.peft_type} {what}.",
                 key=module,
-                remedy="It is damaged, or of a kind that has no form here.",
+                remedy="Get the file again; other kinds of modules cannot be converted.",
             )

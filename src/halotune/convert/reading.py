@@ -21,14 +21,14 @@ from ..core.errors import AdapterFileError, closest
 from ..engine.injection.targets import matches_suffix, shortest_suffixes
 from ..methods.lycoris_form import LycorisForm
 from ..methods.registry import Method
-from .base import Base
-from .lycoris import PEFT_PREFIX, Adapter, LycorisFile
+from .base import BaseLayers
+from .lycoris import PEFT_PREFIX, LycorisFile, StoredAdapter
 from .originals import Part
 from .rows import cut
 
 
 @dataclass(frozen=True)
-class Resolved(Adapter):
+class Resolved(StoredAdapter):
     """One adapter read from a LyCORIS file.
 
     Attributes:
@@ -40,7 +40,7 @@ class Resolved(Adapter):
     unmatched: tuple[str, ...]
 
 
-def resolve(source: LycorisFile, base: Base, prefixes: Sequence[str]) -> Resolved:
+def resolve(source: LycorisFile, base: BaseLayers, prefixes: Sequence[str]) -> Resolved:
     """The modules under these prefixes as an adapter of a base model.
 
     Raises:
@@ -75,32 +75,32 @@ def resolve(source: LycorisFile, base: Base, prefixes: Sequence[str]) -> Resolve
     return Resolved(config, tensors, tuple(prefixes), tuple(unmatched))
 
 
-def _key(base: Base, path: str, name: str) -> str:
+def _key(base: BaseLayers, path: str, name: str) -> str:
     return f"{PEFT_PREFIX}{base.keys.get(path, path)}.{name}"
 
 
-def _meanings(base: Base, name: str, form: LycorisForm, theirs: Mapping[str, Tensor]) -> list[list[Part]]:
+def _meanings(base: BaseLayers, name: str, form: LycorisForm, theirs: Mapping[str, Tensor]) -> list[list[Part]]:
     """The layers that a name may mean; of several, those whose number of outputs fits."""
     found = base.index.get(name, [])
     return found if len(found) < 2 else [m for m in found if _fits(base, m, form, theirs)] or found
 
 
-def _fits(base: Base, parts: Sequence[Part], form: LycorisForm, theirs: Mapping[str, Tensor]) -> bool:
+def _fits(base: BaseLayers, parts: Sequence[Part], form: LycorisForm, theirs: Mapping[str, Tensor]) -> bool:
     return sum(base.shapes[p.path].out_features for p in parts) in theirs[form.by_row[0]].shape
 
 
-def _nothing_matches(source: LycorisFile, base: Base, unmatched: Sequence[str]) -> AdapterFileError:
+def _nothing_matches(source: LycorisFile, base: BaseLayers, unmatched: Sequence[str]) -> AdapterFileError:
     near = closest(unmatched[0], list(base.index), n=1) or list(base.index)[:1]
     return AdapterFileError(
         source.file,
         f"none of its {len(unmatched)} modules is a layer of the {base.class_name}, which has {len(base.shapes)}, for example "
         f"{', '.join(near)}.",
         key=unmatched[0],
-        remedy="Is this the base model, and the part of the pipeline, that it was trained on?",
+        remedy="Give the base model, and the part of the pipeline, that it was trained on.",
     )
 
 
-def best_prefixes(source: LycorisFile, base: Base) -> list[str]:
+def best_prefixes(source: LycorisFile, base: BaseLayers) -> list[str]:
     """The prefix whose modules are the base's, or several that share no layer.
 
     Raises:
@@ -112,8 +112,8 @@ def best_prefixes(source: LycorisFile, base: Base) -> list[str]:
         fitting = {name for name, parts, own in meant if _fits(base, parts, source.form, own)}
         if fitting:
             matching[prefix] = fitting
-    whole = [p for p, names in matching.items() if len(names) == len(source.groups[p])]
-    best = whole or sorted(matching, key=lambda p: -len(matching[p]))[:1]
+    complete = [p for p, names in matching.items() if len(names) == len(source.groups[p])]
+    best = complete or sorted(matching, key=lambda p: -len(matching[p]))[:1]
     shared = [(a, b) for a in best for b in best if a < b and matching[a] & matching[b]]
     if shared:
         raise AdapterFileError(
@@ -127,7 +127,7 @@ def best_prefixes(source: LycorisFile, base: Base) -> list[str]:
 # -- the configuration that modules have in common
 
 
-def _config(method: Method, base: Base, fields: Mapping[str, dict[str, Any]], file: Path) -> AdapterConfig:
+def _config(method: Method, base: BaseLayers, fields: Mapping[str, dict[str, Any]], file: Path) -> AdapterConfig:
     """One configuration for all modules: ranks and scales by pattern, all else must agree."""
     entries: dict[str, Any] = {}
     for name in {n for own in fields.values() for n in own}:
@@ -144,7 +144,7 @@ def _config(method: Method, base: Base, fields: Mapping[str, dict[str, Any]], fi
                 file,
                 f"the modules differ in {name}: {value!r} for {path} ({len(others)} modules), {common!r} for the other "
                 f"{len(values) - len(others)}.",
-                remedy="An adapter has one setting for all; split the file in two.",
+                remedy="Split the file in two: an adapter has one setting for all.",
             )
     return method.config(
         **entries,
@@ -181,7 +181,7 @@ def _targets(chosen: Sequence[str], paths: Sequence[str]) -> set[str] | str:
 
 def _check_shapes(
     method: Method,
-    base: Base,
+    base: BaseLayers,
     config: AdapterConfig,
     paths: Iterable[str],
     tensors: Mapping[str, Tensor],
@@ -197,5 +197,5 @@ def _check_shapes(
                     file,
                     f"expected {tuple(p.shape)} for {path}, a layer of {base.shapes[path]}; found {tuple(t.shape)}.",
                     key=name,
-                    remedy="Is this the base model that it was trained on?",
+                    remedy="Give the base model that it was trained on.",
                 )

@@ -1,4 +1,4 @@
-"""Layers that the original model stacks into one, such as FLUX's query, key and value: cut apart, and joined."""
+"""Layers that the original model stacks into one, such as FLUX's query, key and value: split, and joined."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def cut(
             if t.shape[0] != total:
                 raise AdapterFileError(
                     file,
-                    f"{name} of shape {tuple(t.shape)} cannot be cut into {len(parts)} layers, of {total} outputs together.",
+                    f"{name} of shape {tuple(t.shape)} cannot be split into {len(parts)} layers, of {total} outputs together.",
                     key=key,
-                    remedy="Lengths of inputs (wd_on_output=False) tie such layers to each other.",
+                    remedy="Train with lengths of outputs (wd_on_output=True): those of inputs tie such layers to each other.",
                 )
             out[name] = torch.cat([t[a:b] for a, b in part.rows])
     return out

@@ -12,12 +12,12 @@ from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..methods.lycoris_form import LycorisForm
 from ..methods.registry import method_of, methods
-from .base import Base
-from .lycoris import PEFT_PREFIX, Adapter
+from .base import BaseLayers
+from .lycoris import PEFT_PREFIX, StoredAdapter
 from .rows import stack
 
 
-def write(adapter: Adapter, prefix: str, base: Base | None = None, original: bool = False) -> dict[str, Tensor]:
+def write(adapter: StoredAdapter, prefix: str, base: BaseLayers | None = None, original: bool = False) -> dict[str, Tensor]:
     """An adapter's tensors under LyCORIS' keys.
 
     Args:
@@ -31,13 +31,15 @@ def write(adapter: Adapter, prefix: str, base: Base | None = None, original: boo
     config, method = adapter.config, method_of(adapter.config.peft_type)
     if method.lycoris is None:
         known = ", ".join(m.peft_type for m in methods() if m.lycoris)
-        raise HalotuneError(f"LyCORIS has no {method.peft_type} as it is here; its files hold {known}.")
+        raise HalotuneError(f"LyCORIS has no {method.peft_type} as it is here; its files hold {known}. Keep PEFT's format.")
     form = method.lycoris
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in adapter.tensors.items():
         found = re.fullmatch(rf"(?:{re.escape(PEFT_PREFIX)})?(.+)\.({method.prefix}.+)", key)
         if found is None:
-            raise HalotuneError(f"{key}: LyCORIS files hold adapters alone, no biases and no modules trained whole.")
+            raise HalotuneError(
+                f"{key}: LyCORIS files hold adapters alone, no biases and no fully fine-tuned modules. Keep PEFT's format."
+            )
         modules.setdefault(found[1].replace(".base_layer.", "."), {})[found[2]] = tensor
     theirs: dict[str, dict[str, Tensor]] = {}
     for path, own in modules.items():
@@ -51,12 +53,12 @@ def write(adapter: Adapter, prefix: str, base: Base | None = None, original: boo
         for name, tensor in own.items():
             key = f"{prefix}_{path.replace('.', '_')}.{name}"
             if key in out:
-                raise HalotuneError(f"{key}: two modules get this name, which LyCORIS cannot tell apart.")
+                raise HalotuneError(f"{key}: two modules get this name, which LyCORIS cannot tell apart. Keep PEFT's format.")
             out[key] = tensor
     return out
 
 
-def _joined(form: LycorisForm, modules: Mapping[str, dict[str, Tensor]], base: Base) -> dict[str, dict[str, Tensor]]:
+def _joined(form: LycorisForm, modules: Mapping[str, dict[str, Tensor]], base: BaseLayers) -> dict[str, dict[str, Tensor]]:
     """Modules under their original names; layers that are stacked there become one."""
     out: dict[str, dict[str, Tensor]] = {}
     left = dict(modules)
@@ -71,12 +73,11 @@ def _joined(form: LycorisForm, modules: Mapping[str, dict[str, Tensor]], base: B
 
 def metadata_for(config: AdapterConfig) -> dict[str, str]:
     """What user interfaces show of a file: kohya's names for rank, scale and method."""
-    entries = config.to_dict()
-    alpha = entries.get("alpha", entries.get("lora_alpha", config.r))
-    algo = method_of(config.peft_type).peft_type.lower()
+    method = method_of(config.peft_type)
+    alpha = getattr(config, method.lycoris.alpha) if method.lycoris else config.size[1]
     return {
         "ss_network_module": "lycoris.kohya",
-        "ss_network_dim": str(config.r),
+        "ss_network_dim": str(config.size[1]),
         "ss_network_alpha": str(alpha),
-        "ss_network_args": json.dumps({"algo": algo}),
+        "ss_network_args": json.dumps({"algo": method.peft_type.lower()}),
     }

@@ -78,7 +78,7 @@ def projection_names(attention: nn.MultiheadAttention) -> dict[str, str]:
 class AdaptedAttention(Wrapper):
     """Attention with adapters on its projections: `in_proj` (or `q_proj`, `k_proj`, `v_proj`) here, `out_proj` in the base."""
 
-    _stands_for = "base_layer"
+    _wraps = "base_layer"
 
     def __init__(self, base_layer: nn.MultiheadAttention) -> None:
         super().__init__()

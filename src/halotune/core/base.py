@@ -17,7 +17,7 @@ from .weight_form import Matrix
 
 
 class Base(Operator):
-    """One storage kind of a linear operator: a thin view of the module, made where it is needed.
+    """One storage kind of a linear operator: a view of the module, made where it is needed.
 
     The module is always called as a module, so that its hooks (offload, quantization, tensor parallelism) fire.
     """
@@ -71,7 +71,7 @@ class Base(Operator):
         return True
 
     def as_float(self, W: Tensor, dtype: torch.dtype) -> nn.Module:
-        """The plain layer with the weight `W (out, in)`, in place of a quantized one."""
+        """The plain layer with the weight `W (out, in)`, instead of a quantized one."""
         raise HalotuneError(
             f"{type(self.module).__name__} {self.shape} cannot be merged into floats: it holds no weight that is quantized and "
             "readable. Keep the adapter beside it."
@@ -102,7 +102,7 @@ class Base(Operator):
 
     @property
     def transient(self) -> bool:
-        """Whether `weight()` makes a new tensor, to be made again rather than kept."""
+        """Whether `weight()` makes a new tensor, to be recomputed rather than kept."""
         return self.parameter.is_meta
 
     @property
@@ -287,6 +287,6 @@ def base_for(module: nn.Module, name: str = "") -> Base:
         raise HalotuneError(
             f"{where} {type(module).__name__}, which cannot be adapted. Supported: torch.nn.Linear, Conv1d, Conv2d, "
             "Conv3d and transformers' Conv1D with floating-point weights. Leave it out with exclude_modules, or train "
-            "the whole module with modules_to_save."
+            "the module in full with modules_to_save."
         )
     return kind(module)

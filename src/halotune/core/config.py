@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from enum import Enum
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -19,17 +20,6 @@ from .errors import AdapterFileError, HalotuneError, closest
 from .files import CONFIG_NAME, locate, read_json, write_atomically
 
 T = TypeVar("T")
-
-
-class PeftType(str, Enum):
-    """The methods' names in files."""
-
-    HRA = "HRA"
-    LOHA = "LOHA"
-    BONE = "BONE"
-    MISS = "MISS"
-    LORA = "LORA"
-    OFT = "OFT"
 
 
 class TaskType(str, Enum):
@@ -62,7 +52,7 @@ class BaseConfig:
     """
 
     task_type: TaskType | str | None = None
-    peft_type: PeftType | str | None = None
+    peft_type: str | None = None  # a member of `PeftType`, once it is set
     auto_mapping: dict[str, Any] | None = None
     peft_version: str | None = None
     base_model_name_or_path: str | None = None
@@ -80,8 +70,9 @@ class AdapterConfig(BaseConfig):
         exclude_modules: names or a regular expression of modules to leave out.
         layers_to_transform: only layers of these indices.
         layers_pattern: name(s) of the list of layers, where the usual ones do not match.
-        modules_to_save: modules trained whole and stored beside the adapter.
+        modules_to_save: modules fully fine-tuned and stored beside the adapter.
         r: the rank: the number of reflections, of columns, or the side of a block.
+        bias: which biases of the base are trained: `"none"`, `"all"`, or the method's own name for those of its layers.
         rank_pattern: name or regular expression -> r, for modules whose rank differs.
     """
 
@@ -93,25 +84,28 @@ class AdapterConfig(BaseConfig):
     rank_pattern: dict[str, int] = beyond_peft(default_factory=dict)
 
     r: int = 8
+    bias: str = beyond_peft("none")
 
-    # The name in files; keys of PEFT's files that mean nothing here, with the values under which they mean nothing;
-    # and our field -> PEFT's name in files.
-    TYPE: ClassVar[PeftType]
+    # The method's name in files; the choices of bias; keys of PEFT's files that mean nothing here, with the values under
+    # which they mean nothing; and our field -> PEFT's name in files.
+    TYPE: ClassVar[str]
+    BIASES: ClassVar[tuple[str, ...]] = ("none",)
     INERT: ClassVar[dict[str, tuple[Any, ...]]] = {}
     FILE_NAMES: ClassVar[dict[str, str]] = {}
     PATTERNS: ClassVar[dict[str, str]] = {"r": "rank_pattern"}
 
     def __post_init__(self) -> None:
-        if self.peft_type is not None and _plain(self.peft_type) != self.TYPE.value:
+        own = str(_value(self.TYPE))
+        if self.peft_type is not None and _value(self.peft_type) != own:
             raise HalotuneError(
-                f"{type(self).__name__}: peft_type is {self.TYPE.value}; got {_plain(self.peft_type)!r}. "
+                f"{type(self).__name__}: peft_type is {own}; got {_value(self.peft_type)!r}. "
                 "Leave it out, or use the configuration class of that method."
             )
-        self.peft_type = self.TYPE
+        self.peft_type = peft_type_of(own)
         self._check_types()
         self._check_patterns()
         if self.task_type is not None:
-            self.task_type = self._choice("task_type", _plain(self.task_type), TaskType)
+            self.task_type = self._choice("task_type", _value(self.task_type), TaskType)
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, (list, tuple)):
@@ -131,7 +125,18 @@ class AdapterConfig(BaseConfig):
         field, size = self.size
         for name, n in {field: size, **self.rank_pattern}.items():
             if n < 1:
-                raise self.error(name, f"must be at least 1; got {n}", "A rank counts vectors.")
+                raise self.error(name, f"must be at least 1; got {n}", "Use a positive number, such as 8.")
+        self.require_choice("bias", self.BIASES)
+
+    @property
+    def size(self) -> tuple[str, int]:
+        """The field that says how large an adapter is, which `rank_pattern` gives for single modules; and its value."""
+        return "r", self.r
+
+    @property
+    def kind(self) -> str:
+        """Which kind of adapter the configuration means, where its method has several; else ""."""
+        return ""
 
     def notices(self) -> list[str]:
         """What a user should know before training starts; warned of once, at wrapping."""
@@ -144,11 +149,11 @@ class AdapterConfig(BaseConfig):
         value = getattr(self, name)
         if not any(value is c or (isinstance(c, str) and value == c) for c in choices):
             listed = ", ".join(repr(c) for c in choices)
-            raise self.error(name, f"expected one of {listed}; got {value!r}", "Choices are spelled exactly so.")
+            raise self.error(name, f"expected one of {listed}; got {value!r}", "Use one of these, spelled exactly so.")
 
     def require_share(self, name: str) -> None:
         if not 0.0 <= getattr(self, name) < 1.0:
-            raise self.error(name, f"must lie in [0, 1); got {getattr(self, name)}", "It is a probability.")
+            raise self.error(name, f"must lie in [0, 1); got {getattr(self, name)}", "Use a probability, 0 for none.")
 
     def _choice(self, name: str, value: Any, choices: type[Enum]) -> Any:
         try:
@@ -157,7 +162,9 @@ class AdapterConfig(BaseConfig):
             listed = [c.value for c in choices]
             near = closest(str(value), listed, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise self.error(name, f"expected one of {listed}; got {value!r}", f"It is checked in full.{hint}") from None
+            raise self.error(
+                name, f"expected one of {listed}; got {value!r}", f"Use one of these, or leave it out.{hint}"
+            ) from None
 
     def _check_types(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -165,7 +172,9 @@ class AdapterConfig(BaseConfig):
             value = getattr(self, f.name)
             if not _fits(value, hints[f.name]):
                 expected = str(f.type).replace("typing.", "")
-                raise self.error(f.name, f"expected {expected}; got {value!r} ({type(value).__name__})", "Fix its type.")
+                raise self.error(
+                    f.name, f"expected {expected}; got {value!r} ({type(value).__name__})", "Give a value of that type."
+                )
 
     def _check_patterns(self) -> None:
         named = {f: getattr(self, f) for f in ("target_modules", "exclude_modules", "layers_pattern")}
@@ -194,11 +203,6 @@ class AdapterConfig(BaseConfig):
                     own[self.size[0] if target == "r" else target] = value
                     break
         return replace(self, **own) if own else self
-
-    @property
-    def size(self) -> tuple[str, int]:
-        """The field that says how large an adapter is, which `rank_pattern` gives for single modules; and its value."""
-        return "r", self.r
 
     def combined(self, r: int) -> Self:
         """The configuration of an adapter made of several of this method."""
@@ -249,15 +253,15 @@ class AdapterConfig(BaseConfig):
                 file,
                 "is missing.",
                 key="peft_type",
-                remedy='It names the method, e.g. "HRA"; is this an adapter\'s folder?',
+                remedy=f"Give an adapter's folder; peft_type names the method, one of {', '.join(CLASSES)}.",
             )
         try:
             config = look_up(CLASSES, entries["peft_type"]).from_dict(entries)
         except HalotuneError as e:
-            raise AdapterFileError(file, str(e), remedy="Mend the file, or save the adapter again.") from e
+            raise AdapterFileError(file, str(e), remedy="Fix the file, or save the adapter again.") from e
         if not isinstance(config, cls):
             raise HalotuneError(
-                f"{file}: holds a {_plain(config.peft_type)} adapter, not a {cls.__name__}. "
+                f"{file}: holds a {_value(config.peft_type)} adapter, not a {cls.__name__}. "
                 "Read it with PeftConfig.from_pretrained."
             )
         return config
@@ -276,13 +280,30 @@ class AdapterConfig(BaseConfig):
 CLASSES: dict[str, type[AdapterConfig]] = {}  # by the name in files; registering a method adds its own
 
 
+def peft_types() -> Any:
+    """`PeftType`: the enumeration of all methods' names in files."""
+    return _enumeration(tuple(CLASSES))
+
+
+@lru_cache
+def _enumeration(names: tuple[str, ...]) -> Any:
+    enumeration: Any = Enum("PeftType", {name: name for name in names}, type=str, module="halotune")
+    enumeration.__reduce_ex__ = lambda self, protocol: (peft_type_of, (self.value,))  # there may be more methods by then
+    return enumeration
+
+
+def peft_type_of(name: str) -> Any:
+    """The member of `PeftType` of this name; the name itself for a method that is not registered."""
+    return peft_types()[name] if name in CLASSES else name
+
+
 def look_up(known: Mapping[str, T], peft_type: object) -> T:
     """The entry of a method's name.
 
     Raises:
-        HalotuneError: for a name that no method bears.
+        HalotuneError: there is no method of this name.
     """
-    name = str(_plain(peft_type))
+    name = str(_value(peft_type))
     if name in known:
         return known[name]
     near = closest(name.upper(), list(known))
@@ -290,7 +311,7 @@ def look_up(known: Mapping[str, T], peft_type: object) -> T:
     raise HalotuneError(f"peft_type: expected one of {', '.join(known)}; got {name!r}.{hint}")
 
 
-def _plain(value: Any) -> Any:
+def _value(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
@@ -301,7 +322,7 @@ def _default(f: Field[Any]) -> Any:
 def _jsonable(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
-    return list(value) if isinstance(value, tuple) else _plain(value)
+    return list(value) if isinstance(value, tuple) else _value(value)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -25,10 +25,10 @@ class AdapterFileError(HalotuneError):
         super().__init__(f"{where}: {problem} {remedy}")
 
     def __reduce__(self):  # the default would call __init__ with the finished message
-        return _rebuild, (self.args[0], self.file, self.key)
+        return _restored, (self.args[0], self.file, self.key)
 
 
-def _rebuild(message: str, file: str, key: str | None) -> AdapterFileError:
+def _restored(message: str, file: str, key: str | None) -> AdapterFileError:
     error = AdapterFileError.__new__(AdapterFileError)
     error.args, error.file, error.key = (message,), file, key
     return error

@@ -90,7 +90,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise AdapterFileError(
             file,
             f"expected a JSON object, found a {type(entries).__name__}.",
-            remedy="Is this an adapter's configuration?",
+            remedy="Give an adapter's own configuration.",
         )
     return entries
 

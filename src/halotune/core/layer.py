@@ -24,7 +24,7 @@ class AdaptedLayer(TunerLayer, Wrapper):
     Where `merged_adapters` is not empty the stored weight holds those already, and a snapshot of the original is kept.
     """
 
-    _stands_for = "base_layer"
+    _wraps = "base_layer"
 
     penalty_taken = False  # whether somebody has asked for its adapters' penalty
 
@@ -51,7 +51,7 @@ class AdaptedLayer(TunerLayer, Wrapper):
 
     @property
     def merged_into_floats(self) -> bool:
-        """Whether a plain layer stands where a quantized one was."""
+        """Whether a plain layer replaces a quantized one."""
         return self._original is not None and self._original[0] is not self.base_layer
 
     def _running_names(self) -> list[str]:
@@ -145,7 +145,7 @@ class AdaptedLayer(TunerLayer, Wrapper):
             safe_merge: refuse values that are not finite.
             keep: hold a snapshot for `unmerge`.
             untie: write to a parameter of this layer's own; the tied one stays as it is.
-            as_float: put a plain layer of this dtype where the quantized one is, instead of quantizing again.
+            as_float: put a plain layer of this dtype where the quantized one is, instead of requantizing.
         """
         wanted = self.active_adapters if adapter_names is None else adapter_names
         names = [n for n in wanted if n in self.adapters and n not in self.merged_adapters]

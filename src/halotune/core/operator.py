@@ -55,7 +55,7 @@ class Operator(ABC):
     @property
     @abstractmethod
     def transient(self) -> bool:
-        """Whether `weight()` makes a new tensor, to be made again rather than kept."""
+        """Whether `weight()` makes a new tensor, to be recomputed rather than kept."""
 
     @property
     def opaque(self) -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class TunerLayer(nn.Module):
-    """A layer with named adapters, each with a strength. Integrations register it with `BaseTunerLayer`."""
+    """A layer with named adapters, each with a scale. Integrations register it with `BaseTunerLayer`."""
 
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("adapters",)
     other_param_names: ClassVar[tuple[str, ...]] = ()
@@ -48,12 +48,12 @@ class TunerLayer(nn.Module):
         self.enabled = enabled
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the strength of the active adapters."""
+        """Multiply the scale of the active adapters."""
         for n in self.active_adapters:
             self.set_scale(n, self.scales[n] * scale)  # type: ignore[operator]
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo `scale_layer`; None sets the strength of the active adapters to 1."""
+        """Undo `scale_layer`; None sets the scale of the active adapters to 1."""
         for n in self.active_adapters:
             self.set_scale(n, 1.0 if scale is None else self.scales[n] / scale)  # type: ignore[operator]
 

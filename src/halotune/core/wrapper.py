@@ -1,4 +1,4 @@
-"""Modules that stand in the place of others."""
+"""Modules that wrap others."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ HOOKS = frozenset({"_hf_hook", "_old_forward", "_diffusers_hook"})
 
 
 class Wrapper(nn.Module):
-    """A module in the place of a submodule, `_stands_for`: attributes that it lacks are the submodule's."""
+    """A module around a submodule, `_wraps`: attributes that it lacks are the submodule's."""
 
-    _stands_for: ClassVar[str]
+    _wraps: ClassVar[str]
 
     def __getattr__(self, name: str) -> Any:
         own = nn.Module.__getattr__  # not super(): a subclass may have a second base, which looks further itself
         try:
             return own(self, name)
         except AttributeError:
-            if name == self._stands_for or name in HOOKS or name.startswith("__"):
+            if name == self._wraps or name in HOOKS or name.startswith("__"):
                 raise
-            return getattr(own(self, self._stands_for), name)
+            return getattr(own(self, self._wraps), name)

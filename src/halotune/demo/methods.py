@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Method:
+class Preset:
     """A method as the demo runs it.
 
     Args:
@@ -24,11 +24,11 @@ class Method:
     config: str
     options: dict[str, Any] = field(default_factory=dict)
 
-    def configure(self, targets: str | Collection[str], whole: list[str]) -> AdapterConfig:
-        """The configuration for these target modules, with the modules `whole` trained and saved whole."""
+    def configure(self, targets: str | Collection[str], modules_to_save: list[str]) -> AdapterConfig:
+        """The configuration for these target modules, with these modules fully fine-tuned."""
         import halotune  # here, so that the command line can list the methods without importing torch
 
-        return getattr(halotune, self.config)(target_modules=targets, modules_to_save=whole, **self.options)
+        return getattr(halotune, self.config)(target_modules=targets, modules_to_save=modules_to_save, **self.options)
 
     @property
     def learning_rate(self) -> float:
@@ -38,10 +38,10 @@ class Method:
         return DEFAULT_LEARNING_RATES[self.title.upper()]
 
 
-METHODS: dict[str, Method] = {
-    "hra": Method("HRA", "HRAConfig", {"r": 8}),
-    "loha": Method("LoHa", "LoHaConfig", {"r": 8, "alpha": 8}),
-    "bone": Method("Bone", "BoneConfig", {"r": 32}),
-    "bat": Method("BAT", "BoneConfig", {"r": 32, "init_weights": "bat"}),
-    "lora": Method("LoRA", "LoraConfig", {"r": 8, "lora_alpha": 8}),
+METHODS: dict[str, Preset] = {
+    "hra": Preset("HRA", "HRAConfig", {"r": 8}),
+    "loha": Preset("LoHa", "LoHaConfig", {"r": 8, "alpha": 8}),
+    "bone": Preset("Bone", "BoneConfig", {"r": 32}),
+    "bat": Preset("BAT", "BoneConfig", {"r": 32, "init_weights": "bat"}),
+    "lora": Preset("LoRA", "LoraConfig", {"r": 8, "lora_alpha": 8}),
 }

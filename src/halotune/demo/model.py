@@ -109,7 +109,9 @@ class Pretrained:
             encoder.pooler = None  # it reads the first token only; unused, it would still be given adapters
         width = getattr(config, "hidden_size", None)
         if not isinstance(width, int) or "input_ids" not in inspect.signature(encoder.forward).parameters:
-            raise HalotuneError(f"--model {self.name}: {config.model_type} is not an encoder of text with one hidden size.")
+            raise HalotuneError(
+                f"--model {self.name}: {config.model_type} is not an encoder of text with one hidden size. Give one that is."
+            )
         torch.manual_seed(seed)
         return WordRater(encoder, width, self.name)
 

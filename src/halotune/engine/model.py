@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..core.config import AdapterConfig, TaskType
+from ..core.config import CLASSES, AdapterConfig, TaskType
 from ..core.errors import HalotuneError
+from ..core.forms import Form
 from ..core.wrapper import Wrapper
 from ..methods.registry import method_of
 from .external_types import register_external_types
@@ -26,7 +27,7 @@ from .files.card import CARD_NAME, mark_card
 from .files.hotswap import require_same
 from .files.hub import upload
 from .files.load import AdapterSource
-from .files.save import parameter_count, save_adapters
+from .files.save import parameter_count
 from .files.state_dict import set_peft_model_state_dict
 from .injection.activation import per_sample
 from .injection.in_place import add_in_place
@@ -50,9 +51,9 @@ class PeftModel(Wrapper):
         low_cpu_mem_usage: create the parameters on the meta device, to be loaded afterwards.
     """
 
-    _stands_for = "base_model"
+    _wraps = "base_model"
 
-    heads: ClassVar[tuple[str, ...]] = ()  # modules that the task trains whole
+    heads: ClassVar[tuple[str, ...]] = ()  # modules that the task fully fine-tunes
     _hf_peft_config_loaded: ClassVar[bool] = True  # without it transformers' Trainer refuses a quantized base
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -188,8 +189,44 @@ class PeftModel(Wrapper):
         self.base_model.add_weighted_adapter(adapters, weights, adapter_name, combination_type)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """The strength of one adapter, everywhere: `W + scale (F(W) − W)`; 1 is its own, 0 is the base."""
+        """The scale of one adapter, everywhere: `W + scale (F(W) − W)`; 1 is its own, 0 is the base."""
         self.base_model.set_scale(adapter_name, scale)
+
+    def enable_adapter_layers(self) -> None:
+        """Let the active adapters apply again, after `disable_adapter_layers`."""
+        self.base_model.enable_adapter_layers()
+
+    def disable_adapter_layers(self) -> None:
+        """Run as the base model; merged adapters are taken out of the weights."""
+        self.base_model.disable_adapter_layers()
+
+    # -- speed and memory
+
+    def cache_weights(self, gib: float) -> None:
+        """In eval mode and without gradients, keep each layer's `W'` beside its W, up to this much memory.
+
+        Decoding then costs what the bare model costs, with the base untouched and adapters still to be switched. What is
+        kept is dropped when a parameter changes, in training, and with `gib=0`, which is the default.
+        """
+        self.base_model.cache_weights(gib)
+
+    @property
+    def cached_weights(self) -> tuple[int, int]:
+        """How many layers' `W'` are kept now, and their bytes."""
+        return self.base_model.cached_weights
+
+    def set_adapter_form(self, form: Form, budget_gib: float = 2.0) -> None:
+        """In which form adapters are trained on plain linear layers; `get_layer_status` shows it.
+
+        Args:
+            form: "activations": the input or the output of a layer is changed (adapters that have no such form build W' layer
+                by layer); "weights": W' of all layers of one shape is built together at the beginning of a pass, and a layer is
+                one product with it; "auto": whichever costs less for the sizes at hand.
+            budget_gib: where W' of all layers and their gradients would take more memory, it is "activations".
+        """
+        self.base_model.set_adapter_form(form, budget_gib)
+
+    # -- training
 
     def penalty(self) -> Tensor | float:
         """The sum of the active adapters' penalties, to be added to the loss; 0.0 where none has one."""
@@ -203,9 +240,19 @@ class PeftModel(Wrapper):
         Args:
             adapter_names: which, in the order in which they apply.
             safe_merge: check all values before any weight changes.
-            quantized: quantized weights are quantized again, at a price that the report names, or replaced by floats.
+            quantized: quantized weights are requantized, at a price that the report names, or replaced by floats.
         """
         return self.base_model.merge_adapter(adapter_names, safe_merge, quantized)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The merged adapters, in the order in which they were merged."""
+        return self.base_model.merged_adapters
+
+    @property
+    def merge_report(self) -> MergeReport | None:
+        """The report of the last merge; None before the first."""
+        return self.base_model.merge_report
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights, bit for bit."""
@@ -263,6 +310,7 @@ class PeftModel(Wrapper):
         is_main_process: bool = True,
         *,
         state_dict: Mapping[str, Tensor] | None = None,
+        peft_type: str | None = None,
         bone_as_miss: bool = False,
     ) -> None:
         """Write adapters in PEFT's format: `default` into the folder itself, others into subfolders of their names.
@@ -273,17 +321,18 @@ class PeftModel(Wrapper):
             selected_adapters: names of adapters; None is all.
             save_embedding_layers: store the embeddings too; "auto": where they are targets or were resized.
             is_main_process: others write nothing.
-            state_dict: the model's state dict, where it was gathered already.
-            bone_as_miss: write Bone adapters as MiSS, which peft 0.19 and later can read.
+            state_dict: the model's state dict, where it is at hand already.
+            peft_type: write adapters whose method has this other name under it; the others under their own.
+            bone_as_miss: the same as `peft_type="MISS"`: Bone adapters as MiSS, which peft 0.19 and later can read.
         """
-        save_adapters(
-            self.base_model,
+        self.base_model.save_pretrained(
             save_directory,
             safe_serialization=safe_serialization,
             selected_adapters=selected_adapters,
             save_embedding_layers=save_embedding_layers,
             is_main_process=is_main_process,
             state_dict=None if state_dict is None else {k.removeprefix("base_model."): t for k, t in state_dict.items()},
+            peft_type=peft_type,
             bone_as_miss=bone_as_miss,
         )
 
@@ -293,7 +342,7 @@ class PeftModel(Wrapper):
         folder: str | PathLike[str],
         *,
         adapter_name: str | Sequence[str] | None = None,
-        consumer: str = "peft",
+        runtime: str = "peft",
         rank: int | None = None,
         component: str | None = None,
         dtype: torch.dtype | None = None,
@@ -307,9 +356,9 @@ class PeftModel(Wrapper):
             to: "lora".
             folder: made where it is missing.
             adapter_name: an adapter, or several that apply in this order; None is the active ones. Their scales count.
-            consumer: who reads it: "peft", "halotune", "vllm", "sglang", "llama.cpp", "diffusers" or "comfyui". It decides
+            runtime: the target runtime: "peft", "halotune", "vllm", "sglang", "llama.cpp", "diffusers" or "comfyui". It decides
                 names and files, and which layers can be represented at all.
-            rank: cut every layer to this rank, at the least error; smaller ones are filled up with zeros.
+            rank: truncate every layer to this rank, at the least error; smaller ones are filled up with zeros.
             component: for diffusers and ComfyUI, the model's name in the pipeline; None tells it from the model's class.
             dtype: of the tensors; None is the adapter's.
 
@@ -317,10 +366,10 @@ class PeftModel(Wrapper):
             a report: rank and error of each layer; `print` it.
 
         Raises:
-            HalotuneError: the consumer cannot represent the adapter; it names the layers and says why. Nothing is written.
+            HalotuneError: the runtime cannot represent the adapter; it names the layers and says why. Nothing is written.
         """
         return self.base_model.export(
-            to, folder, adapter_name=adapter_name, consumer=consumer, rank=rank, component=component, dtype=dtype
+            to, folder, adapter_name=adapter_name, runtime=runtime, rank=rank, component=component, dtype=dtype
         )
 
     def push_to_hub(
@@ -511,19 +560,19 @@ class PeftModelForSeq2SeqLM(PeftModel):
 
 
 class PeftModelForSequenceClassification(PeftModel):
-    """A sequence classifier with adapters; its head is trained whole."""
+    """A sequence classifier with adapters; its head is fully fine-tuned."""
 
     heads = ("classifier", "score")
 
 
 class PeftModelForTokenClassification(PeftModel):
-    """A token classifier with adapters; its head is trained whole."""
+    """A token classifier with adapters; its head is fully fine-tuned."""
 
     heads = ("classifier", "score")
 
 
 class PeftModelForQuestionAnswering(PeftModel):
-    """An extractive question answering model with adapters; its head is trained whole."""
+    """An extractive question answering model with adapters; its head is fully fine-tuned."""
 
     heads = ("qa_outputs",)
 
@@ -566,9 +615,10 @@ def get_peft_model(
         the class of the configuration's `task_type`, or `PeftModel`.
     """
     if not isinstance(peft_config, AdapterConfig):
+        known, found = ", ".join(c.__name__ for c in CLASSES.values()), type(peft_config)
         raise HalotuneError(
-            f"get_peft_model: expected one of halotune's configurations, such as HRAConfig; got {type(peft_config).__module__}."
-            f"{type(peft_config).__name__}. Build it from halotune, or read a saved one with PeftConfig.from_pretrained."
+            f"get_peft_model: expected one of halotune's configurations, {known}; got {found.__module__}.{found.__name__}. "
+            "Build it from halotune, or read a saved one with PeftConfig.from_pretrained."
         )
     if revision is not None:
         peft_config = copy.copy(peft_config)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from ..core.forms import Form
 from ..core.layer import AdaptedLayer
 from ..methods.registry import method_of
-from .injection.modules import adapted_layers, whole_modules
+from .injection.modules import adapted_layers, modules_to_save_wrappers
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class LayerStatus:
-    """One adapted layer, or one module trained whole."""
+    """One adapted layer, or one fully fine-tuned module."""
 
     name: str
     module_type: str
@@ -29,6 +30,7 @@ class LayerStatus:
     available_adapters: list[str]
     devices: dict[str, list[str]]
     quantization_backend: str | None = None
+    form: dict[str, Form] = field(default_factory=dict)  # of each adapter: see `PeftModel.set_adapter_form`
 
 
 @dataclass
@@ -48,6 +50,7 @@ class ModelStatus:
     available_adapters: list[str]
     devices: dict[str, list[str]]
     quantization_backend: str | None
+    form: dict[str, Form | Literal["irregular"]]
 
 
 def _one(values: Iterable[Any]) -> Any:
@@ -69,8 +72,10 @@ def _devices(module: nn.Module) -> list[str]:
 
 
 def layer_status(model: PeftModel) -> list[LayerStatus]:
-    base, out = model.get_base_model(), []
-    for path, module in {**adapted_layers(base), **whole_modules(base)}.items():
+    base, scope, out = model.get_base_model(), model.base_model.scope, []
+    if scope.layers is None:  # forms are settled when the scope looks at its layers, at the latest in the next pass
+        scope._look(base)
+    for path, module in {**adapted_layers(base), **modules_to_save_wrappers(base)}.items():
         is_layer = isinstance(module, AdaptedLayer)
         copies = module.adapters if is_layer else module.modules_to_save
         out.append(
@@ -84,6 +89,7 @@ def layer_status(model: PeftModel) -> list[LayerStatus]:
                 available_adapters=sorted(copies),
                 devices={n: _devices(m) for n, m in copies.items()},
                 quantization_backend=module.base.quantization if is_layer else None,
+                form={n: a.form for n, a in module.adapters.items()} if is_layer else {},  # type: ignore[misc]
             )
         )
     return out
@@ -111,4 +117,5 @@ def model_status(model: PeftModel) -> ModelStatus:
         available_adapters=sorted(names),
         devices={n: sorted({d for r in layers for d in r.devices.get(n, [])}) for n in names},
         quantization_backend=_one(r.quantization_backend for r in layers),
+        form={n: _one(r.form[n] for r in layers if n in r.form) for n in names},
     )

@@ -68,8 +68,8 @@ def penalty(model: nn.Module) -> Tensor | float:
     return total
 
 
-def mind_penalty(model: nn.Module) -> None:
-    """Warn where active adapters have a penalty that nobody has asked for: in training it would be left out in silence."""
+def warn_if_penalty_unused(model: nn.Module) -> None:
+    """Warn where active adapters have a penalty that nothing has asked for: in training it would be left out silently."""
     for layer in adapted_layers(model).values():
         adapters = [layer.adapters[name] for name in layer.active_adapters]
         if not layer.penalty_taken and any(a.penalty() is not None for a in adapters):  # type: ignore[operator]

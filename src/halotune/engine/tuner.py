@@ -24,10 +24,10 @@ from .forward.prepare import Scope
 from .injection.activation import activate, check_bias, enable, freeze, train_biases
 from .injection.default_targets import DEFAULT_TARGETS
 from .injection.inject import inject
-from .injection.modules import adapted_layers, paths_in_state_dict, public_path, whole_modules
+from .injection.modules import adapted_layers, modules_to_save_wrappers, paths_in_state_dict, public_path
 from .injection.offloading import StayingAdapters
 from .injection.surgery import eject, remove
-from .training import mind_penalty, penalty
+from .training import penalty, warn_if_penalty_unused
 from .weights.combine import combine
 from .weights.merge import MergeReport, Requantize, merge, unmerge
 
@@ -50,7 +50,7 @@ class AdapterModel(Wrapper):
         autocast_adapter_dtype: parameters in fp32 over a half-precision base.
     """
 
-    _stands_for = "model"
+    _wraps = "model"
 
     prefix: ClassVar[str] = ""
     tuner_layer_cls: ClassVar[type[nn.Module]] = AdaptedLayer
@@ -99,7 +99,7 @@ class AdapterModel(Wrapper):
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._training_passes += 1
             if self._training_passes == PATIENCE:
-                mind_penalty(self.model)
+                warn_if_penalty_unused(self.model)
         try:
             return self.model(*args, **kwargs)
         except BaseException:  # KeyboardInterrupt passes hooks by
@@ -173,7 +173,7 @@ class AdapterModel(Wrapper):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_known(names)
         if len(set(names)) < len(names):
-            raise HalotuneError(f"set_adapter: {names} names an adapter twice; each can be applied once.")
+            raise HalotuneError(f"set_adapter: {names} names an adapter twice; each can be applied once. Name it once.")
         if self.merged_adapters:
             warn("adapters were merged; the base weights are restored before others are set.")
             self.unmerge_adapter()
@@ -214,7 +214,7 @@ class AdapterModel(Wrapper):
 
     def disable_adapter_layers(self) -> None:
         """Run as the base model; merged adapters are taken out of the weights."""
-        biased = [n for n in self.active_adapters if getattr(self.peft_config[n], "bias", "none") != "none"]
+        biased = [n for n in self.active_adapters if self.peft_config[n].bias != "none"]
         if biased:
             warn(
                 f"{biased[0]!r} trained biases of the base model, which stay: without adapters the output is not the "
@@ -249,7 +249,7 @@ class AdapterModel(Wrapper):
                 layer.adapters[adapter_name] = combined[path].to(p.device, p.dtype).requires_grad_(False)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
-        """The strength of one adapter, everywhere: `W + scale (F(W) − W)`."""
+        """The scale of one adapter, everywhere: `W + scale (F(W) − W)`."""
         self._check_known([adapter_name])
         for layer in adapted_layers(self.model).values():
             layer.set_scale(adapter_name, scale)
@@ -258,8 +258,10 @@ class AdapterModel(Wrapper):
         """The sum of the active adapters' penalties, for the loss; 0.0 where none has one."""
         return penalty(self.model)
 
-    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike[str], *, bone_as_miss: bool = False, **kwargs: Any) -> None:
         """Write the adapters in PEFT's format; the arguments of `PeftModel.save_pretrained`."""
+        if bone_as_miss:
+            kwargs["peft_type"] = "MISS"
         save_adapters(self, save_directory, **kwargs)
 
     def export(self, to: str, folder: str | PathLike[str], **kwargs: Any) -> ExportReport:
@@ -295,7 +297,7 @@ class AdapterModel(Wrapper):
         """Write adapters (the active ones) into the weights; `unmerge_adapter` restores them bit for bit.
 
         Adapters that are active and not merged still apply, after the merged ones. Values are checked before any
-        weight changes; `safe_merge=False` skips that. A quantized weight is quantized again, at a price that the report
+        weight changes; `safe_merge=False` skips that. A quantized weight is requantized, at a price that the report
         names, or with `quantized="keep_float"` replaced by floats until `unmerge_adapter`.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
@@ -319,7 +321,7 @@ class AdapterModel(Wrapper):
     ) -> nn.Module:
         """Write adapters (the active ones) into the weights for good, and return the plain model.
 
-        A quantized weight is quantized again, or with `quantized="keep_float"` its layer becomes a float one.
+        A quantized weight is requantized, or with `quantized="keep_float"` its layer becomes a float one.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
         self._check_known(names)
@@ -328,7 +330,7 @@ class AdapterModel(Wrapper):
             raise HalotuneError(f"{already} are merged already but not among {names}. Call unmerge_adapter() first.")
         self.staying.bring()
         self.merge_report = merge(self.model, names, keep=False, safe=safe_merge, progressbar=progressbar, quantized=quantized)
-        for wrapper in whole_modules(self.model).values():
+        for wrapper in modules_to_save_wrappers(self.model).values():
             wrapper.active_adapters, wrapper.enabled = [n for n in names if n in wrapper.modules_to_save], True
         return self._release(trained=True)
 
@@ -350,7 +352,7 @@ class AdapterModel(Wrapper):
 
 @lru_cache
 def tuner_class(peft_type: str) -> type[AdapterModel]:
-    """The class that bears a method's name: `HRAModel`, `LoHaModel`, `BoneModel` …; `halotune` exports them."""
+    """The class with a method's name: `HRAModel`, `LoHaModel`, `BoneModel` …; `halotune` exports them."""
     method = method_of(peft_type)
     name = method.config.__name__.removesuffix("Config") + "Model"
     _, _, arguments = (AdapterModel.__doc__ or "").partition("\n")

@@ -1,7 +1,7 @@
-"""Adapters for programs that read LoRA alone: exact factors, who reads what, and the rules that files must keep."""
+"""Adapters for programs that read LoRA alone: exact factors, what each target runtime takes, and the rules for its files."""
 
-from .consumers import CONSUMERS, Consumer
 from .lora import ExportReport
 from .rules import RULES, Problem, Rule, check
+from .runtimes import RUNTIMES, Runtime
 
-__all__ = ["CONSUMERS", "RULES", "Consumer", "ExportReport", "Problem", "Rule", "check"]
+__all__ = ["RULES", "RUNTIMES", "ExportReport", "Problem", "Rule", "Runtime", "check"]

@@ -1,4 +1,4 @@
-"""Thin factors `ΔW = B A`, `B (out, k)`, `A (k, in)`: found, cut to a rank, and laid out as tensors of a file.
+"""Low-rank factors `ΔW = B A`, `B (out, k)`, `A (k, in)`: found, truncated to a rank, and laid out as tensors of a file.
 
 Everything here is float64 up to the last rounding.
 """
@@ -47,7 +47,7 @@ def factors_of(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> F
     Each is `W + s (F(W) − W)`, so a second one sees the weight that the first one made.
 
     Raises:
-        HalotuneError: a delta of full rank without a rank to cut it to, or composed with others.
+        HalotuneError: a delta of full rank without a rank to truncate it to, or composed with others.
     """
     W, adapters = _work(layer.base.weight()), [_exact_copy(layer.adapters[n]) for n in names]  # type: ignore[arg-type]
     full = next((type(a).__name__ for a in adapters if not a.factors_exist), None)
@@ -89,7 +89,7 @@ def _composed(W: Tensor, adapters: Sequence[Adapter], scales: Sequence[float]) -
 def truncated(B: Tensor, A: Tensor, rank: int | None = None) -> Factors:
     """The best factors of at most `rank`, by QR of both and the SVD of a k×k matrix: `B A` is never formed.
 
-    More columns than `B A` has rows or columns are never needed, so these are cut without an error.
+    More columns than `B A` has rows or columns are never needed, so truncating to those loses nothing.
     """
     most = min(B.shape[0], A.shape[1])
     keep = most if rank is None else min(rank, most)
@@ -99,9 +99,9 @@ def truncated(B: Tensor, A: Tensor, rank: int | None = None) -> Factors:
     QA, RA = torch.linalg.qr(A.mT)
     U, s, Vh = torch.linalg.svd(RB @ RA.mT)
     half = s[:keep].sqrt()
-    rest, whole = float(s[keep:].norm()), float(s.norm())
+    rest, total = float(s[keep:].norm()), float(s.norm())
     B, A = QB @ (U[:, :keep] * half), (half[:, None] * Vh[:keep]) @ QA.mT
-    return Factors(B, A) if keep == most else Factors(B, A, rest / whole if whole else 0.0, TRUNCATED)
+    return Factors(B, A) if keep == most else Factors(B, A, rest / total if total else 0.0, TRUNCATED)
 
 
 OVERSAMPLING, PASSES = 16, 4

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..core.errors import AdapterFileError
 from ..core.files import CONFIG_NAME, WEIGHTS_NAME, read_json
-from .consumers import DIFFUSERS_NAME
+from .runtimes import DIFFUSERS_NAME
 
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' entry in the header of a file: rank, alpha and targets
 

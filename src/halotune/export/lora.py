@@ -1,4 +1,4 @@
-"""Any adapter as a LoRA of one rank, with its scale in B: the form that every consumer reads alike."""
+"""Any adapter as a LoRA of one rank, with its scale in B: the form that every runtime reads alike."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..core.errors import HalotuneError
 from ..core.layer import AdaptedLayer
-from .consumers import Consumer, kohya_name
 from .factors import EXACT, Factors, factors_of, laid_out
+from .runtimes import Runtime, kohya_name
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class ExportReport:
     """What an export wrote.
 
     Attributes:
-        consumer: who it is for.
+        runtime: the target runtime.
         rank: of the file: that of the largest layer, which the others are filled up to with zeros.
-        layers: path of the module -> its own rank, what cutting lost (`‖ΔW − B A‖ / ‖ΔW‖`), and how it was found.
+        layers: path of the module -> its own rank, what truncation lost (`‖ΔW − B A‖ / ‖ΔW‖`), and how it was found.
     """
 
-    consumer: str
+    runtime: str
     rank: int
     layers: dict[str, LayerReport]
 
@@ -37,11 +37,11 @@ class ExportReport:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         layers = {path: {"rank": r.rank, "error": r.error, "how": r.how} for path, r in self.layers.items()}
-        return {"consumer": self.consumer, "rank": self.rank, "exact": self.exact, "layers": layers}
+        return {"runtime": self.runtime, "rank": self.rank, "exact": self.exact, "layers": layers}
 
     def __str__(self) -> str:
         """One line where all is exact; else a table, one line a layer."""
-        head = f"LoRA of rank {self.rank} for {self.consumer}: {len(self.layers)} layers"
+        head = f"LoRA of rank {self.rank} for {self.runtime}: {len(self.layers)} layers"
         if self.exact:
             return f"{head}, exact"
         width = max(map(len, self.layers))
@@ -61,25 +61,25 @@ class LayerReport:
 def as_lora(
     layers: Mapping[str, AdaptedLayer],
     names: Sequence[str],
-    consumer: Consumer,
+    runtime: Runtime,
     *,
     component: str = "",
     rank: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, Tensor], ExportReport]:
-    """The tensors of a consumer's file, on the CPU.
+    """The tensors of a runtime's file, on the CPU.
 
     Args:
         layers: the path that keys begin with -> a layer that has at least one of these adapters.
         names: the adapters, in the order in which they apply.
-        component: the pipeline's name of the model, for consumers that read one file.
-        rank: cut to this rank, or fill up to it; None is the smallest exact one.
+        component: the pipeline's name of the model, for runtimes that read one file.
+        rank: truncate to this rank, or fill up to it; None is the smallest exact one.
         dtype: of the tensors; None is that of the adapter.
 
     Raises:
-        HalotuneError: a layer that the consumer cannot represent, a rank that it does not take, values not finite.
+        HalotuneError: a layer that the runtime cannot represent, a rank that it does not take, values not finite.
     """
-    step = math.lcm(*(consumer.blocks(layer) for layer in layers.values()))
+    step = math.lcm(*(runtime.blocks(layer) for layer in layers.values()))
     if rank is not None and (rank < 1 or rank % step):
         raise HalotuneError(
             f"rank: expected a positive multiple of {step}{' (the groups of convolutions)' if step > 1 else ''}; got {rank}."
@@ -87,24 +87,24 @@ def as_lora(
     found: dict[str, Factors] = {}
     for path, layer in layers.items():
         own = [n for n in names if n in layer.adapters]
-        most = None if rank is None else rank // consumer.blocks(layer)
+        most = None if rank is None else rank // runtime.blocks(layer)
         try:
             found[path] = _rounded(factors_of(layer, own, most), dtype or next(layer.adapters[own[0]].parameters()).dtype)
         except HalotuneError as e:
             raise HalotuneError(f"{path}: {e}") from None
-    ranks = {path: f.rank * consumer.blocks(layers[path]) for path, f in found.items()}
-    whole = consumer.fitting_rank(rank or math.ceil(max(ranks.values()) / step) * step)
-    if whole % step:
-        raise HalotuneError(f"rank: {whole} is no multiple of {step}, the groups of a convolution. Leave the convolution out.")
+    ranks = {path: f.rank * runtime.blocks(layers[path]) for path, f in found.items()}
+    common = runtime.fitting_rank(rank or math.ceil(max(ranks.values()) / step) * step)
+    if common % step:
+        raise HalotuneError(f"rank: {common} is no multiple of {step}, the groups of a convolution. Leave the convolution out.")
     tensors: dict[str, Tensor] = {}
     for path, factors in found.items():
-        A, B = laid_out(factors, layers[path].base.shape, whole, consumer.convolutions == "plain")
-        tensors[consumer.key(path, "A", component)] = A
-        tensors[consumer.key(path, "B", component)] = B
-        if consumer.kohya_names(component):
-            tensors[f"{kohya_name(path)}.alpha"] = torch.tensor(float(whole))
+        A, B = laid_out(factors, layers[path].base.shape, common, runtime.convolutions == "basic")
+        tensors[runtime.key(path, "A", component)] = A
+        tensors[runtime.key(path, "B", component)] = B
+        if runtime.kohya_names(component):
+            tensors[f"{kohya_name(path)}.alpha"] = torch.tensor(float(common))
     report = {path: LayerReport(ranks[path], f.error, f.how) for path, f in found.items()}
-    return tensors, ExportReport(consumer.name, whole, report)
+    return tensors, ExportReport(runtime.name, common, report)
 
 
 def _rounded(factors: Factors, dtype: torch.dtype) -> Factors:

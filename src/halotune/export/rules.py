@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from os import PathLike
 
 from ..core.errors import HalotuneError, closest
-from .consumers import CONSUMERS
 from .header import METADATA_KEY, Header
+from .runtimes import RUNTIMES
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Rule:
     Attributes:
         name: what it is called in reports.
         says: the demand, and what happens where it is not met.
-        remedy: what to do; "{consumer}" stands for the program's name.
+        remedy: what to do; "{runtime}" is replaced by its name.
         broken: what was found, or None where the rule is kept.
     """
 
@@ -45,28 +45,28 @@ class Rule:
 class Problem:
     """A rule that an adapter breaks."""
 
-    consumer: str
+    runtime: str
     rule: Rule
     found: str
 
     def __str__(self) -> str:
-        remedy = self.rule.remedy.format(consumer=self.consumer)
-        return f"{self.consumer}: {self.rule.name}: {self.rule.says} Found: {self.found}. {remedy}"
+        remedy = self.rule.remedy.format(runtime=self.runtime)
+        return f"{self.runtime}: {self.rule.name}: {self.rule.says} Found: {self.found}. {remedy}"
 
 
-def check(adapter: str | PathLike[str] | Header, consumers: str | Sequence[str]) -> list[Problem]:
+def check(adapter: str | PathLike[str] | Header, runtimes: str | Sequence[str]) -> list[Problem]:
     """The rules that an adapter breaks; an empty list where all the programs named read it.
 
     Args:
         adapter: a folder, or one safetensors file; of any method and from any program. Only its header is read.
-        consumers: names in `RULES`, such as "vllm".
+        runtimes: names in `RULES`, such as "vllm".
 
     Raises:
         HalotuneError: for a name that is not there, or files that cannot be read.
     """
     header = adapter if isinstance(adapter, Header) else Header.read(adapter)
     problems = []
-    for name in [consumers] if isinstance(consumers, str) else consumers:
+    for name in [runtimes] if isinstance(runtimes, str) else runtimes:
         for rule in rules_of(name):
             found = rule.broken(header)
             if found is not None:
@@ -74,12 +74,12 @@ def check(adapter: str | PathLike[str] | Header, consumers: str | Sequence[str])
     return problems
 
 
-def rules_of(consumer: str) -> tuple[Rule, ...]:
-    if consumer in RULES:
-        return RULES[consumer]
-    near = closest(consumer.lower(), list(RULES), n=1)
+def rules_of(runtime: str) -> tuple[Rule, ...]:
+    if runtime in RULES:
+        return RULES[runtime]
+    near = closest(runtime.lower(), list(RULES), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise HalotuneError(f"check: expected one of {', '.join(RULES)}; got {consumer!r}.{hint}")
+    raise HalotuneError(f"check: expected one of {', '.join(RULES)}; got {runtime!r}.{hint}")
 
 
 # -- what a rule looks at
@@ -196,7 +196,7 @@ def _no_product(header: Header) -> str | None:
 
 # -- the rules
 
-_EXPORT = "Convert it: halotune export ADAPTER --base MODEL --to lora --for {consumer}."
+_EXPORT = "Convert it: halotune export ADAPTER --base MODEL --to lora --for {runtime}."
 _MERGE = "Merge the adapter into the weights and serve those, or train without."
 
 _LORA = Rule("lora", "Only LoRA is read, from a folder with adapter_config.json.", _EXPORT, _not_lora)
@@ -204,7 +204,7 @@ _PAIRS = Rule("pairs", "Every lora_A needs its lora_B, and the other way round."
 _MATRICES = Rule("matrices", "Only LoRA of linear layers is read: matrices.", _MERGE, _not_matrices)
 _DORA = Rule("dora", "DoRA is not supported.", _MERGE, _set("use_dora"))
 _BIAS = Rule("bias", "Trained biases are refused or ignored.", 'Train with bias="none", or merge.', _set("bias", "none"))
-_WHOLE = Rule("modules-to-save", "Modules trained whole are refused or ignored.", _MERGE, _set("modules_to_save"))
+_MODULES = Rule("modules-to-save", "Fully fine-tuned modules are refused or ignored.", _MERGE, _set("modules_to_save"))
 _NAMES = Rule(
     "names",
     "Keys are X.lora_A.weight and X.lora_B.weight.",
@@ -232,15 +232,15 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _MATRICES,
         Rule(
             "rank",
-            f"max_lora_rank is at most {CONSUMERS['vllm'].ranks[-1]} (serve with --max-lora-rank at or above the rank).",
-            "Cut it: halotune export … --for vllm --rank R.",
-            _rank_above(CONSUMERS["vllm"].ranks[-1]),
+            f"max_lora_rank is at most {RUNTIMES['vllm'].ranks[-1]} (serve with --max-lora-rank at or above the rank).",
+            "Truncate it: halotune export … --for vllm --rank R.",
+            _rank_above(RUNTIMES["vllm"].ranks[-1]),
         ),
         _UNIFORM,
         _RANKS,
         _ALPHAS,
         _BIAS,
-        _WHOLE,
+        _MODULES,
         _DORA,
     ),
     "sglang": (
@@ -265,7 +265,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             _lone_projections,
         ),
         _BIAS,
-        _WHOLE,
+        _MODULES,
         _DORA,
     ),
     "llama.cpp": (
@@ -282,14 +282,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
             _set("fan_in_fan_out"),
         ),
         _BIAS,
-        _WHOLE,
+        _MODULES,
         _DORA,
     ),
     "diffusers": (
         Rule(
             "names",
             "Keys begin with the part of the pipeline and end in lora_A.weight or lora_B.weight (or are kohya's); others are "
-            "passed over in silence.",
+            "passed over silently.",
             _EXPORT,
             _keys_unlike(rf"{_COMPONENTS}.*\.lora(_A|_B|\.down|\.up)\.weight|{_KOHYA_LORA}"),
         ),

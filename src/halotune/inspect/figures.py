@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cli.loading import Base, Saved
+from ..cli.loading import BaseModel, Saved
 from ..core.adapter import Adapter
 from ..core.errors import AdapterFileError, HalotuneError
 from ..core.operator import WeightShape
@@ -20,7 +20,7 @@ from ..engine.injection.modules import adapted_layers
 from ..methods.measures import Measures, effective_rank, singular_values
 from ..methods.registry import method_of
 
-THIN = 1024  # factors of a higher rank are not decomposed: minutes a layer
+MAX_FACTOR_RANK = 1024  # factors of a higher rank are not decomposed: minutes a layer
 NOISE = 1e-12  # of ‖W‖: a delta under it is rounding, in the fp64 that all is computed in
 
 
@@ -63,7 +63,7 @@ class Figures:
         return {**entries, "shape": sides, "relative_delta": self.relative, **self.own}
 
 
-def measure(saved: Saved, base: Base | None) -> list[Figures]:
+def measure(saved: Saved, base: BaseModel | None) -> list[Figures]:
     """The figures of all layers, in the order of the model (or of the file)."""
     measures = method_of(saved.config.peft_type).measures
     if base is None:
@@ -93,7 +93,7 @@ def _in_file(saved: Saved, measures: Measures | None) -> Iterator[tuple[str, Ada
                 f"its tensors are not those of a {method.peft_type} adapter with this configuration "
                 f"({str(e).strip().splitlines()[-1].strip()}).",
                 key=path,
-                remedy="Is adapter_config.json of the same adapter?",
+                remedy="Use the adapter_config.json of the same adapter.",
             ) from e
         yield path, adapter
 
@@ -109,7 +109,7 @@ def _by_layer(saved: Saved) -> dict[str, dict[str, Tensor]]:
         raise AdapterFileError(
             saved.file,
             f"holds no tensor of {method_of(saved.config.peft_type).peft_type}; the first is {next(iter(saved.tensors))}.",
-            remedy="Is adapter_config.json of the same adapter?",
+            remedy="Use the adapter_config.json of the same adapter.",
         )
     return layers
 
@@ -121,7 +121,7 @@ def _check_finite(file: Path, path: str, tensors: Mapping[str, Tensor]) -> None:
                 file,
                 "expected finite numbers, found NaN or infinity.",
                 key=f"{path}.{name}",
-                remedy="Its training diverged, or the file is damaged.",
+                remedy="Get the file again: it is damaged, or its training diverged.",
             )
 
 
@@ -154,14 +154,18 @@ def _figures(path: str, adapter: Adapter, kind: str | None, W: Tensor | None, me
 
 
 def _delta(adapter: Adapter, W: Tensor) -> dict[str, float | None]:
-    """Norms and effective rank of `weight(W) − W`, from its thin factors where it has them."""
+    """Norms and effective rank of `weight(W) − W`, from its low-rank factors where it has them."""
     factors = adapter.factors(W)
-    if factors is None or factors[1].shape[0] > THIN:
+    if factors is None or factors[1].shape[0] > MAX_FACTOR_RANK:
         norm = float((adapter.weight(W) - W).norm())
         return {"delta_norm": norm if math.isfinite(norm) else None}
     B, A = factors
     if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
         return {}
-    σ = singular_values(B, A)
-    σ = torch.where(σ > NOISE * W.norm().nan_to_num(), σ, 0)
-    return {"delta_norm": float(σ.norm()), "spectral_norm": float(σ[0]), "effective_rank": float(effective_rank(σ))}
+    values = singular_values(B, A)
+    values = torch.where(values > NOISE * W.norm().nan_to_num(), values, 0)
+    return {
+        "delta_norm": float(values.norm()),
+        "spectral_norm": float(values[0]),
+        "effective_rank": float(effective_rank(values)),
+    }

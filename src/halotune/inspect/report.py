@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from ..cli.loading import Base, Saved
+from ..cli.loading import BaseModel, Saved
 from ..core.config import AdapterConfig
 from ..methods.measures import Column
 from ..methods.registry import method_of
@@ -40,7 +40,7 @@ def known_columns(saved: Saved, layers: Sequence[Figures]) -> list[Column]:
     return [c for c in columns if any(value_of(layer, c) is not None for layer in layers)]
 
 
-def heading(saved: Saved, base: Base | None, layers: Sequence[Figures]) -> str:
+def heading(saved: Saved, base: BaseModel | None, layers: Sequence[Figures]) -> str:
     config = saved.config
     method = method_of(config.peft_type).peft_type
     rest = {k: t for k, t in saved.tensors.items() if f".{saved.prefix}" not in k}
@@ -63,7 +63,7 @@ def heading(saved: Saved, base: Base | None, layers: Sequence[Figures]) -> str:
 
 def options(config: AdapterConfig) -> dict[str, Any]:
     """The method's own fields that are set to something else than their default."""
-    common = {f.name for f in fields(AdapterConfig)}
+    common = {f.name for f in fields(AdapterConfig)} - {"bias"}
     return {
         f.name: getattr(config, f.name)
         for f in fields(config)
@@ -75,7 +75,7 @@ def _default(f: Field[Any]) -> Any:
     return f.default if f.default_factory is MISSING else f.default_factory()
 
 
-def _base_line(named: str | None, base: Base | None) -> str:
+def _base_line(named: str | None, base: BaseModel | None) -> str:
     if base is None:
         return f"{named or 'not named'}; not read: give --base to compare with its weights"
     inside = f", {base.component}" if base.component else ""
@@ -131,8 +131,8 @@ def total(layers: Sequence[Figures]) -> dict[str, float | None]:
     for name in ("weight_norm", "delta_norm"):
         values = [getattr(layer, name) for layer in layers]
         out[name] = None if None in values else math.hypot(*values)
-    W, Δ = out["weight_norm"], out["delta_norm"]
-    return {**out, "relative_delta": Δ / W if W and Δ is not None else None}
+    W, delta = out["weight_norm"], out["delta_norm"]
+    return {**out, "relative_delta": delta / W if W and delta is not None else None}
 
 
 def closing(layers: Sequence[Figures]) -> str:
@@ -144,7 +144,7 @@ def closing(layers: Sequence[Figures]) -> str:
 _TOTALS = {"weight_norm": "‖W‖", "delta_norm": "‖ΔW‖", "relative_delta": "‖ΔW‖/‖W‖"}
 
 
-def as_document(saved: Saved, base: Base | None, layers: Sequence[Figures]) -> dict[str, Any]:
+def as_document(saved: Saved, base: BaseModel | None, layers: Sequence[Figures]) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "adapter": saved.source,

@@ -1,5 +1,8 @@
-"""The only list of methods: importing this package fills the registry."""
+"""The only list of methods: importing this package fills the registry. Each line also makes a configuration public."""
 
-from . import bone, hra, loha, lora, oft
-
-__all__ = ["bone", "hra", "loha", "lora", "oft"]
+from .bone import BoneConfig as BoneConfig
+from .bone import MissConfig as MissConfig
+from .hra import HRAConfig as HRAConfig
+from .loha import LoHaConfig as LoHaConfig
+from .lora import LoraConfig as LoraConfig
+from .oft import OFTConfig as OFTConfig

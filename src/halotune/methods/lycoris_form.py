@@ -23,6 +23,7 @@ class LycorisForm:
             module differ in these alone.
         read: their tensors and the layer's shape -> fields of the configuration, and our tensors.
         write: a configuration resolved for the layer, our tensors, and the layer's shape where it is known -> their tensors.
+        alpha: the configuration's field for the numerator of the scale.
     """
 
     required: tuple[str, ...]
@@ -30,6 +31,7 @@ class LycorisForm:
     by_row: tuple[str, ...]
     read: Callable[[Mapping[str, Tensor], WeightShape], tuple[dict[str, Any], dict[str, Tensor]]]
     write: Callable[[Any, Mapping[str, Tensor], WeightShape | None], dict[str, Tensor]]
+    alpha: str = "alpha"
 
 
 def read_alpha(tensors: Mapping[str, Tensor], r: int) -> int | float:

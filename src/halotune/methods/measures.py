@@ -51,11 +51,11 @@ def singular_values(B: Tensor, A: Tensor) -> Tensor:
     return torch.linalg.svdvals(R_B @ R_A.mT)
 
 
-def effective_rank(σ: Tensor) -> Tensor:
-    """`exp(−Σ p log p)` with `p = σ / Σσ` over the last dimension: k for k equal singular values, 0 for none.
+def effective_rank(values: Tensor) -> Tensor:
+    """`exp(−Σ p log p)` with `p = σ / Σσ` over the last dimension, σ singular values: k for k equal ones, 0 for none.
 
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
     """
-    total = σ.sum(-1, keepdim=True)
-    p = σ / torch.where(total > 0, total, 1)
+    total = values.sum(-1, keepdim=True)
+    p = values / torch.where(total > 0, total, 1)
     return torch.special.entr(p).sum(-1).exp() * (total.squeeze(-1) > 0)

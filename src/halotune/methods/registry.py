@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.adapter import Adapter
 from ..core.base import Base
 from ..core.config import CLASSES, AdapterConfig, look_up
+from ..core.errors import HalotuneError
 from ..core.operator import WeightShape
 from .lycoris_form import LycorisForm
 from .measures import Measures
@@ -25,12 +26,25 @@ class FromPeft:
     Attributes:
         adapter: (peft's layer, the adapter's name, the weight's shape) -> our adapter, whose parameters peft's will replace.
         differs: (peft's layer, the adapter's name, the base) -> what peft itself gets wrong on this layer, a phrase each.
-        several: what it gets wrong where several adapters of a layer are active.
+        several: what it gets wrong where several adapters of a layer are active, a phrase; None for nothing.
     """
 
     adapter: Callable[[Any, str, WeightShape], Adapter]
     differs: Callable[[Any, str, Base], list[str]]
     several: str | None = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of a method's adapters, as benchmarks and the default learning rates tell them apart.
+
+    Attributes:
+        learning_rate: the default.
+        fields: an r -> the fields of a configuration of this kind and size, whose scale is 1.
+    """
+
+    learning_rate: float
+    fields: Callable[[int], Mapping[str, Any]] = lambda r: {"r": r}
 
 
 @dataclass(frozen=True)
@@ -43,8 +57,10 @@ class Method:
         config: the configuration's class.
         adapters: every adapter class that `create` may return.
         create: a new adapter for a weight's shape and a configuration already resolved for that module.
-        learning_rates: kind of adapter -> the default learning rate.
-        twins: other methods that have the same adapter -> rewrites a configuration and its tensors in that one's names.
+        kinds: the kinds of its adapters, by name in capitals.
+        aliases: other names of this method in files -> rewrites a configuration and its tensors under that name.
+        low_rank: for the method that represents every low-rank delta: an r -> a configuration whose scale is 1. Its adapters
+            have `set_factors(B, A)`.
         lycoris: how LyCORIS writes it, for methods that LyCORIS has.
         from_peft: how a live layer of peft's is run as one of ours, for methods that gain by it.
         measures: how its saved adapters are looked at; without it, with their base model only.
@@ -55,8 +71,9 @@ class Method:
     config: type[AdapterConfig]
     adapters: tuple[type[Adapter], ...]
     create: Callable[[WeightShape, AdapterConfig], Adapter]
-    learning_rates: Mapping[str, float] = field(default_factory=dict)
-    twins: Mapping[str, Rewrite] = field(default_factory=dict)
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    aliases: Mapping[str, Rewrite] = field(default_factory=dict)
+    low_rank: Callable[[int], AdapterConfig] | None = None
     lycoris: LycorisForm | None = None
     from_peft: FromPeft | None = None
     measures: Measures | None = None
@@ -79,6 +96,33 @@ def method_of(peft_type: object) -> Method:
     """The method of this name.
 
     Raises:
-        HalotuneError: for a name that no method bears.
+        HalotuneError: there is no method of this name.
     """
     return look_up(_METHODS, peft_type)
+
+
+def kinds() -> dict[str, tuple[Method, Kind]]:
+    """Every kind of adapter there is, by its name in capitals."""
+    return {name: (method, kind) for method in methods() for name, kind in method.kinds.items()}
+
+
+def low_rank_method() -> Method:
+    """The method that represents every low-rank delta."""
+    return next(m for m in methods() if m.low_rank)
+
+
+def under_alias(config: AdapterConfig, tensors: dict[str, Tensor], peft_type: str) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """A saved adapter under another name of its method.
+
+    Raises:
+        HalotuneError: `peft_type` is no name of its method.
+    """
+    method = method_of(config.peft_type)
+    if method.peft_type == peft_type:
+        return config, tensors
+    if peft_type not in method.aliases:
+        known = ", ".join((method.peft_type, *method.aliases))
+        raise HalotuneError(
+            f"a {method.peft_type} adapter cannot be written as {peft_type}. Choose one of its method's names: {known}."
+        )
+    return method.aliases[peft_type](config, tensors)

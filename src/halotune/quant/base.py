@@ -96,7 +96,7 @@ class Readable(Quantized):
 
 
 def comes_from(thing: object, package: str, name: str | None = None) -> bool:
-    """Whether a class of `thing`, or one that it derives from, is of this package (and bears this name).
+    """Whether a class of `thing`, or one that it derives from, is of this package (and has this name).
 
     The package is not imported to find out.
     """

@@ -13,7 +13,7 @@ from .base import Quantized
 
 
 class Opaque(Quantized):
-    """Any module that names its two sizes and holds packed numbers in the place of a float weight.
+    """Any module that names its two sizes and holds packed numbers instead of a float weight.
 
     Its weight is never read: methods that need it, and merging, are refused.
     """

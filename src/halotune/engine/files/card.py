@@ -38,7 +38,7 @@ def card_text(config: AdapterConfig, parameters: int) -> str:
         "",
         f"- Method: {method}, {field} = {size}",
         f"- Adapted modules: {shown}",
-        *([f"- Modules trained whole: {', '.join(config.modules_to_save)}"] if config.modules_to_save else []),
+        *([f"- Fully fine-tuned modules: {', '.join(config.modules_to_save)}"] if config.modules_to_save else []),
         f"- Numbers stored: {parameters:,}",
         "",
         "What it was trained on, and how good it is, is for its author to add.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +16,11 @@ from ...core.base import TransposedLinear
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
-from ...export.consumers import Consumer, component_of, consumer_named
 from ...export.header import METADATA_KEY, Header
 from ...export.lora import ExportReport, as_lora
 from ...export.rules import RULES, check
-from ...methods.registry import method_of
+from ...export.runtimes import Runtime, component_of, runtime_named
+from ...methods.registry import low_rank_method
 from ..injection.modules import public_path, visible_modules
 from ..injection.targets import shortest_suffixes
 from .card import write_card
@@ -36,7 +37,7 @@ def export_adapters(
     folder: str | PathLike[str],
     *,
     adapter_name: str | Sequence[str] | None = None,
-    consumer: str = "peft",
+    runtime: str = "peft",
     rank: int | None = None,
     component: str | None = None,
     dtype: torch.dtype | None = None,
@@ -46,14 +47,14 @@ def export_adapters(
         raise HalotuneError(f"export: expected the format 'lora'; got {to!r}.")
     if Path(folder).is_file():
         raise HalotuneError(f"export: {folder} is a file. Give a folder.")
-    reader = consumer_named(consumer)
+    target = runtime_named(runtime)
     names = _names(tuner, adapter_name)
-    layers = _exportable(tuner, names, reader)
-    whole = _beside_the_adapters(tuner, names, reader)
-    component = "" if reader.folder else component or component_of(type(tuner.model).__name__)
-    tensors, report = as_lora(layers, names, reader, component=component, rank=rank, dtype=dtype)
+    layers = _exportable(tuner, names, target)
+    beside = _beside_the_adapters(tuner, names, target)
+    component = "" if target.folder else component or component_of(type(tuner.model).__name__)
+    tensors, report = as_lora(layers, names, target, component=component, rank=rank, dtype=dtype)
     config = _lora_config(tuner, names, layers, report.rank)
-    _write({**tensors, **whole}, config, Path(folder), reader, component)
+    _write({**tensors, **beside}, config, Path(folder), target, component)
     return report
 
 
@@ -70,23 +71,23 @@ def _names(tuner: AdapterModel, wanted: str | Sequence[str] | None) -> list[str]
     return names
 
 
-def _exportable(tuner: AdapterModel, names: Sequence[str], consumer: Consumer) -> dict[str, AdaptedLayer]:
+def _exportable(tuner: AdapterModel, names: Sequence[str], runtime: Runtime) -> dict[str, AdaptedLayer]:
     """The layers with these adapters, by their paths.
 
     Raises:
-        HalotuneError: naming each layer that the consumer cannot represent.
+        HalotuneError: naming each layer that the runtime cannot represent.
     """
     layers = {path: layer for path, layer in _every_name(tuner.model) if any(n in layer.adapters for n in names)}
     refused: dict[str, list[str]] = {}
     for path, layer in layers.items():
-        reason = consumer.refusal(path, layer, shared=sum(layer is other for other in layers.values()) > 1)
+        reason = runtime.refusal(path, layer, shared=sum(layer is other for other in layers.values()) > 1)
         if reason:
             refused.setdefault(reason, []).append(public_path(path))
     if refused:
         shown = "; ".join(f"it {reason}: {', '.join(paths)}" for reason, paths in refused.items())
         raise HalotuneError(
-            f"export: {consumer.name} cannot represent this adapter: {shown}. Merge it into the weights (merge_and_unload), or "
-            'leave these modules out when training; consumer="halotune" reads all.'
+            f"export: {runtime.name} cannot represent this adapter: {shown}. Merge it into the weights (merge_and_unload), or "
+            'leave these modules out when training; runtime="halotune" reads all.'
         )
     return layers
 
@@ -96,14 +97,14 @@ def _every_name(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     return [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, AdaptedLayer)]
 
 
-def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], consumer: Consumer) -> dict[str, Tensor]:
-    """What the adapters' own files hold beside the adapters: modules trained whole, embeddings of another size."""
+def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], runtime: Runtime) -> dict[str, Tensor]:
+    """What the adapters' own files hold beside the adapters: modules fully fine-tuned, embeddings of another size."""
     found: dict[str, Tensor] = {}
     for name in names:
         config = tuner.peft_config[name]
-        if getattr(config, "bias", "none") != "none":
+        if config.bias != "none":
             raise HalotuneError(
-                f"export: adapter {name!r} trains biases (bias={config.bias!r}), which no reader of LoRA takes. Merge it into "  # type: ignore[attr-defined]
+                f"export: adapter {name!r} trains biases (bias={config.bias!r}), which a LoRA cannot hold. Merge it into "
                 'the weights (merge_and_unload), or train with bias="none".'
             )
         resized = vocabulary_differs(tuner.model, config)
@@ -112,11 +113,11 @@ def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], consumer: Co
             if name in layer.adapters:
                 for parameter, _ in layer.adapters[name].named_parameters():
                     del found[f"{path}.{parameter}"]
-    if found and not consumer.whole_modules:
+    if found and not runtime.modules_to_save:
         modules = ", ".join(sorted({key.removeprefix("model.").rpartition(".")[0] for key in found}))
         raise HalotuneError(
-            f"export: {consumer.name} reads a LoRA alone, and the adapter also holds whole modules: {modules}. Merge it into "
-            'the weights (merge_and_unload); consumer="peft" reads them.'
+            f"export: {runtime.name} reads a LoRA alone, and the adapter also holds fully fine-tuned modules: {modules}. Merge "
+            'it into the weights (merge_and_unload); runtime="peft" reads them.'
         )
     return {f"base_model.{key}": t.detach().cpu() for key, t in found.items()}
 
@@ -124,35 +125,34 @@ def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], consumer: Co
 def _lora_config(tuner: AdapterModel, names: Sequence[str], layers: Mapping[str, AdaptedLayer], rank: int) -> AdapterConfig:
     like = written_config(tuner, names[0])
     targets = shortest_suffixes([public_path(path) for path in layers], [n for n, _ in visible_modules(tuner.model)])
-    whole = sorted({m for n in names for m in tuner.peft_config[n].modules_to_save or []})
-    return method_of("LORA").config.from_dict(
-        {
-            "r": rank,
-            "lora_alpha": rank,
-            "target_modules": sorted(targets),
-            "modules_to_save": whole or None,
-            "fan_in_fan_out": any(isinstance(layer.base, TransposedLinear) for layer in layers.values()),
-            "task_type": like.task_type,
-            "base_model_name_or_path": like.base_model_name_or_path,
-            "revision": like.revision,
-            "auto_mapping": like.auto_mapping,
-            "inference_mode": True,
-        }
-    )
+    modules_to_save = sorted({m for n in names for m in tuner.peft_config[n].modules_to_save or []})
+    create = low_rank_method().low_rank
+    assert create is not None
+    entries = {
+        "target_modules": sorted(targets),
+        "modules_to_save": modules_to_save or None,
+        "fan_in_fan_out": any(isinstance(layer.base, TransposedLinear) for layer in layers.values()),
+        "task_type": like.task_type,
+        "base_model_name_or_path": like.base_model_name_or_path,
+        "revision": like.revision,
+        "auto_mapping": like.auto_mapping,
+        "inference_mode": True,
+    }
+    return replace(create(rank), **entries)
 
 
-def _write(tensors: dict[str, Tensor], config: AdapterConfig, folder: Path, consumer: Consumer, component: str) -> None:
-    """Write the files, once they keep every rule of the consumer."""
-    file, entries = folder / consumer.file, config.to_dict()
+def _write(tensors: dict[str, Tensor], config: AdapterConfig, folder: Path, runtime: Runtime, component: str) -> None:
+    """Write the files, once they keep every rule of the runtime."""
+    file, entries = folder / runtime.file, config.to_dict()
     metadata: dict[str, str] = {}
-    if not consumer.folder:
+    if not runtime.folder:
         needed = {f"{component}.{key}": entries[key] for key in ("r", "lora_alpha", "target_modules")}
         metadata[METADATA_KEY] = json.dumps(needed)
     shapes = {key: tuple(t.shape) for key, t in tensors.items()}
-    problems = check(Header(file, entries, shapes, metadata), consumer.name) if consumer.name in RULES else []
+    problems = check(Header(file, entries, shapes, metadata), runtime.name) if runtime.name in RULES else []
     if problems:
         raise HalotuneError("export: nothing was written. " + " ".join(map(str, problems)))
     write_tensors(tensors, file, metadata)
-    if consumer.folder:
+    if runtime.folder:
         config.save_pretrained(folder)
         write_card(folder / "README.md", config, sum(parameter_count(t) for t in tensors.values()))

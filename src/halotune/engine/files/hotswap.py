@@ -51,15 +51,9 @@ def require_same(old: AdapterConfig, new: AdapterConfig, name: str, source: obje
     """Raises where two configurations differ in what their adapters compute."""
     here, there = old.to_dict(), new.to_dict()
     differ = sorted(k for k in {**here, **there} if k not in _BOOKKEEPING and here.get(k) != there.get(k))
-    if differ or _kind(old) != _kind(new):
+    if differ or old.kind != new.kind:
         shown = "; ".join(f"{k}: {here.get(k)!r} here, {there.get(k)!r} there" for k in differ or ["init_weights"])
         raise HalotuneError(
             f"{source}: cannot be swapped into {name!r}, whose configuration differs ({shown}). Use load_adapter with "
             "another name, then set_adapter."
         )
-
-
-def _kind(config: AdapterConfig) -> object:
-    """The form of the adapter where `init_weights` names it ("bat", "mini"), else nothing: initial values do not matter."""
-    init = getattr(config, "init_weights", None)
-    return init if isinstance(init, str) else None

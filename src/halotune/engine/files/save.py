@@ -13,7 +13,7 @@ from torch import Tensor
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.files import WEIGHTS_NAME
-from ...methods.registry import method_of
+from ...methods.registry import method_of, under_alias
 from .card import CARD_NAME, write_card
 from .state_dict import get_peft_model_state_dict, write_tensors
 
@@ -30,7 +30,7 @@ def save_adapters(
     save_embedding_layers: bool | Literal["auto"] = "auto",
     is_main_process: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
-    bone_as_miss: bool = False,
+    peft_type: str | None = None,
 ) -> None:
     """Write adapters: `default` into the folder itself, others into subfolders of their names.
 
@@ -51,9 +51,7 @@ def save_adapters(
         return
     for name in names:
         here = folder if name == "default" else folder / name
-        save_adapter(
-            tuner, name, here, save_embedding_layers=save_embedding_layers, state_dict=state_dict, bone_as_miss=bone_as_miss
-        )
+        save_adapter(tuner, name, here, save_embedding_layers=save_embedding_layers, state_dict=state_dict, peft_type=peft_type)
 
 
 def save_adapter(
@@ -63,16 +61,15 @@ def save_adapter(
     *,
     save_embedding_layers: bool | Literal["auto"] = "auto",
     state_dict: Mapping[str, Tensor] | None = None,
-    bone_as_miss: bool = False,
+    peft_type: str | None = None,
 ) -> None:
-    """Write one adapter into the folder itself."""
+    """Write one adapter into the folder itself, under the alias `peft_type` of its method if it has that one."""
     tuner.staying.bring()
     found = get_peft_model_state_dict(tuner, state_dict, name, save_embedding_layers=save_embedding_layers)
     tensors = {f"base_model.{key}": t for key, t in found.items()}
     config = written_config(tuner, name)
-    as_miss = method_of(config.peft_type).twins.get("MISS")
-    if bone_as_miss and as_miss:
-        config, tensors = as_miss(config, tensors)
+    if peft_type is not None and method_of(peft_type).peft_type in method_of(config.peft_type).aliases:
+        config, tensors = under_alias(config, tensors, peft_type)
     write_adapter(folder, config, tensors)
 
 
@@ -96,7 +93,7 @@ def written_config(tuner: AdapterModel, name: str) -> AdapterConfig:
 
 
 def parameter_count(t: Tensor) -> int:
-    """How many numbers a tensor holds; packed and partitioned ones count as what they stand for."""
+    """How many numbers a tensor holds; packed and partitioned ones count as what they hold."""
     if t.numel() == 0 and hasattr(t, "ds_numel"):
         return int(t.ds_numel)  # type: ignore[attr-defined]  # ZeRO-3 keeps the parameter elsewhere
     if type(t).__name__ == "Params4bit":

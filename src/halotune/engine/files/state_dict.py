@@ -96,7 +96,7 @@ def get_peft_model_state_dict(
 
     Args:
         model: a `PeftModel`, or any module that adapters were put into.
-        state_dict: the model's state dict, where it was gathered already.
+        state_dict: the model's state dict, where it is at hand already.
         adapter_name: which adapter.
         unwrap_compiled: take the model out of `torch.compile`'s wrapper first.
         save_embedding_layers: store input and output embeddings too; "auto": those that are targets, and both where the
@@ -110,8 +110,7 @@ def get_peft_model_state_dict(
     tensors = {**tensors, **{key: layer.original_weight for key, layer in merged.items() if key in tensors}}
     keys = list(tensors)
     out = {file_key: tensors[key] for file_key, key in _own_keys(keys, adapter_name).items()}
-    bias = getattr(config, "bias", "none")
-    out.update({key: tensors[key] for key in _bias_keys(model, keys, adapter_name, bias)})
+    out.update({key: tensors[key] for key in _bias_keys(model, keys, adapter_name, config.bias)})
     embeddings = embedding_keys(model, keys) if save_embedding_layers else []
     if save_embedding_layers == "auto" and not vocabulary_differs(model, config):
         layers = adapted_layers(model)
@@ -177,7 +176,7 @@ def set_peft_model_state_dict(
     state = held_tensors(model, keep_vars=True)
     keys = list(state)
     expected = _own_keys(keys, adapter_name)
-    biases = {k: k for k in _bias_keys(model, keys, adapter_name, getattr(config, "bias", "none"))}
+    biases = {k: k for k in _bias_keys(model, keys, adapter_name, config.bias)}
     optional = {k: k for k in embedding_keys(model, keys)}
     tensors = _under_prefix_of(tensors, {*expected, *biases, *optional})
     _check_keys(tensors, expected, biases, optional, file)
@@ -235,13 +234,13 @@ def _check_keys(
             file,
             f"{_listed(missing, 'missing')}{' and ' if extra and missing else ''}{_listed(extra, 'not of this adapter')}.",
             key=first,
-            remedy="Is adapter_config.json of the same adapter, and the base model the one that it was trained on?",
+            remedy="Use the adapter_config.json of the same adapter, and the base model that it was trained on.",
         )
     absent = [k for k in biases if k not in tensors]
     if absent:
         warn(
-            f"{file}: the configuration trains biases, but the file lacks {len(absent)} of them (peft before 0.16 never "
-            f"stored those of Bone): {', '.join(absent)}. The base model's own are used, so outputs may differ."
+            f"{file}: the configuration trains biases, but the file lacks {len(absent)} of them (peft before 0.16 did "
+            f"not store those of all methods): {', '.join(absent)}. The base model's own are used, so outputs may differ."
         )
 
 
@@ -262,12 +261,15 @@ def _fits(key: str, tensor: Tensor, target: Tensor, ignore_shape: bool, file: st
             file,
             f"{sizes}.",
             key=key,
-            remedy="Do the rank in adapter_config.json and the base model belong to this file?",
+            remedy="Use the rank in adapter_config.json and the base model that belong to this file.",
         )
     if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
         what = f"{tensor.dtype}" if not tensor.is_floating_point() else "values that are not finite"
         raise AdapterFileError(
-            file, f"expected finite floating-point numbers, found {what}.", key=key, remedy="The file is damaged."
+            file,
+            f"expected finite floating-point numbers, found {what}.",
+            key=key,
+            remedy="Get the file again: it is damaged, or its training diverged.",
         )
     return True
 

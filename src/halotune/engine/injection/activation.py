@@ -12,17 +12,17 @@ from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
 from ...core.rows import BASE, Rows
-from .modules import adapted_layers, whole_modules
+from .modules import adapted_layers, modules_to_save_wrappers
 
 
 def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None:
     """Make these adapters the active ones, in this order; exactly they are trained."""
-    wholes = whole_modules(model)
-    for path, wrapper in wholes.items():
+    wrappers = modules_to_save_wrappers(model)
+    for path, wrapper in wrappers.items():
         wrapper.check(names, path)
     for layer in adapted_layers(model).values():
         layer.set_adapter(names, inference_mode=not trainable)
-    for wrapper in wholes.values():
+    for wrapper in wrappers.values():
         wrapper.active_adapters = [n for n in names if n in wrapper.modules_to_save]
         for n, module in wrapper.modules_to_save.items():
             for p in module.parameters():
@@ -31,7 +31,7 @@ def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None
 
 
 def enable(model: nn.Module, on: bool) -> None:
-    for module in (*adapted_layers(model).values(), *whole_modules(model).values()):
+    for module in (*adapted_layers(model).values(), *modules_to_save_wrappers(model).values()):
         module.enabled = on
 
 
@@ -48,7 +48,7 @@ def per_sample(
     if batch is not None and len(names) != batch:
         raise HalotuneError(f"adapter_names: got {len(names)} names for a batch of {batch} samples. Give one name per sample.")
     if modules is None:
-        modules = [*adapted_layers(model).values(), *whole_modules(model).values()]
+        modules = [*adapted_layers(model).values(), *modules_to_save_wrappers(model).values()]
     known = {n for m in modules for n in (m.adapters if isinstance(m, AdaptedLayer) else m.modules_to_save)}
     unknown = sorted(set(names) - known - {BASE})
     if unknown or not names:
@@ -59,8 +59,8 @@ def per_sample(
         raise HalotuneError(f"adapter_names: adapters are disabled. Leave disable_adapter(), or name {BASE!r} for samples.")
     if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         raise HalotuneError(
-            "adapter_names: checkpointed blocks run again in backward, when the names are gone. Turn gradient checkpointing "
-            "off, or train one adapter at a time."
+            "adapter_names: checkpointed blocks are recomputed in backward, when the names are gone. Turn gradient "
+            "checkpointing off, or train one adapter at a time."
         )
     rows = Rows(tuple(names))
     for m in modules:
@@ -77,7 +77,7 @@ def freeze(model: nn.Module) -> None:
     ours: set[int] = set()
     for layer in adapted_layers(model).values():
         ours |= {id(p) for p in layer.adapters.parameters()}
-    for wrapper in whole_modules(model).values():
+    for wrapper in modules_to_save_wrappers(model).values():
         ours |= {id(p) for p in wrapper.modules_to_save.parameters()}
     for p in model.parameters():
         if id(p) not in ours:
@@ -86,19 +86,19 @@ def freeze(model: nn.Module) -> None:
 
 def check_bias(others: Mapping[str, AdapterConfig], config: AdapterConfig, name: str) -> None:
     """Two adapters cannot both train biases, which belong to the base."""
-    if getattr(config, "bias", "none") == "none":
+    if config.bias == "none":
         return
-    trained = [n for n, c in others.items() if n != name and getattr(c, "bias", "none") != "none"]
+    trained = [n for n, c in others.items() if n != name and getattr(c, "bias", "none") != "none"]  # peft's may have none
     if trained:
         raise HalotuneError(
-            f"adapter {name!r}: bias={config.bias!r}, but {trained[0]!r} trains biases already, and they belong to the "  # type: ignore[attr-defined]
+            f"adapter {name!r}: bias={config.bias!r}, but {trained[0]!r} trains biases already, and they belong to the "
             'base. Use bias="none" for all adapters but one.'
         )
 
 
 def train_biases(model: nn.Module, config: AdapterConfig, name: str) -> None:
     """Make trainable the biases that the configuration names."""
-    bias = getattr(config, "bias", "none")
+    bias = config.bias
     if bias == "none":
         return
     for layer in adapted_layers(model).values() if bias != "all" else ():

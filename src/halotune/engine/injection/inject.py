@@ -17,7 +17,7 @@ from ...methods.registry import method_of
 from .modules import is_attention, tied_parameters, visible_modules
 from .modules_to_save import ModulesToSaveWrapper
 from .offloading import check_offloaded
-from .resolve import resolve_targets, whole_targets
+from .resolve import modules_to_save_paths, resolve_targets
 from .surgery import leave_fused_paths, swap
 
 
@@ -81,17 +81,17 @@ def inject(
     if not low_cpu_mem_usage:
         for layer, adapter in created.values():
             adapter.start_from(layer.base)
-    whole = whole_targets(modules, config)
-    check_offloaded(modules, config, paths, whole)
+    to_save = modules_to_save_paths(modules, config)
+    check_offloaded(modules, config, paths, to_save)
     for notice in [*([] if low_cpu_mem_usage else config.notices()), *reading]:
         warn(notice)
-    _warn_if_tied(model, [*paths, *whole])
+    _warn_if_tied(model, [*paths, *to_save])
     swap(model, _wrapped_attention(modules, created))
     wrappers: dict[nn.Module, nn.Module] = {}
     for path, (layer, adapter) in created.items():
         layer.add(name, adapter)
         wrappers[modules[path]] = layer.train(modules[path].training)
-    for path in whole:
+    for path in to_save:
         wrapper = modules[path] if isinstance(modules[path], ModulesToSaveWrapper) else ModulesToSaveWrapper(modules[path])
         wrapper.add(name)  # type: ignore[operator]
         wrappers[modules[path]] = wrapper.train(modules[path].training)
@@ -122,7 +122,7 @@ def _reading_quantized(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> l
         if base.opaque:
             raise HalotuneError(
                 f"{path}: {type(adapter).__name__} is a map on the weight itself, and that of {base} cannot be read. Use a "
-                "method that calls the layer as it is (as HRA, LoHa, Bone and LoRA do), or load the base in floats."
+                "method that calls the layer as it is (low-rank deltas and rotations do), or load the base in floats."
             )
         found.append((path, adapter, base.quantization))
     if not found:
@@ -131,7 +131,7 @@ def _reading_quantized(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> l
     return [
         f"{type(adapter).__name__} with r={adapter.rank} may need the weight itself: {len(found)} quantized layers (such as "
         f"{path}, {quantization}) are then dequantized, one at a time, in every forward and backward pass. Methods and ranks "
-        "with thin factors call the layer as it is."
+        "with low-rank factors call the layer as it is."
     ]
 
 

@@ -21,7 +21,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLayer)}
 
 
-def whole_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+def modules_to_save_wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     """Every module with trained copies, by its path in `model`."""
     return {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
 

@@ -1,4 +1,4 @@
-"""Modules trained whole, beside the adapters (`modules_to_save`)."""
+"""Fully fine-tuned modules, beside the adapters (`modules_to_save`)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ModulesToSaveWrapper(nn.Module):
             return self.current(*args, **kwargs)
         if len(args) != 1 or kwargs:
             raise HalotuneError(
-                f"adapter_names: {type(self.original_module).__name__}, trained whole, is called with more than one input, "
+                f"adapter_names: {type(self.original_module).__name__}, fully fine-tuned, is called with more than one input, "
                 "which cannot be split by sample. Run the adapters one at a time."
             )
         return self.rows.run(args[0], lambda name, x: self._of(name)(x))

@@ -16,14 +16,14 @@ from ...core.offload import GROUP_OFFLOADING, group_hook, offload_hook
 
 
 def check_offloaded(
-    modules: Mapping[str, nn.Module], config: AdapterConfig, paths: Iterable[str], whole: Iterable[str]
+    modules: Mapping[str, nn.Module], config: AdapterConfig, paths: Iterable[str], to_save: Iterable[str]
 ) -> None:
     """Offloaded weights are there for one call at a time, so nothing of the base can be trained.
 
     Args:
         modules: the model's modules, by name.
         paths: those to be adapted.
-        whole: those to be trained whole.
+        to_save: those to be fully fine-tuned.
 
     Raises:
         HalotuneError: the configuration asks for what would get no gradient, or would not run.
@@ -31,13 +31,13 @@ def check_offloaded(
     hooks = {n: hook for n, m in modules.items() if (hook := offload_hook(_stored(m))) is not None}
     if not hooks:
         return
-    for path in whole:
+    for path in to_save:
         if any(_holds(path, n) for n in hooks):
             raise HalotuneError(
                 f"modules_to_save: {path!r} is offloaded by accelerate, so no copy of it can be trained. Keep it on the device "
                 "where it runs, or leave it out."
             )
-    bias = getattr(config, "bias", "none")
+    bias = config.bias
     for n in () if bias == "none" else hooks if bias == "all" else paths:
         if n in hooks and getattr(modules[n], "bias", None) is not None:
             raise HalotuneError(

@@ -22,8 +22,8 @@ _HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "qa_outputs"}
 def resolve_targets(model: nn.Module, config: AdapterConfig) -> tuple[AdapterConfig, list[str]]:
     """The configuration with its targets spelled out, and the paths of the modules they mean."""
     modules = dict(visible_modules(model))
-    whole = config.modules_to_save or []
-    free = {n: m for n, m in modules.items() if n and not any(_inside(n, w) for w in whole)}
+    to_save = config.modules_to_save or []
+    free = {n: m for n, m in modules.items() if n and not any(_inside(n, w) for w in to_save)}
     adaptable = [n for n, m in free.items() if isinstance(m, AdaptedLayer) or base_kind(m)]
     linear = {n for n in adaptable if issubclass(_kind(free[n]), LinearLike)} - _output_layers(model)
     if config.target_modules is None:
@@ -41,7 +41,7 @@ def resolve_targets(model: nn.Module, config: AdapterConfig) -> tuple[AdapterCon
     return config, paths
 
 
-def whole_targets(modules: Mapping[str, nn.Module], config: AdapterConfig) -> list[str]:
+def modules_to_save_paths(modules: Mapping[str, nn.Module], config: AdapterConfig) -> list[str]:
     found: dict[nn.Module, str] = {}
     for wanted in config.modules_to_save or []:
         named = {n: m for n, m in modules.items() if n.endswith(wanted)}
@@ -65,12 +65,12 @@ def _warn_of_experts(modules: Mapping[str, nn.Module]) -> None:
     if fused:
         warn(
             f"target_modules='all-linear': {len(fused)} modules hold several matrices in one weight (experts) and "
-            f"get no adapter, for example {fused[0]}. They can be trained whole with modules_to_save."
+            f"get no adapter, for example {fused[0]}. They can be fully fine-tuned with modules_to_save."
         )
 
 
 def _expanded(paths: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """Attention modules stand for their projections."""
+    """Attention modules mean their projections."""
     out: dict[str, None] = {}
     for path in paths:
         inside = [n for n in modules if n.startswith(f"{path}.")] if is_attention(modules[path]) else [path]
@@ -82,10 +82,10 @@ def _kind(module: nn.Module) -> type:
     return type(module.base) if isinstance(module, AdaptedLayer) else base_kind(module) or object
 
 
-def _inside(name: str, whole: str) -> bool:
+def _inside(name: str, to_save: str) -> bool:
     """Whether `modules_to_save` names a module, or one that it lies in; as in PEFT, "norm" names "input_norm" too."""
     parts = name.split(".")
-    return any(".".join(parts[:k]).endswith(whole) for k in range(1, len(parts) + 1))
+    return any(".".join(parts[:k]).endswith(to_save) for k in range(1, len(parts) + 1))
 
 
 def _output_layers(model: nn.Module) -> set[str]:

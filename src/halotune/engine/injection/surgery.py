@@ -1,4 +1,4 @@
-"""Modules put in the place of others, and taken out again."""
+"""Modules put where others were, and taken out again."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import nn
 
 from ...core.attention import AdaptedAttention
 from ...core.layer import AdaptedLayer
-from .modules import adapted_layers, whole_modules
+from .modules import adapted_layers, modules_to_save_wrappers
 from .modules_to_save import ModulesToSaveWrapper
 
 
 def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each new module in the place of the old one, wherever the model holds it."""
+    """Put each new module where the old one was, wherever the model holds it."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
@@ -44,11 +44,11 @@ def taken_out(model: nn.Module) -> Iterator[None]:
 
 def remove(model: nn.Module, name: str) -> None:
     """Take one adapter out; a module that has no other left is as it was before it was wrapped."""
-    layers, wholes = adapted_layers(model).values(), whole_modules(model).values()
-    for module in (*layers, *wholes):
+    layers, wrappers = adapted_layers(model).values(), modules_to_save_wrappers(model).values()
+    for module in (*layers, *wrappers):
         module.remove(name)
     empty: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in layers if not layer.adapters}
-    empty.update({w: w.original_module for w in wholes if not w.modules_to_save})
+    empty.update({w: w.original_module for w in wrappers if not w.modules_to_save})
     swap(model, empty)
     attentions = [m for m in model.modules() if isinstance(m, AdaptedAttention) and not adapted_layers(m)]
     swap(model, {m: m.base_layer for m in attentions})
@@ -57,9 +57,9 @@ def remove(model: nn.Module, name: str) -> None:
 
 
 def _bases(model: nn.Module, *, trained: bool) -> dict[nn.Module, nn.Module]:
-    """Each wrapper -> the module that it stands for."""
+    """Each wrapper -> the module that it wraps."""
     bases: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in adapted_layers(model).values()}
-    for wrapper in whole_modules(model).values():
+    for wrapper in modules_to_save_wrappers(model).values():
         bases[wrapper] = wrapper.current if trained else wrapper.original_module
     bases.update({m: m.base_layer for m in model.modules() if isinstance(m, AdaptedAttention)})
     return bases

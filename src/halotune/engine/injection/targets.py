@@ -38,7 +38,7 @@ def select(
     names: Iterable[str],
     linear: Collection[str],
     adaptable: Collection[str],
-    whole: Collection[str] = (),
+    to_save: Collection[str] = (),
 ) -> list[str]:
     """The modules to adapt.
 
@@ -47,7 +47,7 @@ def select(
         names: every module's name.
         linear: the names that "all-linear" means.
         adaptable: the names whose modules can be adapted, for suggestions.
-        whole: names of modules that are trained whole; a target that means one of these is no mistake.
+        to_save: names of modules that are fully fine-tuned; a target that means one of these is no mistake.
 
     Raises:
         HalotuneError: nothing matched.
@@ -60,7 +60,7 @@ def select(
     else:
         found = [n for n in names if matches(n, wanted)]
         if not isinstance(wanted, str):
-            _report_unmatched(wanted, [*found, *whole] if found else [], adaptable)
+            _report_unmatched(wanted, [*found, *to_save] if found else [], adaptable)
     if not found:
         raise HalotuneError(f"target_modules={_shown(target)}: no module of the model matches. {_hint(wanted, adaptable)}")
     kept = [n for n in found if not matches(n, config.exclude_modules)]

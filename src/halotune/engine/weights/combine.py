@@ -14,15 +14,15 @@ from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
 from ...core.precision import exact_dtype
-from ...methods.registry import method_of
+from ...methods.registry import low_rank_method, method_of
 from ..injection.modules import adapted_layers, public_path, visible_modules
 from ..injection.targets import shortest_suffixes
 
 How = Literal["linear", "cat", "lora"]
 
 _EXACT = (
-    '"linear" adds the deltas of Bone or BAT of one kind and r, or of LoRA; "cat" applies one after the other HRA of weight '
-    '1, or adds LoRA; "lora" adds the deltas of anything but BAT as a LoRA of the summed ranks.'
+    '"linear" adds deltas that are linear in their parameters, of one kind and r; "cat" applies rotations of weight 1 one '
+    'after the other; "lora" adds deltas that have low-rank factors, as a LoRA of the summed ranks.'
 )
 
 
@@ -38,12 +38,12 @@ def combine(
     """
     _check(model, configs, names, weights, how)
     layers = {p: layer for p, layer in adapted_layers(model).items() if any(n in layer.adapters for n in names)}
-    if {method_of(configs[n].peft_type).peft_type for n in names} == {"LORA"}:
+    if all(method_of(configs[n].peft_type).low_rank for n in names):
         how = "lora"
-    combined = _as_lora(layers, names, weights) if how == "lora" else _within(layers, names, weights, how)
+    combined = _as_low_rank(layers, names, weights) if how == "lora" else _within(layers, names, weights, how)
     r = max(a.rank for a in combined.values())
     if how == "lora":
-        config = _lora_config(r)
+        config = _low_rank_config(r)
     else:
         config = configs[names[0]].combined(r)
     first = configs[names[0]]
@@ -56,9 +56,11 @@ def combine(
     return config, {visible[p]: a for p, a in combined.items()}
 
 
-def _lora_config(r: int) -> AdapterConfig:
-    """A LoRA whose scale is one."""
-    return method_of("LORA").config.from_dict({"r": r, "lora_alpha": r})
+def _low_rank_config(r: int) -> AdapterConfig:
+    """Of the method that represents every low-rank delta, with a scale of 1."""
+    create = low_rank_method().low_rank
+    assert create is not None
+    return create(r)
 
 
 def _check(
@@ -69,10 +71,10 @@ def _check(
     if not names or len(names) != len(weights) or len(set(names)) < len(names):
         raise HalotuneError(f"adapters and weights: expected different names, a weight each; got {names} and {weights}.")
     for n in names:
-        if configs[n].modules_to_save or getattr(configs[n], "bias", "none") != "none":
+        if configs[n].modules_to_save or configs[n].bias != "none":
             raise HalotuneError(
-                f"adapter {n!r} also trains whole modules or biases, which have no sum that is exact. Combine adapters "
-                "without them, or merge one after the other."
+                f"adapter {n!r} also trains biases or fully fine-tuned modules, which have no sum that is exact. Combine "
+                "adapters without them, or merge one after the other."
             )
     if any(layer.merged for layer in adapted_layers(model).values()):
         raise HalotuneError("adapters are merged, and combining needs the base's weights. Call unmerge_adapter() first.")
@@ -94,7 +96,7 @@ def _check_described(config: AdapterConfig, path: str, layer: AdaptedLayer, adap
     if made is None or type(made) is not type(adapter) or {n: p.shape for n, p in made.named_parameters()} != sizes:
         raise HalotuneError(
             f"{path}: the adapters are of different kinds on different layers, which no single configuration describes. "
-            'Use combination_type="lora", or for BAT merge one after the other.'
+            'Use combination_type="lora", or merge one after the other.'
         )
 
 
@@ -117,26 +119,25 @@ def _within(layers: Mapping[str, AdaptedLayer], names: Sequence[str], weights: S
 
 
 @torch.no_grad()
-def _as_lora(layers: Mapping[str, AdaptedLayer], names: Sequence[str], weights: Sequence[float]) -> dict[str, Adapter]:
+def _as_low_rank(layers: Mapping[str, AdaptedLayer], names: Sequence[str], weights: Sequence[float]) -> dict[str, Adapter]:
     factors = {}
     for path, layer in layers.items():
         adapters, own = _parts(layer, names, weights)
         full = [type(a).__name__ for a in adapters if not a.factors_exist]
         if full:
             raise HalotuneError(
-                f"{path}: the delta of {full[0]} has full rank, so it is no part of a LoRA. Combine BAT adapters of one r with "
-                'combination_type="linear", or merge one after the other.'
+                f"{path}: the delta of {full[0]} has full rank, so it is no part of a LoRA. Combine adapters of this kind and "
+                'one r with combination_type="linear", or merge one after the other.'
             )
         W = layer.base.weight()
         W = W.to(exact_dtype(W.dtype))
         pairs = [a.factors(W) for a in adapters]
         B = torch.cat([w * p[0] for p, w in zip(pairs, own, strict=True) if p], dim=1)
         factors[path] = B, torch.cat([p[1] for p in pairs if p])
-    lora = method_of("LORA")
     rank = max(A.shape[0] for _, A in factors.values())
     out: dict[str, Adapter] = {}
     for path, (B, A) in factors.items():
-        adapter = lora.create(layers[path].base.shape, _lora_config(rank))
+        adapter = low_rank_method().create(layers[path].base.shape, _low_rank_config(rank))
         adapter.to(A.device, A.dtype).set_factors(B, A)  # type: ignore[operator]
         out[path] = adapter
     return out

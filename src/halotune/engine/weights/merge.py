@@ -63,7 +63,7 @@ def merge(
         keep: hold snapshots, for `unmerge`.
         safe: check for values that are not finite.
         progressbar: show one on standard error.
-        quantized: what becomes of a quantized weight: quantized again, or replaced by floats.
+        quantized: what becomes of a quantized weight: requantized, or replaced by floats.
     """
     if quantized not in ("requantize", "keep_float"):
         raise HalotuneError(f"quantized: expected 'requantize' or 'keep_float'; got {quantized!r}.")
@@ -89,7 +89,7 @@ def merge(
     except BaseException:
         for layer in done:
             layer.unmerge()
-        _tie_again(model)
+        _retie(model)
         raise
     _warn_of_loss(list(layers.values()), report.total())
     return report
@@ -99,7 +99,7 @@ def _warn_of_loss(layers: list[AdaptedLayer], total: MergeRecord) -> None:
     quantized = [layer.base.quantization for layer in layers if layer.base.quantization]
     if quantized and total.lost > 0.1:
         warn(
-            f"quantizing {len(quantized)} merged weights again ({quantized[0]}) left an error of {total.error:.2%} of the "
+            f"requantizing {len(quantized)} merged weights ({quantized[0]}) left an error of {total.error:.2%} of the "
             f"weights, beside a delta of {total.delta:.2%}. Merge with quantized='keep_float', or into a base in floats, to "
             "avoid that."
         )
@@ -114,7 +114,7 @@ def unmerge(model: nn.Module) -> None:
     """Put back every weight that a merge changed."""
     for layer in adapted_layers(model).values():
         layer.unmerge()
-    _tie_again(model)
+    _retie(model)
 
 
 def _pending(layer: AdaptedLayer, names: list[str]) -> list[str]:
@@ -144,8 +144,8 @@ def check_storage(path: str, layer: AdaptedLayer, as_float: torch.dtype | None) 
         )
     if as_float is None and not base.can_write:
         raise HalotuneError(
-            f"{path}: {base} can be read, but not quantized again here. Nothing was merged. Merge with "
-            "quantized='keep_float', which puts float layers in the place of quantized ones."
+            f"{path}: {base} can be read, but not requantized here. Nothing was merged. Merge with "
+            "quantized='keep_float', which puts float layers instead of quantized ones."
         )
 
 
@@ -167,7 +167,7 @@ def _untie(model: nn.Module, path: str, keep: bool) -> None:
         model.__dict__["_halotune_untied"] = keep  # not on the configuration, which is written to files
 
 
-def _tie_again(model: nn.Module) -> None:
+def _retie(model: nn.Module) -> None:
     if model.__dict__.pop("_halotune_untied", False):
         model.config.tie_word_embeddings = True  # type: ignore[union-attr]
 

@@ -16,7 +16,7 @@ from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
 from ...core.offload import group_hook
 from ...engine.injection.in_place import adapters_in, forget
-from ...engine.injection.modules import adapted_layers, whole_modules
+from ...engine.injection.modules import adapted_layers, modules_to_save_wrappers
 from ...engine.injection.surgery import remove, taken_out
 from ...engine.tuner import AdapterModel
 
@@ -25,7 +25,7 @@ def follow(model: nn.Module, tuner: AdapterModel) -> None:
     """Take notice of what diffusers' own methods, which act on the layers, changed."""
     layers = adapted_layers(model).values()
     left = {n for layer in layers for n in layer.adapters} | {
-        n for w in whole_modules(model).values() for n in w.modules_to_save
+        n for w in modules_to_save_wrappers(model).values() for n in w.modules_to_save
     }
     for name in [n for n in tuner.peft_config if n not in left]:
         remove(model, name)
@@ -50,7 +50,7 @@ def in_order(sequences: Iterable[Sequence[str]]) -> list[str]:
 
 
 def mark(model: nn.Module) -> None:
-    """Let diffusers know that the model has adapters, and replace what would go wrong with them in silence."""
+    """Let diffusers know that the model has adapters, and replace what would go wrong with them silently."""
     if _is_of_diffusers(model):
         model._hf_peft_config_loaded = True  # type: ignore[assignment]
     for name, replacement in _REPLACED.items():
@@ -65,7 +65,7 @@ def tidy(model: nn.Module) -> None:
             model.__dict__.pop(name, None)
         if _is_of_diffusers(model) and not hasattr(model, "peft_config"):
             model.__dict__.pop("_hf_peft_config_loaded", None)
-    offload_groups_again(model)
+    reapply_group_offloading(model)
 
 
 def _around(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,7 +120,7 @@ def _is_of_diffusers(model: nn.Module) -> bool:
     return mixin is not None and isinstance(model, mixin)
 
 
-def offload_groups_again(model: nn.Module) -> None:
+def reapply_group_offloading(model: nn.Module) -> None:
     """Group offloading lists a model's parameters once; where layers were put in or taken out it must list them again."""
     if any(group_hook(m) is not None for m in model.modules()):
         from diffusers.hooks import group_offloading

@@ -23,7 +23,7 @@ from ...engine.tuner import AdapterModel
 from ...engine.weights.merge import MergeReport
 from ..peft_types import peft_types
 from .index import INDEX_NAME, read_index, with_base
-from .models import check_alone, check_in_memory, follow, in_order, mark, offload_groups_again, tidy
+from .models import check_alone, check_in_memory, follow, in_order, mark, reapply_group_offloading, tidy
 
 Weight = float | Mapping[str, float]
 
@@ -109,7 +109,7 @@ class PipelineAdapters:
         for component, config in configs.items():
             if not isinstance(config, AdapterConfig):
                 raise HalotuneError(
-                    f"{component}: expected one of halotune's configurations, such as HRAConfig; got a "
+                    f"{component}: expected one of halotune's configurations; got a "
                     f"{type(config).__module__}.{type(config).__name__}."
                 )
         with self._adding(configs, name) as models:
@@ -148,13 +148,15 @@ class PipelineAdapters:
                 set_peft_model_state_dict(model, tensors, name, low_cpu_mem_usage=True, file=file)
         return name
 
-    def save(self, folder: str | PathLike[str], name: str | None = None, *, bone_as_miss: bool = False) -> None:
+    def save(
+        self, folder: str | PathLike[str], name: str | None = None, *, peft_type: str | None = None, bone_as_miss: bool = False
+    ) -> None:
         """Write one adapter: a folder in PEFT's format for each of its models, and last the index.
 
         Args:
             folder: it is made where it is missing.
             name: the adapter; it can be left out where there is only one.
-            bone_as_miss: write Bone as MiSS, which peft 0.19 and later can read.
+            peft_type, bone_as_miss: as in `PeftModel.save_pretrained`.
         """
         there = self.names
         if name is None and len(there) != 1:
@@ -168,7 +170,7 @@ class PipelineAdapters:
         for tuner in tuners.values():
             check_alone(tuner.model, "save")
         for component, tuner in tuners.items():
-            save_adapter(tuner, name, folder / component, bone_as_miss=bone_as_miss)
+            save_adapter(tuner, name, folder / component, peft_type="MISS" if bone_as_miss else peft_type)
         index = {
             "adapter_name": name,
             "components": {c: type(tuner.model).__name__ for c, tuner in tuners.items()},
@@ -209,7 +211,7 @@ class PipelineAdapters:
                 self._activate(active)
             raise
         for c in parts:
-            offload_groups_again(models[c])
+            reapply_group_offloading(models[c])
 
     # -- which adapters run, and how strongly
 
@@ -218,10 +220,10 @@ class PipelineAdapters:
 
         Args:
             names: an adapter, or several.
-            weights: the strength of all or of each: 0 is the base model, 1 (or None) the adapter as it was trained; or a
-                dict model -> strength, where models left out have 1.
+            weights: the scale of all or of each: 0 is the base model, 1 (or None) the adapter as it was trained; or a
+                dict model -> scale, where models left out have 1.
 
-        Of strength s an adapter maps `W -> W + s (F(W) − W)`. Adapters that were fused are taken out of the weights.
+        Of scale s an adapter maps `W -> W + s (F(W) − W)`. Adapters that were fused are taken out of the weights.
         """
         names = [names] if isinstance(names, str) else list(names)
         there = self.names
@@ -229,12 +231,12 @@ class PipelineAdapters:
         given = list(weights) if isinstance(weights, Sequence) else [weights] * len(names)
         if len(given) != len(names):
             raise HalotuneError(f"set: {len(names)} adapters, but {len(given)} weights. Give one weight, or one per adapter.")
-        strengths = {n: _strengths(n, w, there[n]) for n, w in zip(names, given, strict=True)}
+        scales = {n: _scales(n, w, there[n]) for n, w in zip(names, given, strict=True)}
         self._activate(names)
         for component, tuner in self._tuners():
             for name in names:
-                if component in strengths[name]:
-                    tuner.set_scale(name, strengths[name][component])
+                if component in scales[name]:
+                    tuner.set_scale(name, scales[name][component])
 
     def _activate(self, names: list[str]) -> None:
         for _, tuner in self._tuners():
@@ -262,7 +264,7 @@ class PipelineAdapters:
     # -- fusing, and taking out
 
     def fuse(self, names: str | Sequence[str] | None = None, *, safe: bool = True) -> dict[str, MergeReport]:
-        """Write adapters (the active ones) into the weights, at their strengths; `unfuse` restores these bit for bit.
+        """Write adapters (the active ones) into the weights, at their scales; `unfuse` restores these bit for bit.
 
         Args:
             names: an adapter, or several.
@@ -344,13 +346,15 @@ class PipelineAdapters:
             raise HalotuneError(f"there is no adapter named {unknown[0]!r}; the pipeline has {sorted(there)}.")
 
 
-def _strengths(name: str, weight: Weight | None, components: Sequence[str]) -> dict[str, float]:
-    """The strength of an adapter in each of its models."""
+def _scales(name: str, weight: Weight | None, components: Sequence[str]) -> dict[str, float]:
+    """The scale of an adapter in each of its models."""
     of = weight if isinstance(weight, Mapping) else {c: 1.0 if weight is None else weight for c in components}
     strange = [c for c in of if c not in components]
     if strange:
-        raise HalotuneError(f"weights: adapter {name!r} is not in {strange[0]!r}, but in {', '.join(components)}.")
+        raise HalotuneError(
+            f"weights: adapter {name!r} is not in {strange[0]!r}, but in {', '.join(components)}. Leave it out."
+        )
     for c, w in of.items():
         if isinstance(w, bool) or not isinstance(w, (int, float)) or not math.isfinite(w):
-            raise HalotuneError(f"weights: the strength of {name!r} in {c} is {w!r}. Give a finite number, such as 0.7.")
+            raise HalotuneError(f"weights: the scale of {name!r} in {c} is {w!r}. Give a finite number, such as 0.7.")
     return {c: float(of.get(c, 1.0)) for c in components}

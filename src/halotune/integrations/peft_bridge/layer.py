@@ -28,14 +28,14 @@ def say_once(message: str) -> None:
 
 
 def method_of_layer(layer: nn.Module) -> Method | None:
-    """The method that a layer is of, if peft made it and ours gains by it. peft's parameters bear our prefixes."""
+    """The method that a layer is of, if peft made it and ours gains by it. peft's parameters have our prefixes."""
     names = getattr(layer, "adapter_layer_names", ())
     if not names or not type(layer).__module__.startswith("peft."):
         return None
     return next((m for m in methods() if m.from_peft and all(n.startswith(m.prefix) for n in names)), None)
 
 
-class Twin(AdaptedLayer):
+class PeftAdaptedLayer(AdaptedLayer):
     """A layer of peft's as one of ours, on the same base layer and the same `Parameter` objects.
 
     It is no submodule of peft's layer and owns nothing, so names, files and optimizers do not see it. `follow` takes over
@@ -72,9 +72,9 @@ class Twin(AdaptedLayer):
             elsewhere = [n for n in layer.merged_adapters if n not in self.merged_adapters]  # merged by peft, before
             self.active_adapters = [n for n in layer.active_adapters if n in there and n not in elsewhere]
             self.enabled, self.state = not layer.disable_adapters, state
-            several = method_of(self.peft_type).from_peft.several  # type: ignore[union-attr]
-            if several and len(self.active_adapters) > 1:
-                self.notes.append(several)
+            from_peft = method_of(self.peft_type).from_peft
+            if from_peft and from_peft.several and len(self.active_adapters) > 1:
+                self.notes.append(from_peft.several)
         for name in (*self.active_adapters, *(n for n in names if n in there)):
             if not self._is_current(name):
                 self._take_over(layer, name)
@@ -98,13 +98,13 @@ class Twin(AdaptedLayer):
         return True
 
     def _take_over(self, layer: Any, name: str) -> None:
-        """Build the adapter anew, on peft's parameters."""
+        """Make the adapter anew, on peft's parameters."""
         from_peft, base = method_of(self.peft_type).from_peft, self.base
         assert from_peft is not None
         with torch.device("meta"):
             adapter = from_peft.adapter(layer, name, base.shape)
         for attribute, own in list(adapter.named_parameters()):
-            part, _, inner = attribute.partition(".")  # "oft_R.weight" is `oft_R[name].weight`
+            part, _, inner = attribute.partition(".")  # our `part.inner` is peft's `part[name].inner`
             p = getattr(layer, part)[name]
             p = getattr(p, inner) if inner else p
             if own.shape != p.shape:
@@ -130,15 +130,15 @@ def _sources(layer: Any, name: str) -> Iterator[tuple[dict[str, Any], str, Any]]
 
 
 def follow(layer: Any, names: Iterable[str] = ()) -> bool:
-    """Let the layer's twin be as the layer is."""
+    """Let the layer's `_halotune` be as the layer is."""
     layer._halotune.follow(layer, names)
     return True
 
 
 class FastLayer(InFront):
-    """Goes in front of a layer's class. `_halotune`, its twin, computes in its place and merges exactly."""
+    """Goes in front of a layer's class. `_halotune`, its adapted, computes in its place and merges exactly."""
 
-    _halotune: Twin
+    _halotune: PeftAdaptedLayer
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -146,15 +146,15 @@ class FastLayer(InFront):
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted layer, in the dtype of `x` as with peft; calls with further arguments are peft's."""
-        twin = self._halotune
+        adapted = self._halotune
         if args or kwargs:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         follow(self)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        return twin(_as_base_takes(x, twin)).to(x.dtype)
+        return adapted(_as_base_takes(x, adapted)).to(x.dtype)
 
-    # Compiled code is guarded by what the twin holds: so it changes when peft's layer does, not at the next call.
+    # Compiled code is guarded by what `_halotune` holds: so it changes when peft's layer does, not at the next call.
 
     def set_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
         super().set_adapter(*args, **kwargs)  # type: ignore[misc]
@@ -186,39 +186,41 @@ class FastLayer(InFront):
         """
         from peft.tuners.tuners_utils import check_adapters_to_merge
 
-        wanted, twin = check_adapters_to_merge(self, adapter_names), self._halotune
+        wanted, adapted = check_adapters_to_merge(self, adapter_names), self._halotune
         follow(self, wanted)
-        names = [n for n in dict.fromkeys(wanted) if n in twin.adapters]
+        names = [n for n in dict.fromkeys(wanted) if n in adapted.adapters]
         if not names:
             return
-        check_order(twin.path, twin, names)
-        check_storage(twin.path, twin, as_float=None)
-        twin.check_finite(names, twin.path)
-        if left := [n for n in twin.active_adapters if n not in (*names, *twin.merged_adapters)]:
+        check_order(adapted.path, adapted, names)
+        check_storage(adapted.path, adapted, as_float=None)
+        adapted.check_finite(names, adapted.path)
+        if left := [n for n in adapted.active_adapters if n not in (*names, *adapted.merged_adapters)]:
             say_once(f"{left} stay active beside the merged adapters and are applied; peft drops them.")
-        if twin.tied:
-            say_once(f"{twin.path} shares its weight; the merge gives it one of its own, where peft changes the other module.")
-        twin.merge(names, untie=twin.tied and not twin.merged)
+        if adapted.tied:
+            say_once(
+                f"{adapted.path} shares its weight; the merge gives it one of its own, where peft changes the other module."
+            )
+        adapted.merge(names, untie=adapted.tied and not adapted.merged)
         self.merged_adapters.extend(names)
 
     def unmerge(self: Any) -> None:
         """Put the base's weight back as it was, bit for bit; what peft had merged before, peft takes out."""
-        twin = self._halotune
-        ours = twin.merged_adapters
-        if ours and twin.base.dtype.itemsize < 4:
+        adapted = self._halotune
+        ours = adapted.merged_adapters
+        if ours and adapted.base.dtype.itemsize < 4:
             say_once(
-                f"adapters are unmerged from a snapshot, bit for bit; peft undoes a merge by arithmetic in {twin.base.dtype}, "
-                "which leaves other weights than before."
+                f"adapters are unmerged from a snapshot, bit for bit; peft undoes a merge by arithmetic in "
+                f"{adapted.base.dtype}, which leaves other weights than before."
             )
-        twin.unmerge()
+        adapted.unmerge()
         self.merged_adapters = [n for n in self.merged_adapters if n not in ours]
         if self.merged_adapters or not ours:
             super().unmerge()  # type: ignore[misc]
 
 
-def _as_base_takes(x: Tensor, twin: Twin) -> Tensor:
+def _as_base_takes(x: Tensor, adapted: PeftAdaptedLayer) -> Tensor:
     """`x` in the base's dtype where a plain base takes no other; autocast sees to its own inputs."""
-    base = twin.base
+    base = adapted.base
     if base.quantization or not x.is_floating_point() or compute_dtype(x) is not x.dtype:
         return x
     return x.to(base.dtype)

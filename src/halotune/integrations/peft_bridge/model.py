@@ -16,8 +16,9 @@ from ...core.layer import AdaptedLayer
 from ...engine.forward.prepare import Scope
 from ...engine.injection.activation import per_sample
 from ...engine.injection.modules import tied_parameters
+from ...methods.registry import methods
 from .classes import InFront, put_in_front, runs_own_forward, take_away
-from .layer import FastLayer, Twin, follow, method_of_layer, say_once
+from .layer import FastLayer, PeftAdaptedLayer, follow, method_of_layer, say_once
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,9 +55,10 @@ def speed_up(model: M) -> M:
         if _is_fast(tuner) and not isinstance(tuner, FastTuner):
             put_in_front(FastTuner, tuner)
     if not _is_fast(model):
+        known = ", ".join(m.peft_type for m in methods() if m.from_peft)
         raise HalotuneError(
-            f"speed_up: this {type(model).__name__} has no layer of peft's HRA, LoHa or MiSS that can be run here. Models made "
-            "by halotune.get_peft_model are fast as they are; peft's other methods stay peft's."
+            f"speed_up: this {type(model).__name__} has no layer of peft's {known} that can be run here. Models made by "
+            "halotune.get_peft_model are fast as they are; peft's other methods stay peft's."
         )
     return model
 
@@ -91,7 +93,7 @@ def _bridge_of(host: nn.Module) -> Bridge | None:
 
 
 class Bridge(Scope):
-    """The hooks of one base model: they find the layers, keep their twins up to date, and derive for all of them at once."""
+    """The hooks of one base model: they find the layers, keep ours up to date, and prepare for all of them at once."""
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__(host)
@@ -125,19 +127,19 @@ class Bridge(Scope):
             method = method_of_layer(layer)
             if method is not None and not isinstance(layer, FastLayer):
                 try:
-                    twin = Twin(layer, method, path)
-                    twin.follow(layer, getattr(layer, layer.adapter_layer_names[0]))
+                    adapted = PeftAdaptedLayer(layer, method, path)
+                    adapted.follow(layer, getattr(layer, layer.adapter_layer_names[0]))
                     if not runs_own_forward(layer):
                         raise HalotuneError("somebody has replaced its forward")
                 except HalotuneError as e:
                     left[path] = str(e)
                     continue
                 put_in_front(FastLayer, layer)
-                layer.__dict__["_halotune"] = twin  # past nn.Module, which would take it for a submodule
+                layer.__dict__["_halotune"] = adapted  # past nn.Module, which would take it for a submodule
             if isinstance(layer, FastLayer):
-                twin = layer._halotune
-                if not twin.merged:  # else it may have a weight of its own for the time being
-                    twin.tied = id(getattr(twin.base_layer, "weight", None)) in shared
+                adapted = layer._halotune
+                if not adapted.merged:  # else it may have a weight of its own for the time being
+                    adapted.tied = id(getattr(adapted.base_layer, "weight", None)) in shared
                 self.fast[path] = layer
         if left:
             path, reason = next(iter(left.items()))
@@ -215,8 +217,8 @@ class FastTuner(InFront):
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     hook = partial(_with_names, names=names)
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            twins = [layer._halotune for layer in layers.values()]
-            stack.enter_context(per_sample(self.model, names, modules=twins))
+            adapted = [layer._halotune for layer in layers.values()]
+            stack.enter_context(per_sample(self.model, names, modules=adapted))
             yield
 
 

@@ -1,7 +1,6 @@
 """Bone and BAT: block-affine adapters; MiSS is their name in newer PEFT."""
 
-from ...core.config import PeftType
-from ..registry import Method, register
+from ..registry import Kind, Method, register
 from .adapter import Bat, Bone, Miss, MissBat, create_bone, create_miss
 from .config import BoneConfig, MissConfig, as_bone, as_miss
 from .from_peft import BONE_FROM_PEFT, MISS_FROM_PEFT
@@ -9,26 +8,26 @@ from .measures import MEASURES
 
 BONE = register(
     Method(
-        PeftType.BONE.value,
+        "BONE",
         "bone_",
         BoneConfig,
         (Bone, Bat),
         create_bone,
-        {"BONE": 1e-3, "BAT": 1e-3},
-        twins={"MISS": as_miss},
+        {"BONE": Kind(1e-3), "BAT": Kind(1e-3, lambda r: {"r": r, "init_weights": "bat"})},
+        aliases={"MISS": as_miss},
         from_peft=BONE_FROM_PEFT,
         measures=MEASURES,
     )
 )
 MISS = register(
     Method(
-        PeftType.MISS.value,
+        "MISS",
         "miss_",
         MissConfig,
         (Miss, MissBat),
         create_miss,
-        {"MISS": 1e-3},
-        twins={"BONE": as_bone},
+        {"MISS": Kind(1e-3)},
+        aliases={"BONE": as_bone},
         from_peft=MISS_FROM_PEFT,
         measures=MEASURES,
     )

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ...core.config import AdapterConfig, PeftType
+from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 
 
@@ -26,12 +26,14 @@ class BlockConfig(AdapterConfig):
     bias: str = "none"
 
     KINDS: ClassVar[tuple[object, ...]] = (True, False, "bat")
-    BIASES: ClassVar[tuple[str, ...]] = ()
 
     def check(self) -> None:
         super().check()
         self.require_choice("init_weights", self.KINDS)
-        self.require_choice("bias", self.BIASES)
+
+    @property
+    def kind(self) -> str:
+        return self.init_weights if isinstance(self.init_weights, str) else ""
 
 
 @dataclass(kw_only=True)
@@ -44,7 +46,7 @@ class BoneConfig(BlockConfig):
         bias: which biases are trained: `"none"`, `"all"`, or `"bone_only"`, those of the adapted layers.
     """
 
-    TYPE: ClassVar[PeftType] = PeftType.BONE
+    TYPE: ClassVar[str] = "BONE"
     BIASES: ClassVar[tuple[str, ...]] = ("none", "all", "bone_only")
 
 
@@ -64,7 +66,7 @@ class MissConfig(BlockConfig):
     miss_dropout: float = 0.0
     init_weights: bool | Literal["bat", "mini"] | str = True
 
-    TYPE: ClassVar[PeftType] = PeftType.MISS
+    TYPE: ClassVar[str] = "MISS"
     KINDS: ClassVar[tuple[object, ...]] = (True, False, "bat", "mini")
     BIASES: ClassVar[tuple[str, ...]] = ("none", "all", "MiSS_only", "bone_only")  # peft's files hold either
 
@@ -72,7 +74,11 @@ class MissConfig(BlockConfig):
         super().check()
         self.require_share("miss_dropout")
         if self.mini_r < 1:
-            raise self.error("mini_r", f"must be at least 1; got {self.mini_r}", "It counts columns.")
+            raise self.error(
+                "mini_r",
+                f"must be at least 1; got {self.mini_r}",
+                "Use a number of columns that divides the outputs, such as 1.",
+            )
         if self.init_weights == "bat" and self.miss_dropout:
             raise self.error(
                 "miss_dropout",

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from typing_extensions import Self
 
-from ...core.config import AdapterConfig, PeftType, beyond_peft
+from ...core.config import AdapterConfig, beyond_peft
 
 
 @dataclass(kw_only=True)
@@ -32,14 +32,18 @@ class HRAConfig(AdapterConfig):
     orthogonality_weight: float = beyond_peft(default=0.0)
     orthogonality_norm: Literal["squared", "unsquared"] | str = beyond_peft(default="squared")
 
-    TYPE: ClassVar[PeftType] = PeftType.HRA
+    TYPE: ClassVar[str] = "HRA"
+    BIASES: ClassVar[tuple[str, ...]] = ("none", "all", "hra_only")
 
     def check(self) -> None:
         super().check()
-        self.require_choice("bias", ("none", "all", "hra_only"))
         self.require_choice("orthogonality_norm", ("squared", "unsquared"))
         if self.orthogonality_weight < 0:
-            raise self.error("orthogonality_weight", f"must not be negative; got {self.orthogonality_weight}", "It is λ.")
+            raise self.error(
+                "orthogonality_weight",
+                f"must not be negative; got {self.orthogonality_weight}",
+                "Use 0 for no penalty, or 1e-5 to 1e-3.",
+            )
 
     def notices(self) -> list[str]:
         if not self.init_weights:

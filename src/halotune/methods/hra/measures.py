@@ -23,8 +23,8 @@ def angles(adapter: HRA) -> Tensor:
     Û, N = ops.wy_factors(adapter.hra_u.detach().double(), adapter.gram_schmidt)
     P, _ = torch.linalg.qr(Û)
     core = torch.eye(P.shape[1], dtype=P.dtype, device=P.device) + (N @ P).mT @ (Û.mT @ P)
-    λ = torch.linalg.eigvals(core)
-    return torch.atan2(λ.imag.abs(), λ.real).rad2deg().sort().values
+    eigenvalues = torch.linalg.eigvals(core)
+    return torch.atan2(eigenvalues.imag.abs(), eigenvalues.real).rad2deg().sort().values
 
 
 def shape(tensors: Mapping[str, Tensor], config: HRAConfig) -> WeightShape:
@@ -32,13 +32,13 @@ def shape(tensors: Mapping[str, Tensor], config: HRAConfig) -> WeightShape:
 
 
 def measure(adapter: HRA) -> dict[str, float | list[float]]:
-    θ = angles(adapter)
+    degrees = angles(adapter)
     return {
-        "largest_angle": float(θ[-1]),
-        "mean_angle": float(θ.mean()),
-        "rotation": float((2 - 2 * θ.deg2rad().cos()).sum().sqrt()),  # each eigenvalue is |e^{iθ} − 1| away from 1
+        "largest_angle": float(degrees[-1]),
+        "mean_angle": float(degrees.mean()),
+        "rotation": float((2 - 2 * degrees.deg2rad().cos()).sum().sqrt()),  # each eigenvalue is |e^{iθ} − 1| away from 1
         "orthogonality_gap": float(ops.orthogonality(adapter.hra_u.detach().double(), squared=False)),
-        "angles": θ.tolist(),
+        "angles": degrees.tolist(),
     }
 
 

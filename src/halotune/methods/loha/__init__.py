@@ -1,7 +1,6 @@
 """LoHa: low-rank Hadamard products."""
 
-from ...core.config import PeftType
-from ..registry import Method, register
+from ..registry import Kind, Method, register
 from .adapter import DecomposedLoHa, LoHa, create_loha
 from .config import LoHaConfig
 from .from_peft import FROM_PEFT
@@ -10,12 +9,12 @@ from .measures import MEASURES
 
 METHOD = register(
     Method(
-        PeftType.LOHA.value,
+        "LOHA",
         "hada_",
         LoHaConfig,
         (LoHa, DecomposedLoHa),
         create_loha,
-        {"LOHA": 1e-2},
+        {"LOHA": Kind(1e-2, lambda r: {"r": r, "alpha": r})},
         lycoris=FORM,
         from_peft=FROM_PEFT,
         measures=MEASURES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ...core.config import AdapterConfig, PeftType, beyond_peft
+from ...core.config import AdapterConfig, beyond_peft
 
 
 class _Unset(int):
@@ -46,7 +46,7 @@ class LoHaConfig(AdapterConfig):
     weight_decompose: bool = beyond_peft(False)
     wd_on_out: bool = beyond_peft(True)
 
-    TYPE: ClassVar[PeftType] = PeftType.LOHA
+    TYPE: ClassVar[str] = "LOHA"
     PATTERNS: ClassVar[dict[str, str]] = {"r": "rank_pattern", "alpha": "alpha_pattern"}
 
     def check(self) -> None:

@@ -13,7 +13,7 @@ from .config import LoHaConfig
 
 
 def shape(tensors: Mapping[str, Tensor], config: LoHaConfig) -> WeightShape:
-    """Whole, but for the kernel of a convolution in the flat form, of which its lengths tell no more than the dimensions."""
+    """Complete, but for the kernel of a convolution in the flat form, of which its lengths tell no more than the dimensions."""
     a, b = tensors["hada_w1_a"], tensors["hada_w1_b"]
     if "hada_t1" not in tensors:
         lengths = tensors.get("hada_dora_scale", b)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ...core.config import AdapterConfig, PeftType
+from ...core.config import AdapterConfig
 
 
 @dataclass(kw_only=True)
@@ -36,7 +36,8 @@ class LoraConfig(AdapterConfig):
     alpha_pattern: dict[str, int | float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
 
-    TYPE: ClassVar[PeftType] = PeftType.LORA
+    TYPE: ClassVar[str] = "LORA"
+    BIASES: ClassVar[tuple[str, ...]] = ("none", "all", "lora_only")
     PATTERNS: ClassVar[dict[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     FILE_NAMES: ClassVar[dict[str, str]] = {"init_weights": "init_lora_weights"}
     INERT: ClassVar[dict[str, tuple[Any, ...]]] = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
@@ -45,7 +46,6 @@ class LoraConfig(AdapterConfig):
         super().check()
         if self.init_lora_weights is not None:
             self.init_weights, self.init_lora_weights = self.init_lora_weights, None
-        self.require_choice("bias", ("none", "all", "lora_only"))
         self.require_choice("init_weights", (True, False, "gaussian"))
         self.require_share("lora_dropout")
 

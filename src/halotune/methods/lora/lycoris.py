@@ -29,4 +29,4 @@ def write(config: LoraConfig, tensors: Mapping[str, Tensor], shape: WeightShape 
     return {**theirs, "alpha": write_alpha(config.scaling * config.r, theirs["lora_down.weight"].dtype)}
 
 
-FORM = LycorisForm(tuple(_NAMES), ("alpha",), ("lora_up.weight",), read, write)
+FORM = LycorisForm(tuple(_NAMES), ("alpha",), ("lora_up.weight",), read, write, alpha="lora_alpha")

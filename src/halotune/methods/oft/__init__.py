@@ -1,11 +1,11 @@
 """OFT: orthogonal fine-tuning."""
 
-from ...core.config import PeftType
-from ..registry import Method, register
+from ..registry import Kind, Method, register
 from .adapter import OFT
 from .config import OFTConfig
 from .from_peft import FROM_PEFT
 
-METHOD = register(Method(PeftType.OFT.value, "oft_", OFTConfig, (OFT,), OFT.create, {"OFT": 2e-3}, from_peft=FROM_PEFT))
+KINDS = {"OFT": Kind(2e-3, lambda b: {"oft_block_size": b})}
+METHOD = register(Method("OFT", "oft_", OFTConfig, (OFT,), OFT.create, KINDS, from_peft=FROM_PEFT))
 
 __all__ = ["METHOD", "OFT", "OFTConfig"]

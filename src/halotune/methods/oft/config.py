@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ...core.config import AdapterConfig, PeftType
+from ...core.config import AdapterConfig
 
 
 @dataclass(kw_only=True)
@@ -40,7 +40,8 @@ class OFTConfig(AdapterConfig):
     num_cayley_neumann_terms: int = 5
     fan_in_fan_out: bool = False
 
-    TYPE: ClassVar[PeftType] = PeftType.OFT
+    TYPE: ClassVar[str] = "OFT"
+    BIASES: ClassVar[tuple[str, ...]] = ("none", "all", "oft_only")
 
     @property
     def size(self) -> tuple[str, int]:
@@ -56,5 +57,4 @@ class OFTConfig(AdapterConfig):
         for name in ("num_cayley_neumann_terms", "eps"):
             if (value := getattr(self, name)) <= 0:
                 raise self.error(name, f"must be above 0; got {value}", "Leave it out for its default.")
-        self.require_choice("bias", ("none", "all", "oft_only"))
         self.require_share("module_dropout")

@@ -1,4 +1,4 @@
-"""Who reads LoRA files, and what each can represent: one table. The rules that it checks are in `rules.py`."""
+"""The target runtimes that read LoRA files, and what each can represent: one table. Their rules are in `rules.py`."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
-class Consumer:
+class Runtime:
     """What one program reads of a LoRA.
 
     Attributes:
-        convolutions: "no"; "plain": as peft wraps them, two convolutions without dilation and padded with zeros; "any".
+        convolutions: "no"; "basic": as peft wraps them, two convolutions without dilation and padded with zeros; "any".
         attention: the projections of `torch.nn.MultiheadAttention`. peft 0.21 adds the output projection's LoRA twice.
         transposed: transformers' `Conv1D`.
-        whole_modules: modules trained whole, and resized embeddings, beside the LoRA.
+        modules_to_save: modules fully fine-tuned, and resized embeddings, beside the LoRA.
         folder: a folder with `adapter_config.json`, in PEFT's names; else one file, in those of diffusers.
         ranks: the ranks that it takes; () is any.
-        hint: how to serve; "{rank}" stands for the first of its ranks that suffices.
+        hint: how to serve; "{rank}" is replaced by the first of its ranks that suffices.
     """
 
     name: str
-    convolutions: Literal["no", "plain", "any"] = "no"
+    convolutions: Literal["no", "basic", "any"] = "no"
     attention: bool = False
     transposed: bool = True
-    whole_modules: bool = False
+    modules_to_save: bool = False
     folder: bool = True
     ranks: tuple[int, ...] = ()
     hint: str = ""
@@ -42,13 +42,13 @@ class Consumer:
         return WEIGHTS_NAME if self.folder else DIFFUSERS_NAME
 
     def refusal(self, path: str, layer: AdaptedLayer, shared: bool) -> str | None:
-        """Why the adapter of this layer, at `path` in the model, is nothing that the consumer represents; or None.
+        """Why the adapter of this layer, at `path` in the model, is nothing that the runtime represents; or None.
 
         Args:
             shared: the model has the layer under several names.
         """
         base = layer.base
-        if shared and self.convolutions == "plain":
+        if shared and self.convolutions == "basic":
             return "wraps a layer that has several names (peft does) at one of them only"
         if not self.attention and (isinstance(base, ProjectionBase) or path.endswith(".base_layer.out_proj")):
             return "reads no LoRA of torch.nn.MultiheadAttention, or reads it wrong"
@@ -66,7 +66,7 @@ class Consumer:
 
     def blocks(self, layer: AdaptedLayer) -> int:
         """How many blocks the factors of a layer fill: peft's form of a grouped convolution has one per group."""
-        return layer.base.shape.groups if self.convolutions == "plain" else 1
+        return layer.base.shape.groups if self.convolutions == "basic" else 1
 
     def fitting_rank(self, rank: int) -> int:
         """The smallest rank that it takes and that is not below this one."""
@@ -76,7 +76,7 @@ class Consumer:
         if not fitting:
             raise HalotuneError(
                 f"{self.name} takes ranks up to {self.ranks[-1]}, and the LoRA that equals this adapter has rank {rank}. Give "
-                f"rank={self.ranks[-1]} or less: what is cut off is reported layer by layer."
+                f"rank={self.ranks[-1]} or less: what truncation loses is reported layer by layer."
             )
         return fitting[0]
 
@@ -105,26 +105,26 @@ def kohya_name(path: str) -> str:
 # vLLM: MaxLoRARanks in vllm/config/lora.py.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
-CONSUMERS: dict[str, Consumer] = {
+RUNTIMES: dict[str, Runtime] = {
     c.name: c
     for c in (
-        Consumer("peft", convolutions="plain", whole_modules=True),
-        Consumer("halotune", convolutions="any", attention=True, whole_modules=True),
-        Consumer("vllm", ranks=_VLLM_RANKS, hint="serve with --max-lora-rank {rank}"),
-        Consumer("sglang"),
-        Consumer("llama.cpp", transposed=False),
-        Consumer("diffusers", convolutions="plain", folder=False),
-        Consumer("comfyui", convolutions="any", folder=False),
+        Runtime("peft", convolutions="basic", modules_to_save=True),
+        Runtime("halotune", convolutions="any", attention=True, modules_to_save=True),
+        Runtime("vllm", ranks=_VLLM_RANKS, hint="serve with --max-lora-rank {rank}"),
+        Runtime("sglang"),
+        Runtime("llama.cpp", transposed=False),
+        Runtime("diffusers", convolutions="basic", folder=False),
+        Runtime("comfyui", convolutions="any", folder=False),
     )
 }
 
 
-def consumer_named(name: str) -> Consumer:
-    if name in CONSUMERS:
-        return CONSUMERS[name]
-    near = closest(name.lower(), list(CONSUMERS), n=1)
+def runtime_named(name: str) -> Runtime:
+    if name in RUNTIMES:
+        return RUNTIMES[name]
+    near = closest(name.lower(), list(RUNTIMES), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise HalotuneError(f"consumer: expected one of {', '.join(CONSUMERS)}; got {name!r}.{hint}")
+    raise HalotuneError(f"runtime: expected one of {', '.join(RUNTIMES)}; got {name!r}.{hint}")
 
 
 def component_of(model_class: str) -> str:
