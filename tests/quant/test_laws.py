@@ -144,7 +144,8 @@ def test_merging_after_evaluation_is_merging_before(case: Case):
 @grid(READABLE, ONE_EACH)
 @torch.no_grad()
 def test_merged_into_floats(case: Case):
-    layer, x = case.layer().eval(), case.input()
+    layer, x = case.layer(), case.input()
+    torch.manual_seed(1)  # W' is rounded by chance in training
     module, y = layer.base_layer, layer(x)
     before = stored_tensors(module)
     wanted = layer.adapters["default"].weight(matrix(module))
@@ -155,6 +156,7 @@ def test_merged_into_floats(case: Case):
     assert record.lost < tolerance(case) and relative(layer.base_layer.weight, wanted) < tolerance(case)
     assert relative(layer(x), y) < 2 * tolerance(case)
     layer.unmerge()
+    torch.manual_seed(1)
     assert layer.base_layer is module and same(before, stored_tensors(module)) and torch.equal(layer(x), y)
 
 
