@@ -26,9 +26,11 @@ def flattened(x: Tensor) -> Tensor:
     return x.reshape(x.numel() // x.shape[-1] if x.shape[-1] else 0, x.shape[-1])
 
 
-def unflattened(y: Tensor, x: Tensor) -> Tensor:
-    """`(n, d) -> (…, d)`, the leading dimensions those of x: no view, so that whoever gets it may write to it in place."""
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+def no_view(y: Tensor) -> Tensor:
+    """y, so that whoever gets it from an autograd function may write to it in place."""
+    if torch.compiler.is_compiling() or not y._is_view():
+        return y
+    return torch.ops.aten._unsafe_view(y, y.shape)
 
 
 def gradients_of(grad_outputs: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -45,12 +47,12 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, make: Make | None, *θ: Tensor | None
     ) -> tuple[Tensor, ...]:
         Q, A = θ if make is None else make(*θ)
-        rows = flattened(x)
-        y, z = add_product(F.linear(rows, W, bias), rows, A, Q, True)
+        y = F.linear(x, W, bias)
+        _, z = add_product(flattened(y), flattened(x), A, Q, True)
         ctx.save_for_backward(None if A is None else x, W, z, *θ)
         ctx.make, ctx.shape = make, x.shape
         ctx.set_materialize_grads(False)
-        return unflattened(y, x), z
+        return no_view(y), z
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,7 +83,7 @@ class _LowRankLinear(torch.autograd.Function):
             dθ = transposed_products(z, dy, dz, flattened(x))
         if made is not None and dθ[0] is not None:
             dθ = torch.autograd.grad(made, θ, dθ, create_graph=torch.is_grad_enabled())
-        return (None if dx is None else unflattened(dx, x) if x is not None else dx.view(ctx.shape)), None, None, None, *dθ
+        return (None if dx is None else dx.view(ctx.shape)), None, None, None, *dθ
 
 
 def low_rank_linear(x: Tensor, W: Tensor, bias: Tensor | None, *θ: Tensor | None, make: Make | None = None) -> Tensor:
@@ -96,5 +98,6 @@ def low_rank_linear(x: Tensor, W: Tensor, bias: Tensor | None, *θ: Tensor | Non
     if torch.is_grad_enabled():
         return _LowRankLinear.apply(x, W, bias, make, *θ)[0]  # type: ignore[index]
     Q, A = θ if make is None else make(*θ)
-    rows = flattened(x)
-    return unflattened(add_product(F.linear(rows, W, bias), rows, A, Q, True)[0], x)
+    y = F.linear(x, W, bias)
+    add_product(flattened(y), flattened(x), A, Q, True)
+    return y

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.rounding import Dither
-from .frozen_linear import flattened, unflattened
+from .frozen_linear import flattened, no_view
 from .precision import compute_dtype
 from .prepared import is_transformed
 from .recompute import Preparation, Tensors
@@ -72,7 +72,7 @@ class Matrix:
     @staticmethod
     def contract_backward(x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
         rows = flattened(dy)
-        return (unflattened(torch.mm(rows, W), dy) if need_x else None), torch.mm(rows.t(), flattened(x))
+        return (torch.mm(rows, W).view(x.shape) if need_x else None), torch.mm(rows.t(), flattened(x))
 
 
 class _WeightForm(torch.autograd.Function):
@@ -86,10 +86,7 @@ class _WeightForm(torch.autograd.Function):
         ctx.save_for_backward(x, kept, noise, *θ)
         ctx.op, ctx.adapter = op, adapter
         adapted = adapter.build(W, *θ, noise=noise)
-        if op is Matrix:
-            return unflattened(F.linear(flattened(x), adapted, bias), x)
-        y = op.contract(x, adapted)
-        return torch.ops.aten._unsafe_view(y, y.shape)
+        return no_view(F.linear(x, adapted, bias) if op is Matrix else op.contract(x, adapted))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.frozen_linear import flattened, gradients_of, unflattened
+from ...core.frozen_linear import flattened, gradients_of, no_view
 from ...core.operator import add_to
 from ...core.precision import exact, exact_dtype
 from ...ops.product import add_product, transposed_products
@@ -124,7 +124,7 @@ class _ReflectedLinear(torch.autograd.Function):
         rotated, z = add_product(rows, rows, Ût, N, False)
         ctx.save_for_backward(x, z, W, Ût, N)
         ctx.set_materialize_grads(False)
-        return unflattened(F.linear(rotated, W, bias), x), z
+        return no_view(F.linear(rotated.view(x.shape), W, bias)), z
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -136,7 +136,7 @@ class _ReflectedLinear(torch.autograd.Function):
         if dz_more is not None:
             dx, dz = None if dx is None else torch.addmm(dx, dz_more, Ût), dz + dz_more
         dN, dÛt = transposed_products(z, d, dz, rows)
-        return (None if dx is None else unflattened(dx, x)), None, None, dÛt, dN
+        return (None if dx is None else dx.view(x.shape)), None, None, dÛt, dN
 
 
 def reflected_linear(x: Tensor, W: Tensor, bias: Tensor | None, Ût: Tensor, N: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def reflected_linear(x: Tensor, W: Tensor, bias: Tensor | None, Ût: Tensor, N: 
     if torch.is_grad_enabled():
         return _ReflectedLinear.apply(x, W, bias, Ût, N)[0]  # type: ignore[index]
     rows = flattened(x)
-    return unflattened(F.linear(add_product(rows, rows, Ût, N, False)[0], W, bias), x)
+    return F.linear(add_product(rows, rows, Ût, N, False)[0].view(x.shape), W, bias)
 
 
 def orthogonality(U: Tensor, squared: bool) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.frozen_linear import flattened, unflattened
+from ...core.frozen_linear import flattened, no_view
 from ...core.precision import exact, exact_dtype
 from ...core.prepared import is_transformed
 
@@ -66,11 +66,11 @@ class RotatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
         ctx.save_for_backward(x, W, R)
-        return unflattened(F.linear(rotate(flattened(x), R), W, bias), x)
+        return no_view(F.linear(rotate(flattened(x), R).view(x.shape), W, bias))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, W, R = ctx.saved_tensors
         d = flattened(grad_outputs[0]) @ W  # of the rotated input
-        dx = unflattened(rotate(d, R.mT), x) if ctx.needs_input_grad[0] else None
+        dx = rotate(d, R.mT).view(x.shape) if ctx.needs_input_grad[0] else None
         return dx, None, None, in_blocks(flattened(x), R.shape[-1]).mT @ in_blocks(d, R.shape[-1])
