@@ -30,7 +30,6 @@ def skew(θ: Tensor, b: int, eps: float | None = None) -> Tensor:
 
 def cayley(Q: Tensor, terms: int = 0) -> Tensor:
     """`(I + Q)(I − Q)⁻¹` `(…, b, b)`, orthogonal for a skew-symmetric Q; or, with `terms`, the start of its series.
-
     As peft counts: `I + 2Q + … + 2Qᵏ⁻¹ + Qᵏ` with k = max(terms − 1, 3) from 3 terms on, I + 2Q for 2, I for 1.
     """
     with exact(Q):
@@ -71,6 +70,7 @@ class RotatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, W, R = ctx.saved_tensors
-        d = flattened(grad_outputs[0]) @ W  # of the rotated input
-        dx = rotate(d, R.mT).view(x.shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, in_blocks(flattened(x), R.shape[-1]).mT @ in_blocks(d, R.shape[-1])
+        with exact(x):  # the forward pass saw to autocast
+            d = flattened(grad_outputs[0]) @ W  # of the rotated input
+            dx = rotate(d, R.mT).view(x.shape) if ctx.needs_input_grad[0] else None
+            return dx, None, None, in_blocks(flattened(x), R.shape[-1]).mT @ in_blocks(d, R.shape[-1])
