@@ -23,7 +23,7 @@ Make = Callable[..., tuple[Tensor, Tensor | None]]
 
 def flattened(x: Tensor) -> Tensor:
     """`(…, k) -> (n, k)`."""
-    return x.reshape(x.numel() // x.shape[-1] if x.shape[-1] else 0, x.shape[-1])
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def no_view(y: Tensor) -> Tensor:
@@ -39,6 +39,15 @@ def gradients_of(grad_outputs: Any) -> tuple[Tensor | None, Tensor | None]:
     return dy, None if torch.compiler.is_compiling() else dz
 
 
+def _linear(x: Tensor, W: Tensor, bias: Tensor | None, Q: Tensor | None, A: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`x Wᵀ + b + z Q` and z."""
+    y = F.linear(x, W, bias)
+    sums, z = add_product(flattened(y), flattened(x), A, Q, True)
+    if torch.compiler.is_compiling() or sums.data_ptr() != y.data_ptr():  # not written to in place
+        y = sums.view(y.shape)
+    return y, z
+
+
 class _LowRankLinear(torch.autograd.Function):
     """θ is `Q (r, out)` and `A (r, in)`, None for a fold; with `make`, what those are made of, here and again in backward."""
 
@@ -47,8 +56,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, make: Make | None, *θ: Tensor | None
     ) -> tuple[Tensor, ...]:
         Q, A = θ if make is None else make(*θ)
-        y = F.linear(x, W, bias)
-        _, z = add_product(flattened(y), flattened(x), A, Q, True)
+        y, z = _linear(x, W, bias, Q, A)
         ctx.save_for_backward(None if A is None else x, W, z, *θ)
         ctx.make, ctx.shape = make, x.shape
         ctx.set_materialize_grads(False)
@@ -98,6 +106,4 @@ def low_rank_linear(x: Tensor, W: Tensor, bias: Tensor | None, *θ: Tensor | Non
     if torch.is_grad_enabled():
         return _LowRankLinear.apply(x, W, bias, make, *θ)[0]  # type: ignore[index]
     Q, A = θ if make is None else make(*θ)
-    y = F.linear(x, W, bias)
-    add_product(flattened(y), flattened(x), A, Q, True)
-    return y
+    return _linear(x, W, bias, Q, A)[0]
