@@ -440,7 +440,8 @@ class PeftModel(Wrapper):
             autocast_adapter_dtype: parameters in fp32 over a half-precision base; else in the file's dtype.
             low_cpu_mem_usage: accepted for PEFT's sake; parameters are never initialised before they are loaded.
             key_mapping: regular expression -> replacement, applied to the file's keys.
-            kwargs: `subfolder`; `revision`, `token`, `cache_dir` … of the hub; `ignore_mismatched_sizes`.
+            kwargs: `subfolder`; `revision`, `token`, `cache_dir` … of the hub; `ignore_mismatched_sizes`; PEFT's `device_map`,
+                `max_memory` and `offload_…`, without effect: an adapter lies where its layers do. Others are errors.
         """
         source = AdapterSource.read(model_id, config, is_trainable, key_mapping, **kwargs)
         return cls.from_source(model, source, adapter_name, autocast_adapter_dtype)
