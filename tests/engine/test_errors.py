@@ -445,7 +445,7 @@ def test_unknown_keywords_name_the_nearest(folder: Path, wrong: str, meant: str)
 def test_readers_of_configurations_and_swaps_know_their_keywords(folder: Path) -> None:
     model = PeftModel.from_pretrained(base("mlp"), folder, device_map="auto")
     for read in (lambda: halotune.PeftConfig.from_pretrained(folder, revison="v1"), lambda: swap(model, folder)):
-        with pytest.raises(HalotuneError, match="no keyword 'revison'. Did you mean 'revision'"):
+        with pytest.raises(HalotuneError, match=r"no keyword 'revison'. Did you mean 'revision'"):
             read()
 
 

@@ -82,6 +82,7 @@ class PeftModel(Wrapper):
             low_cpu_mem_usage=low_cpu_mem_usage,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
+        self.training = self.base_model.training = model.training
         _let_checkpointing_reach(model)
 
     def _with_heads(self, config: AdapterConfig, model: nn.Module) -> AdapterConfig:
@@ -435,7 +436,7 @@ class PeftModel(Wrapper):
             model: the base model; untouched where an error is raised.
             model_id: the adapter's folder, or its repository on the hub.
             adapter_name: what it is called in this model.
-            is_trainable: go on training it; else it is frozen.
+            is_trainable: go on training it, in the base's mode; else it is frozen, and the model in eval mode.
             config: instead of the stored configuration.
             autocast_adapter_dtype: parameters in fp32 over a half-precision base; else in the file's dtype.
             low_cpu_mem_usage: accepted for PEFT's sake; parameters are never initialised before they are loaded.
@@ -478,7 +479,7 @@ class PeftModel(Wrapper):
     ) -> Any:
         """Load one more adapter from a folder or the hub, inactive; or new weights for one of the same configuration.
 
-        The arguments are those of `from_pretrained`; `torch_device` is where its parameters go.
+        The arguments are those of `from_pretrained`, the eval mode too; `torch_device` is where its parameters go.
         """
         source = AdapterSource.read(model_id, None, is_trainable, key_mapping, **kwargs)
         result = self.add_source(source, adapter_name, autocast_adapter_dtype)
@@ -505,7 +506,7 @@ class PeftModel(Wrapper):
             raise
 
     def _load(self, source: AdapterSource, name: str, autocast: bool) -> Any:
-        return set_peft_model_state_dict(
+        result = set_peft_model_state_dict(
             self,
             source.tensors,
             name,
@@ -513,6 +514,9 @@ class PeftModel(Wrapper):
             file=source.file,
             keep_dtype=not autocast,
         )
+        if source.config.inference_mode:
+            self.eval()
+        return result
 
 
 def _let_checkpointing_reach(model: nn.Module) -> None:
