@@ -15,6 +15,8 @@ from .default_targets import default_targets, known_architectures
 from .modules import is_attention, visible_modules
 from .targets import ALL_LINEAR, matches_suffix, select, shortest_suffixes
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
 # Heads that are their model's output layer, at its root; "all-linear" leaves them out.
 _HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "qa_outputs"})
 
@@ -50,6 +52,13 @@ def modules_to_save_paths(modules: Mapping[str, nn.Module], config: AdapterConfi
                 f"modules_to_save: no module matches {wanted!r}. The model's top modules are "
                 f"{', '.join(n for n in modules if n and '.' not in n)}."
             )
+        for name, module in named.items():
+            if isinstance(module, _CONTAINERS):
+                inside = ", ".join(f"{name}.{n}" for n, _ in module.named_children()) or "its owner"
+                raise HalotuneError(
+                    f"modules_to_save: {name} is a {type(module).__name__}, which is not called itself: a trained copy would "
+                    f"never run. Name what it holds: {inside}."
+                )
         found.update({m: n for n, m in named.items()})
     return list(found.values())
 
