@@ -246,6 +246,24 @@ def test_parameter_groups_decay_what_has_a_scale() -> None:
     assert only["weight_decay"] == 0.1 and len(only["params"]) == 4
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradients_reach_adapters_in_checkpointed_blocks_of_images(use_reentrant: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=8, hidden_dropout_prob=0.0)
+    vit = transformers.ViTForImageClassification(config)
+    model = randomize(halotune.get_peft_model(vit, HRAConfig(r=2, target_modules="all-linear"))).train()
+    x = torch.ones(1, 3, 16, 16)
+    grads = []
+    for _ in range(2):
+        model.zero_grad()
+        model(pixel_values=x).logits.sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_gradients_reach_adapters_in_checkpointed_blocks(when: str) -> None:
     def turn_on(model: nn.Module, use_reentrant: bool) -> None:

@@ -120,6 +120,13 @@ class PeftModel(Wrapper):
         with per_sample(self, adapter_names, self._batch_size(args, kwargs)):
             return generate(*args, **kwargs)
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """transformers 5's name of `gradient_checkpointing_enable`."""
+        base: Any = self.get_base_model()
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable(*args, **kwargs)
+        _let_checkpointing_reach(base)
+
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Trade time for memory; transformers' own arguments."""
         base: Any = self.get_base_model()
