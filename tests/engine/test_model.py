@@ -107,6 +107,62 @@ def test_head_called_score() -> None:
     assert {k for k in halotune.get_peft_model_state_dict(model) if "score" in k} == {"base_model.model.score.weight"}
 
 
+SMALL = {"vocab_size": 32, "pad_token_id": 0}
+BART = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "eos_token_id": 2,
+}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "eos_token_id": 2, "decoder_start_token_id": 0}
+DEBERTA = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+HEADS = {
+    "Bart": (BART | {"encoder_attention_heads": 2, "decoder_attention_heads": 2}, ["q_proj"], {"classification_head"}),
+    "T5": (T5, ["q"], {"classification_head"}),
+    "DebertaV2": (DEBERTA, ["query_proj"], {"classifier", "pooler"}),
+    "XLNet": ({"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}, ["layer_1"], {"logits_proj", "sequence_summary"}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@torch.no_grad()
+def test_heads_of_other_names_are_trained_and_saved(name: str, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes, targets, heads = HEADS[name]
+
+    def classifier(seed: int, layers: nn.Module | None = None) -> nn.Module:
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{name}ForSequenceClassification")(
+            getattr(transformers, f"{name}Config")(**SMALL | sizes)
+        )
+        if layers is not None:  # everything but the head
+            kept = {k: t for k, t in layers.state_dict().items() if k.split(".")[0] not in heads}
+            model.load_state_dict(kept, strict=False)
+        return model.eval()
+
+    ids = torch.tensor([[5, 6, 7, 2]])
+    model = randomize(
+        halotune.get_peft_model(classifier(0), HRAConfig(r=2, target_modules=targets, task_type="SEQ_CLS"))
+    ).eval()
+    whole = {n.split(".")[2] for n in trainable(model) if not n.endswith(".hra_u")}
+    assert whole == heads
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(classifier(1, classifier(0)), tmp_path)
+    assert error(again(input_ids=ids).logits, model(input_ids=ids).logits) < 1e-6
+
+
+def test_a_task_without_a_head_is_an_error() -> None:
+    config = HRAConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    with pytest.raises(
+        HalotuneError, match=r"BertModel has no head of a usual name \(classifier.*Name the head in modules_to_save"
+    ):
+        halotune.get_peft_model(base("bert"), config)
+    named = HRAConfig(r=2, target_modules=["0"], task_type="SEQ_CLS", modules_to_save=["layers.1"])
+    assert "base_model.model.layers.1.modules_to_save.default.weight" in trainable(wrap("mlp", named))
+
+
 def test_attributes_of_the_base_are_reached() -> None:
     model = wrap("llama", Q)
     inner = model.get_base_model()

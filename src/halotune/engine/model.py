@@ -32,6 +32,7 @@ from .files.state_dict import set_peft_model_state_dict
 from .injection.activation import per_sample
 from .injection.in_place import add_in_place
 from .injection.modules import adapted_layers, paths_in_state_dict
+from .injection.resolve import task_heads
 from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .tuner import AdapterModel, tuner_class
 from .weights.merge import MergeReport, Requantize
@@ -53,7 +54,8 @@ class PeftModel(Wrapper):
 
     _wraps = "base_model"
 
-    heads: ClassVar[tuple[str, ...]] = ()  # modules that the task fully fine-tunes
+    heads: ClassVar[tuple[str, ...]] = ()  # modules that the task fully fine-tunes, as PEFT names them
+    other_heads: ClassVar[tuple[str, ...]] = ()  # and what else some of transformers' classes call them
     _hf_peft_config_loaded: ClassVar[bool] = True  # without it transformers' Trainer refuses a quantized base
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -93,7 +95,9 @@ class PeftModel(Wrapper):
             name = getattr(model, "name_or_path", None) or getattr(own, "_name_or_path", None)
             config.base_model_name_or_path = str(name) if name else None  # diffusers' may be a Path
         if self.heads:
-            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *self.heads]))
+            named = config.modules_to_save or []
+            found = task_heads(model, config, self.heads, self.other_heads)
+            config.modules_to_save = list(dict.fromkeys([*named, *self.heads, *found]))
         return config
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -575,6 +579,7 @@ class PeftModelForSequenceClassification(PeftModel):
     """A sequence classifier with adapters; its head is fully fine-tuned."""
 
     heads = ("classifier", "score")
+    other_heads = ("classification_head", "logits_proj", "sequence_summary")
 
 
 class PeftModelForTokenClassification(PeftModel):
@@ -587,6 +592,7 @@ class PeftModelForQuestionAnswering(PeftModel):
     """An extractive question answering model with adapters; its head is fully fine-tuned."""
 
     heads = ("qa_outputs",)
+    other_heads = ("classifier", "qa_classifier", "answer_head", "start_logits", "end_logits", "answer_class", "splinter_qass")
 
 
 class PeftModelForFeatureExtraction(PeftModel):
