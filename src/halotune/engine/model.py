@@ -77,6 +77,11 @@ class PeftModel(Wrapper):
             raise HalotuneError(
                 f"the model is a {type(model).__name__} already. Use add_adapter for a second adapter, or unload() first."
             )
+        if there := list(adapted_layers(model)):
+            raise HalotuneError(
+                f"the model has adapters already, {len(there)} such as on {there[0]}; a file saved from a "
+                "second wrapper would hold those too. Call add_adapter on the first for a second adapter, or its unload()."
+            )
         self.base_model: AdapterModel = tuner_class(str(method_of(peft_config.peft_type).peft_type))(
             model,
             self._with_heads(peft_config, model),

@@ -120,9 +120,9 @@ def _reading_weights(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> lis
         if adapter.replaces_weight(base) and not base.opaque and not base.is_product():
             raise HalotuneError(
                 f"{path}: {type(adapter).__name__} is a map on the weight itself, and this {type(base.module).__name__} "
-                "computes its weight from other parameters (weight_norm, spectral_norm, prune), or does more in a forward of its "
-                "own than multiply by it. Use a method that calls the layer as it is (low-rank deltas and rotations do), or "
-                "leave the layer out with exclude_modules."
+                "computes its weight from other parameters (weight_norm, spectral_norm, prune), or does more in a forward of "
+                "its own than multiply by it. Use a method that calls the layer as it is (low-rank deltas and rotations do), "
+                "or leave the layer out with exclude_modules."
             )
         if not (base.quantization and adapter.reads_weight(base)):
             continue
