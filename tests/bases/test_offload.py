@@ -247,7 +247,7 @@ def test_a_device_map(language_model, tmp_path):
         ({"bias": "hra_only"}, r"bias='hra_only': 'stem' is offloaded by accelerate, so its bias cannot be trained"),
         ({"bias": "all"}, r"bias='all': 'stem' is offloaded"),
         ({"modules_to_save": ["head"]}, "modules_to_save: 'head' is offloaded by accelerate, so no copy of it can be"),
-        ({"modules_to_save": ["blocks.1"]}, r"modules_to_save: 'blocks\.1' is offloaded"),
+        ({"modules_to_save": ["blocks.1.up"]}, r"modules_to_save: 'blocks\.1\.up' is offloaded"),
     ],
 )
 def test_training_parts_of_the_base(plain: MLP, x: Tensor, offload: Offload, changes: dict, message: str):

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import halotune
-from halotune import AdapterFileError, HalotuneError, LoHaConfig, PeftModel, convert_adapter, get_peft_model
+from halotune import AdapterFileError, HalotuneError, LoHaConfig, LoraConfig, PeftModel, convert_adapter, get_peft_model
 from halotune.cli.main import main
 from halotune.core.config import AdapterConfig
 from halotune.engine.files.state_dict import read_metadata
 
-from ..interop.models import base, error, output
+from ..interop.models import MLP, base, error, output
 from .models import FIXTURES, Layers, randomize, same
 
 LLAMA, BASE = FIXTURES / "lycoris_loha_llama" / "lycoris.safetensors", FIXTURES / "base_llama"
@@ -405,3 +405,19 @@ def test_command_line_mistakes(flags: list[str], message: str, tmp_path: Path, c
     assert main(["convert", str(LLAMA), "--output", str(tmp_path / "out"), *flags]) == 2
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+# -- alpha 0
+
+
+@pytest.mark.parametrize(
+    "config", [LoHaConfig(r=2, alpha=0, target_modules=["0"]), LoraConfig(r=2, lora_alpha=0, target_modules=["0"])]
+)
+def test_an_adapter_of_alpha_0_has_no_effect_after_a_round_trip(config, tmp_path) -> None:
+    model = randomize(halotune.get_peft_model(MLP(), config))
+    file = tmp_path / "adapter.safetensors"
+    halotune.save_lycoris(model, file)
+    plain = model.unload()
+    x = torch.randn(3, 8)
+    y = plain(x)
+    assert torch.equal(halotune.load_lycoris(plain, file)(x), y)

@@ -427,3 +427,38 @@ def test_module_that_cannot_be_adapted_is_named(kind: str) -> None:
     }[kind]
     with pytest.raises(HalotuneError, match=f"'other' is a {kind}, which cannot be adapted.*modules_to_save"):
         halotune.get_peft_model(model, HRAConfig(target_modules=["other"]))
+
+
+# -- keywords
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"), [("is_trainabel", "is_trainable"), ("revison", "revision"), ("key_maping", "key_mapping")]
+)
+def test_unknown_keywords_name_the_nearest(folder: Path, wrong: str, meant: str) -> None:
+    with pytest.raises(HalotuneError, match=f"no keyword '{wrong}'. Did you mean '{meant}'"):
+        PeftModel.from_pretrained(base("mlp"), folder, **{wrong: True})  # type: ignore[arg-type]
+    with pytest.raises(HalotuneError, match=f"no keyword '{wrong}'. Did you mean '{meant}'"):
+        PeftModel.from_pretrained(base("mlp"), folder).load_adapter(folder, "second", **{wrong: True})  # type: ignore[arg-type]
+
+
+def test_readers_of_configurations_and_swaps_know_their_keywords(folder: Path) -> None:
+    model = PeftModel.from_pretrained(base("mlp"), folder, device_map="auto")
+    for read in (lambda: halotune.PeftConfig.from_pretrained(folder, revison="v1"), lambda: swap(model, folder)):
+        with pytest.raises(HalotuneError, match=r"no keyword 'revison'. Did you mean 'revision'"):
+            read()
+
+
+def swap(model: PeftModel, folder: Path) -> None:
+    halotune.hotswap_adapter(model, folder, revison="v1")
+
+
+def test_a_second_wrapper_on_one_base_is_an_error() -> None:
+    model = base("mlp")
+    first = halotune.get_peft_model(model, HRAConfig(r=2, target_modules=["0"]))
+    before = set(model.state_dict())
+    with pytest.raises(HalotuneError, match=r"has adapters already.*layers\.0.*Call add_adapter on the first"):
+        halotune.get_peft_model(model, HRAConfig(r=2, target_modules=["1"]))
+    assert set(model.state_dict()) == before
+    again = halotune.get_peft_model(first.unload(), HRAConfig(r=2, target_modules=["1"]))
+    assert {n.split(".")[3] for n, p in again.named_parameters() if p.requires_grad} == {"1"}

@@ -479,3 +479,19 @@ def test_base_class_without_a_task_is_written_down(tmp_path) -> None:
     halotune.get_peft_model(ConvNet(), HRAConfig(r=2, target_modules=["fc"])).save_pretrained(tmp_path)
     mapping = json.loads((tmp_path / CONFIG).read_text())["auto_mapping"]
     assert mapping == {"base_model_class": "ConvNet", "parent_library": ConvNet.__module__}
+
+
+# -- the mode of what was loaded
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_adapter_loaded_for_inference_is_in_eval_mode(training: bool, tmp_path) -> None:
+    wrap(config=LoraConfig(r=2, lora_dropout=0.5, target_modules=["0"])).save_pretrained(tmp_path)
+    frozen = PeftModel.from_pretrained(base("mlp").train(training), tmp_path)
+    assert not any(m.training for m in frozen.modules())
+    trained = PeftModel.from_pretrained(base("mlp").train(training), tmp_path, is_trainable=True)
+    assert {m.training for m in trained.modules()} == {training}
+    trained.load_adapter(tmp_path, "second", is_trainable=True)
+    assert trained.training == training
+    trained.load_adapter(tmp_path, "third")
+    assert not any(m.training for m in trained.modules())

@@ -107,6 +107,62 @@ def test_head_called_score() -> None:
     assert {k for k in halotune.get_peft_model_state_dict(model) if "score" in k} == {"base_model.model.score.weight"}
 
 
+SMALL = {"vocab_size": 32, "pad_token_id": 0}
+BART = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "eos_token_id": 2,
+}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "eos_token_id": 2, "decoder_start_token_id": 0}
+DEBERTA = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+HEADS = {
+    "Bart": (BART | {"encoder_attention_heads": 2, "decoder_attention_heads": 2}, ["q_proj"], {"classification_head"}),
+    "T5": (T5, ["q"], {"classification_head"}),
+    "DebertaV2": (DEBERTA, ["query_proj"], {"classifier", "pooler"}),
+    "XLNet": ({"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16}, ["layer_1"], {"logits_proj", "sequence_summary"}),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@torch.no_grad()
+def test_heads_of_other_names_are_trained_and_saved(name: str, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes, targets, heads = HEADS[name]
+
+    def classifier(seed: int, layers: nn.Module | None = None) -> nn.Module:
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{name}ForSequenceClassification")(
+            getattr(transformers, f"{name}Config")(**SMALL | sizes)
+        )
+        if layers is not None:  # everything but the head
+            kept = {k: t for k, t in layers.state_dict().items() if k.split(".")[0] not in heads}
+            model.load_state_dict(kept, strict=False)
+        return model.eval()
+
+    ids = torch.tensor([[5, 6, 7, 2]])
+    model = randomize(
+        halotune.get_peft_model(classifier(0), HRAConfig(r=2, target_modules=targets, task_type="SEQ_CLS"))
+    ).eval()
+    whole = {n.split(".")[2] for n in trainable(model) if not n.endswith(".hra_u")}
+    assert whole == heads
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(classifier(1, classifier(0)), tmp_path)
+    assert error(again(input_ids=ids).logits, model(input_ids=ids).logits) < 1e-6
+
+
+def test_a_task_without_a_head_is_an_error() -> None:
+    config = HRAConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    with pytest.raises(
+        HalotuneError, match=r"BertModel has no head of a usual name \(classifier.*Name the head in modules_to_save"
+    ):
+        halotune.get_peft_model(base("bert"), config)
+    named = HRAConfig(r=2, target_modules=["0"], task_type="SEQ_CLS", modules_to_save=["layers.1"])
+    assert "base_model.model.layers.1.modules_to_save.default.weight" in trainable(wrap("mlp", named))
+
+
 def test_attributes_of_the_base_are_reached() -> None:
     model = wrap("llama", Q)
     inner = model.get_base_model()
@@ -244,6 +300,24 @@ def test_parameter_groups_decay_what_has_a_scale() -> None:
     torch.optim.AdamW([decayed, kept], lr=1e-3)
     (only,) = halotune.parameter_groups(wrap(config=LOHA), 0.1)
     assert only["weight_decay"] == 0.1 and len(only["params"]) == 4
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradients_reach_adapters_in_checkpointed_blocks_of_images(use_reentrant: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.ViTConfig(**sizes, image_size=16, patch_size=8, hidden_dropout_prob=0.0)
+    vit = transformers.ViTForImageClassification(config)
+    model = randomize(halotune.get_peft_model(vit, HRAConfig(r=2, target_modules="all-linear"))).train()
+    x = torch.ones(1, 3, 16, 16)
+    grads = []
+    for _ in range(2):
+        model.zero_grad()
+        model(pixel_values=x).logits.sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -231,6 +231,18 @@ def test_fully_fine_tuned_modules_are_not_adapted_too() -> None:
     assert inside == ["0.self_attn.q_proj", "1.self_attn.q_proj"]
 
 
+@pytest.mark.parametrize("container", [nn.ModuleList, lambda heads: nn.ModuleDict({str(i): h for i, h in enumerate(heads)})])
+def test_modules_to_save_that_are_containers_are_an_error(container) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.heads = container([nn.Linear(4, 2), nn.Linear(4, 3)])
+    config = HRAConfig(r=2, target_modules=["0"], modules_to_save=["heads"])
+    with pytest.raises(
+        HalotuneError, match=r"modules_to_save: heads is a Module.*never run. Name what it holds: heads.0, heads.1"
+    ):
+        halotune.get_peft_model(model, config)
+    assert not any("hra" in name for name, _ in model.named_parameters())
+
+
 def test_modules_to_save_that_match_nothing_are_an_error() -> None:
     with pytest.raises(HalotuneError, match=r"modules_to_save: no module matches 'haed'.*top modules are model, lm_head"):
         wrap("llama", ["q_proj"], modules_to_save=["haed"])

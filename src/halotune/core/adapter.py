@@ -118,6 +118,10 @@ class Adapter(nn.Module, ABC):
         """Whether a forward pass may ask `op` for its weight, which costs a quantized one dequantization."""
         return False
 
+    def replaces_weight(self, op: Operator) -> bool:
+        """Whether a forward pass runs `op` with another weight, having no other form."""
+        return False
+
     @property
     @abstractmethod
     def rank(self) -> int:
@@ -301,6 +305,9 @@ class Rotation(Adapter):
     def reads_weight(self, op: Operator) -> bool:
         return not op.shape.is_linear
 
+    def replaces_weight(self, op: Operator) -> bool:
+        return not op.shape.is_linear
+
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         if self.training and self.module_dropout:
             factors = self.drop(*factors)
@@ -363,6 +370,9 @@ class Dense(Adapter):
     makes_weight = True
 
     def reads_weight(self, op: Operator) -> bool:
+        return True
+
+    def replaces_weight(self, op: Operator) -> bool:
         return True
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -101,6 +102,32 @@ class Base(Operator):
         return hook.weights_map[name].to(hook.execution_device)
 
     @property
+    def takes_weight(self) -> bool:
+        if self.quantization:
+            return not self.opaque
+        return not computes_weight(self.module) and type(self.module).forward.__module__ in _FORWARDS
+
+    def is_product(self) -> bool:
+        """Whether a call is `W x + bias` with the weight that is read; a class's own forward is tried on one input."""
+        if self.takes_weight or self.quantization or computes_weight(self.module):
+            return self.takes_weight
+        return self.parameter.is_meta or self._agrees()  # on meta nothing can be tried
+
+    @torch.no_grad()
+    def _agrees(self) -> bool:
+        x = self.sample().to(self.parameter)
+        try:
+            y = self.module(x)
+        except Exception:  # a forward of its own may ask for anything
+            return False
+        expected = self.add_bias(self.contract(self.pad(x), self.weight()))
+        return y.shape == expected.shape and bool((y - expected).norm() <= 0.01 * expected.norm())
+
+    @abstractmethod
+    def sample(self) -> Tensor:
+        """An input, the same each time."""
+
+    @property
     def transient(self) -> bool:
         """Whether `weight()` makes a new tensor, to be recomputed rather than kept."""
         return self.parameter.is_meta
@@ -128,6 +155,9 @@ class Base(Operator):
 class LinearLike(Base):
     """Bases that act on the last dimension of `x`."""
 
+    def sample(self) -> Tensor:
+        return torch.linspace(-1, 1, self.shape.in_features)[None]
+
     def pad(self, x: Tensor) -> Tensor:
         return x
 
@@ -139,6 +169,20 @@ class LinearLike(Base):
 
     def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
         return add_to(y, F.linear(x, A), B.t())
+
+
+# Where the forwards are defined that multiply by the weight and do nothing else.
+_FORWARDS = ("torch.nn.modules.linear", "torch.nn.modules.conv", "transformers.pytorch_utils", "halotune.core.attention")
+
+
+def is_parametrized(module: nn.Module) -> bool:
+    """Whether reading the module's weight computes it (`torch.nn.utils.parametrize`)."""
+    return "weight" in getattr(module, "parametrizations", ())
+
+
+def computes_weight(module: nn.Module) -> bool:
+    """Whether a hook computes the weight at each call (`torch.nn.utils.weight_norm`, `spectral_norm`, `prune`)."""
+    return bool(module._forward_pre_hooks) and "weight" not in module._parameters and not is_parametrized(module)
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -218,6 +262,11 @@ class Convolution(Base):
 
     def stored(self, W: Tensor) -> Tensor:
         return W.reshape(self.module.weight.shape)
+
+    def sample(self) -> Tensor:
+        m = self.module
+        size = [m.in_channels, *(2 * d * k for d, k in zip(m.dilation, m.kernel_size, strict=True))]
+        return torch.linspace(-1, 1, prod(size)).view(1, *size)
 
     def _pads_first(self) -> bool:
         return self.module.padding_mode != "zeros" or isinstance(self.module.padding, str)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .errors import AdapterFileError, HalotuneError
+from .errors import AdapterFileError, HalotuneError, closest
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -26,8 +26,9 @@ def locate(model_id: str | PathLike[str], filename: str, *, subfolder: str | Non
         model_id: a folder, or `user/repository`.
         filename: the file's name in it.
         subfolder: a folder inside it.
-        kwargs: `revision`, `cache_dir`, `token`, `force_download`, `local_files_only` go to the hub; others are ignored.
+        kwargs: for the hub: `revision`, `cache_dir`, `token`, `force_download`, `local_files_only`.
     """
+    check_keywords(kwargs)
     folder = Path(model_id)
     if folder.is_dir():
         file = folder / (subfolder or "") / filename
@@ -41,7 +42,17 @@ def locate(model_id: str | PathLike[str], filename: str, *, subfolder: str | Non
         raise AdapterFileError(
             folder, "there is no such folder.", remedy="Give an adapter's folder, or a hub id 'user/repository'."
         )
-    return _download(str(model_id), filename, subfolder, {k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS})
+    return _download(str(model_id), filename, subfolder, kwargs)
+
+
+def check_keywords(kwargs: Iterable[str], also: Iterable[str] = ()) -> None:
+    """Raises for a keyword that is neither one of the hub's nor one of these."""
+    known = [*also, "subfolder", *_HUB_ARGUMENTS]
+    for name in kwargs:
+        if name not in known:
+            near = closest(name, known, 1)
+            remedy = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(known)}."
+            raise HalotuneError(f"there is no keyword {name!r}. {remedy}")
 
 
 def _remedy(file: Path) -> str:

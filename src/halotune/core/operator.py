@@ -62,6 +62,11 @@ class Operator(ABC):
         """Whether `weight()` cannot be had."""
         return False
 
+    @property
+    def takes_weight(self) -> bool:
+        """Whether it can be run with another weight: not where the layer computes its own, or does more than multiply by it."""
+        return not self.opaque
+
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
         """`W (out, in)` and the bias, where `x Wᵀ + b` is all that a call on this dtype does and neither is trained."""
         return None
@@ -117,6 +122,10 @@ class Adapted(Operator):
     @property
     def opaque(self) -> bool:
         return self.inner.opaque
+
+    @property
+    def takes_weight(self) -> bool:
+        return self.inner.takes_weight
 
     def pad(self, x: Tensor) -> Tensor:
         return self.inner.pad(x)

@@ -32,6 +32,7 @@ from .files.state_dict import set_peft_model_state_dict
 from .injection.activation import per_sample
 from .injection.in_place import add_in_place
 from .injection.modules import adapted_layers, paths_in_state_dict
+from .injection.resolve import task_heads
 from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .tuner import AdapterModel, tuner_class
 from .weights.merge import MergeReport, Requantize
@@ -53,7 +54,8 @@ class PeftModel(Wrapper):
 
     _wraps = "base_model"
 
-    heads: ClassVar[tuple[str, ...]] = ()  # modules that the task fully fine-tunes
+    heads: ClassVar[tuple[str, ...]] = ()  # modules that the task fully fine-tunes, as PEFT names them
+    other_heads: ClassVar[tuple[str, ...]] = ()  # and what else some of transformers' classes call them
     _hf_peft_config_loaded: ClassVar[bool] = True  # without it transformers' Trainer refuses a quantized base
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -75,6 +77,11 @@ class PeftModel(Wrapper):
             raise HalotuneError(
                 f"the model is a {type(model).__name__} already. Use add_adapter for a second adapter, or unload() first."
             )
+        if there := list(adapted_layers(model)):
+            raise HalotuneError(
+                f"the model has adapters already, {len(there)} such as on {there[0]}; a file saved from a "
+                "second wrapper would hold those too. Call add_adapter on the first for a second adapter, or its unload()."
+            )
         self.base_model: AdapterModel = tuner_class(str(method_of(peft_config.peft_type).peft_type))(
             model,
             self._with_heads(peft_config, model),
@@ -82,6 +89,7 @@ class PeftModel(Wrapper):
             low_cpu_mem_usage=low_cpu_mem_usage,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
+        self.training = self.base_model.training = model.training
         _let_checkpointing_reach(model)
 
     def _with_heads(self, config: AdapterConfig, model: nn.Module) -> AdapterConfig:
@@ -92,7 +100,9 @@ class PeftModel(Wrapper):
             name = getattr(model, "name_or_path", None) or getattr(own, "_name_or_path", None)
             config.base_model_name_or_path = str(name) if name else None  # diffusers' may be a Path
         if self.heads:
-            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *self.heads]))
+            named = config.modules_to_save or []
+            found = task_heads(model, config, self.heads, self.other_heads)
+            config.modules_to_save = list(dict.fromkeys([*named, *self.heads, *found]))
         return config
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -118,6 +128,13 @@ class PeftModel(Wrapper):
             return generate(*args, **kwargs)
         with per_sample(self, adapter_names, self._batch_size(args, kwargs)):
             return generate(*args, **kwargs)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """transformers 5's name of `gradient_checkpointing_enable`."""
+        base: Any = self.get_base_model()
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable(*args, **kwargs)
+        _let_checkpointing_reach(base)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Trade time for memory; transformers' own arguments."""
@@ -435,12 +452,13 @@ class PeftModel(Wrapper):
             model: the base model; untouched where an error is raised.
             model_id: the adapter's folder, or its repository on the hub.
             adapter_name: what it is called in this model.
-            is_trainable: go on training it; else it is frozen.
+            is_trainable: go on training it, in the base's mode; else it is frozen, and the model in eval mode.
             config: instead of the stored configuration.
             autocast_adapter_dtype: parameters in fp32 over a half-precision base; else in the file's dtype.
             low_cpu_mem_usage: accepted for PEFT's sake; parameters are never initialised before they are loaded.
             key_mapping: regular expression -> replacement, applied to the file's keys.
-            kwargs: `subfolder`; `revision`, `token`, `cache_dir` … of the hub; `ignore_mismatched_sizes`.
+            kwargs: `subfolder`; `revision`, `token`, `cache_dir` … of the hub; `ignore_mismatched_sizes`; PEFT's `device_map`,
+                `max_memory` and `offload_…`, without effect: an adapter lies where its layers do. Others are errors.
         """
         source = AdapterSource.read(model_id, config, is_trainable, key_mapping, **kwargs)
         return cls.from_source(model, source, adapter_name, autocast_adapter_dtype)
@@ -477,7 +495,7 @@ class PeftModel(Wrapper):
     ) -> Any:
         """Load one more adapter from a folder or the hub, inactive; or new weights for one of the same configuration.
 
-        The arguments are those of `from_pretrained`; `torch_device` is where its parameters go.
+        The arguments are those of `from_pretrained`, the eval mode too; `torch_device` is where its parameters go.
         """
         source = AdapterSource.read(model_id, None, is_trainable, key_mapping, **kwargs)
         result = self.add_source(source, adapter_name, autocast_adapter_dtype)
@@ -504,7 +522,7 @@ class PeftModel(Wrapper):
             raise
 
     def _load(self, source: AdapterSource, name: str, autocast: bool) -> Any:
-        return set_peft_model_state_dict(
+        result = set_peft_model_state_dict(
             self,
             source.tensors,
             name,
@@ -512,6 +530,9 @@ class PeftModel(Wrapper):
             file=source.file,
             keep_dtype=not autocast,
         )
+        if source.config.inference_mode:
+            self.eval()
+        return result
 
 
 def _let_checkpointing_reach(model: nn.Module) -> None:
@@ -563,6 +584,7 @@ class PeftModelForSequenceClassification(PeftModel):
     """A sequence classifier with adapters; its head is fully fine-tuned."""
 
     heads = ("classifier", "score")
+    other_heads = ("classification_head", "logits_proj", "sequence_summary")
 
 
 class PeftModelForTokenClassification(PeftModel):
@@ -575,6 +597,7 @@ class PeftModelForQuestionAnswering(PeftModel):
     """An extractive question answering model with adapters; its head is fully fine-tuned."""
 
     heads = ("qa_outputs",)
+    other_heads = ("classifier", "qa_classifier", "answer_head", "start_logits", "end_logits", "answer_class", "splinter_qass")
 
 
 class PeftModelForFeatureExtraction(PeftModel):

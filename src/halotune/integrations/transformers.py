@@ -137,4 +137,4 @@ class AdapterTrainer(AdapterTrainerMixin, Trainer):
 def load_checkpoint(model: PeftModel, folder: str | PathLike[str]) -> None:
     """Load into every adapter of `model` what `save_pretrained` wrote for it; which are active and trained stays as it is."""
     for name in model.peft_config:
-        model.load_adapter(Path(folder) / ("" if name == "default" else name), name)
+        model.load_adapter(Path(folder) / ("" if name == "default" else name), name, is_trainable=True)  # the mode stays

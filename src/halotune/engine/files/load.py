@@ -13,8 +13,22 @@ from torch import Tensor
 
 from ...core.config import AdapterConfig
 from ...core.errors import AdapterFileError
-from ...core.files import WEIGHTS_NAME, locate
+from ...core.files import WEIGHTS_NAME, check_keywords, locate
 from .state_dict import read_tensors
+
+# The keywords of `from_pretrained` and `load_adapter`.
+_KEYWORDS = (
+    "adapter_name",
+    "is_trainable",
+    "config",
+    "torch_device",
+    "autocast_adapter_dtype",
+    "low_cpu_mem_usage",
+    "key_mapping",
+    "ignore_mismatched_sizes",
+)
+# PEFT's, without effect: an adapter lies where its layers do.
+_PLACEMENT = ("device_map", "max_memory", "offload_folder", "offload_dir", "offload_index", "ephemeral_gpu_offload")
 
 
 class AdapterSource:
@@ -40,6 +54,8 @@ class AdapterSource:
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> AdapterSource:
+        check_keywords(kwargs, (*_KEYWORDS, *_PLACEMENT))
+        kwargs = {k: v for k, v in kwargs.items() if k not in (*_KEYWORDS, *_PLACEMENT)}
         config = copy.copy(config or AdapterConfig.from_pretrained(model_id, subfolder=subfolder, **kwargs))
         config.inference_mode = not is_trainable
         file = locate(model_id, WEIGHTS_NAME, subfolder=subfolder, **kwargs)

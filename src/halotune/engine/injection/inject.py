@@ -77,7 +77,7 @@ def inject(
                 f"got {adapter.dropout:g}. Set the dropout to 0, or leave the module out with exclude_modules."
             )
         created[path] = layer, adapter.to(_parameter_dtype(base.dtype, autocast_adapter_dtype))
-    reading = _reading_quantized(created)
+    reading = _reading_weights(created)
     if not low_cpu_mem_usage:
         for layer, adapter in created.values():
             adapter.start_from(layer.base)
@@ -112,11 +112,18 @@ def _wrapped_attention(modules: Mapping[str, nn.Module], paths: Iterable[str]) -
     return out
 
 
-def _reading_quantized(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> list[str]:
-    """What to say of adapters that need the weight itself, of layers that have it in few bits."""
+def _reading_weights(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> list[str]:
+    """Notices on adapters that need the weight itself, of layers that have it in few bits; refused where they cannot."""
     found: list[tuple[str, Adapter, str]] = []
     for path, (layer, adapter) in created.items():
         base = layer.base
+        if adapter.replaces_weight(base) and not base.opaque and not base.is_product():
+            raise HalotuneError(
+                f"{path}: {type(adapter).__name__} is a map on the weight itself, and this {type(base.module).__name__} "
+                "computes its weight from other parameters (weight_norm, spectral_norm, prune), or does more in a forward of "
+                "its own than multiply by it. Use a method that calls the layer as it is (low-rank deltas and rotations do), "
+                "or leave the layer out with exclude_modules."
+            )
         if not (base.quantization and adapter.reads_weight(base)):
             continue
         if base.opaque:

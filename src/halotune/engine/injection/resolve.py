@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -14,6 +14,11 @@ from ...core.layer import AdaptedLayer
 from .default_targets import default_targets, known_architectures
 from .modules import is_attention, visible_modules
 from .targets import ALL_LINEAR, matches_suffix, select, shortest_suffixes
+
+# Modules at a classifier's root that are drawn anew as its head is: wav2vec2's, DeBERTa's.
+_BEFORE_HEADS = ("projector", "pooler")
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 # Heads that are their model's output layer, at its root; "all-linear" leaves them out.
 _HEADS = frozenset({"lm_head", "embed_out", "score", "classifier", "qa_outputs"})
@@ -50,8 +55,37 @@ def modules_to_save_paths(modules: Mapping[str, nn.Module], config: AdapterConfi
                 f"modules_to_save: no module matches {wanted!r}. The model's top modules are "
                 f"{', '.join(n for n in modules if n and '.' not in n)}."
             )
+        for name, module in named.items():
+            if isinstance(module, _CONTAINERS):
+                inside = ", ".join(f"{name}.{n}" for n, _ in module.named_children()) or "its owner"
+                raise HalotuneError(
+                    f"modules_to_save: {name} is a {type(module).__name__}, which is not called itself: a trained copy would "
+                    f"never run. Name what it holds: {inside}."
+                )
         found.update({m: n for n, m in named.items()})
     return list(found.values())
+
+
+def task_heads(model: nn.Module, config: AdapterConfig, usual: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The modules of a task's head beside those of the `usual` names: of `others`, and what lies before a head.
+
+    A configuration with all usual names was resolved before, when its adapter was made.
+
+    Raises:
+        HalotuneError: there is no head, so that it would stay as it was drawn and not be saved.
+    """
+    named = config.modules_to_save or []
+    if set(usual) <= set(named):
+        return []
+    modules = dict(visible_modules(model))
+    root = [n for n in modules if n and "." not in n]
+    if not (any(n.endswith((*usual, *named)) for n in modules) or any(n in root for n in others)):
+        raise HalotuneError(
+            f"{type(model).__name__} has no head of a usual name ({', '.join([*usual, *others])}), so none would be trained "
+            f"and saved for this task_type; its top modules are {', '.join(root)}. Name the head in modules_to_save, or leave "
+            "task_type out."
+        )
+    return [n for n in (*others, *_BEFORE_HEADS) if n in root and any(True for _ in modules[n].parameters())]
 
 
 def _warn_of_experts(modules: Mapping[str, nn.Module]) -> None:

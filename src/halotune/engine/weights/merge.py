@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...core.adapter import LowRank
+from ...core.base import is_parametrized
 from ...core.errors import HalotuneError, warn
 from ...core.layer import AdaptedLayer
 from ...core.merge_record import MergeRecord
@@ -141,6 +142,13 @@ def check_storage(path: str, layer: AdaptedLayer, as_float: torch.dtype | None) 
         raise HalotuneError(
             f"{path}: {base} can be called, but its weight cannot be read, so nothing can be merged into it. Nothing was "
             "merged. Keep the adapter beside it, or load the base in floats to merge."
+        )
+    if is_parametrized(base.module) or not base.is_product():
+        raise HalotuneError(
+            f"{path}: this {type(base.module).__name__} computes its weight from other parameters (weight_norm, spectral_norm, "
+            "prune, a parametrization), or does more in a forward of its own than multiply by it, so a merged weight would be "
+            "lost. Nothing was merged. Make the weight a plain parameter first, for example with "
+            "torch.nn.utils.parametrize.remove_parametrizations, or keep the adapter beside it."
         )
     if as_float is None and not base.can_write:
         raise HalotuneError(

@@ -106,6 +106,9 @@ class HRA(Rotation):
     def rotate(self, x: Tensor, *factors: Tensor) -> Tensor:
         return ops.rotate(x, *factors)
 
+    def replaces_weight(self, op: Operator) -> bool:
+        return False
+
     def run_on_patches(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         W = op.weight().to(x.device)  # offloaded weights may be elsewhere
         return add_low_rank(x, x, op, self.low_rank(W, *factors), scale)

@@ -127,7 +127,10 @@ class LoHa(Dense):
         return ops.khatri_rao(*self.halves(*self.tensors()), s=self.scaling)
 
     def reads_weight(self, op: Operator) -> bool:
-        return not (self.is_small or op.opaque)
+        return not self.is_small and op.takes_weight
+
+    def replaces_weight(self, op: Operator) -> bool:
+        return False
 
     @property
     def dropout(self) -> float:
@@ -142,7 +145,7 @@ class LoHa(Dense):
             Bt, A = factors
             return add_low_rank(x, x, op, (self._drop_rows(Bt.mT), A), scale)
         factors = (self._drop_rows(factors[0]), *factors[1:])
-        if op.opaque or self._low_rank_for(x):
+        if not op.takes_weight or self._low_rank_for(x):
             return add_low_rank(x, x, op, ops.khatri_rao(*factors, s=self.scaling), scale)  # type: ignore[call-arg]
         return weight_form(x, op, self, factors, scale, self.dither(x.dtype))
 
@@ -217,6 +220,9 @@ class DecomposedLoHa(LoHa):
         return None
 
     def reads_weight(self, op: Operator) -> bool:
+        return True
+
+    def replaces_weight(self, op: Operator) -> bool:
         return True
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:

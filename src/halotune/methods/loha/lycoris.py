@@ -19,7 +19,7 @@ from torch import Tensor
 from ...core.errors import HalotuneError
 from ...core.operator import WeightShape
 from ...core.precision import exact_dtype
-from ..lycoris_form import LycorisForm, read_alpha, write_alpha
+from ..lycoris_form import LycorisForm, read_alpha, with_alpha
 from .config import LoHaConfig
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -62,8 +62,7 @@ def write(config: LoHaConfig, tensors: Mapping[str, Tensor], shape: WeightShape 
             theirs[name] = _core(tensors[name], shape)
     if "hada_dora_scale" in tensors:
         theirs["dora_scale"] = tensors["hada_dora_scale"]
-    theirs["alpha"] = write_alpha(config.alpha * (config.r**0.5 if config.use_rslora else 1), w.dtype)
-    return theirs
+    return with_alpha(theirs, config.alpha * (config.r**0.5 if config.use_rslora else 1), "hada_w1_a", config.r)
 
 
 def _core(core: Tensor, shape: WeightShape | None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...core.operator import WeightShape
-from ..lycoris_form import LycorisForm, read_alpha, write_alpha
+from ..lycoris_form import LycorisForm, read_alpha, with_alpha
 from .config import LoraConfig
 
 _NAMES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
@@ -26,7 +26,7 @@ def read(tensors: Mapping[str, Tensor], shape: WeightShape) -> tuple[dict[str, A
 def write(config: LoraConfig, tensors: Mapping[str, Tensor], shape: WeightShape | None) -> dict[str, Tensor]:
     """The tensors of one module."""
     theirs = {key: tensors[name] for key, name in _NAMES.items()}
-    return {**theirs, "alpha": write_alpha(config.scaling * config.r, theirs["lora_down.weight"].dtype)}
+    return with_alpha(theirs, config.scaling * config.r, "lora_up.weight", config.r)
 
 
 FORM = LycorisForm(tuple(_NAMES), ("alpha",), ("lora_up.weight",), read, write, alpha="lora_alpha")

@@ -1,0 +1,130 @@
+"""Layers that compute their weight when they are called, and classes with a forward of their own."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import halotune
+from halotune import BoneConfig, HalotuneError, HRAConfig, LoHaConfig, PeftModel
+
+from ..interop.models import randomize
+
+BAT = BoneConfig(r=4, init_weights="bat", target_modules=["layer"])
+CONFIGS = {
+    "hra": HRAConfig(r=4, target_modules=["layer"]),
+    "bone": BoneConfig(r=4, target_modules=["layer"]),
+    "loha": LoHaConfig(r=2, alpha=3, target_modules=["layer"]),
+    "loha-dense": LoHaConfig(r=8, alpha=3, target_modules=["layer"]),
+}
+LAYERS = {"linear": (lambda: nn.Linear(12, 12), (5, 12)), "convolution": (lambda: nn.Conv1d(12, 12, 3), (2, 12, 9))}
+HOOKS = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+
+
+class Quarter(nn.Linear):
+    """Multiplies by less than its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * 0.25, self.bias)
+
+
+class Written(nn.Linear):
+    """Multiplies by its weight, in its own words."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+def layer_of(kind: str, hook: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, size = LAYERS[kind]
+    return HOOKS[hook](make()).double().eval(), torch.randn(size, dtype=torch.float64)
+
+
+def holding(layer: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layer=layer))
+
+
+def adapted(layer: nn.Module, config) -> PeftModel:
+    torch.manual_seed(0)
+    return randomize(halotune.get_peft_model(holding(layer), config, autocast_adapter_dtype=False)).eval()
+
+
+def delta(model: PeftModel, W: Tensor) -> Tensor:
+    """What the adapter adds to a weight."""
+    (layer,) = (m for m in model.modules() if isinstance(m, halotune.core.layer.AdaptedLayer))
+    return (layer.adapters["default"].weight(W.flatten(1)) - W.flatten(1)).view_as(W)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_that_compute_their_weight_are_called_as_they_are(name: str, kind: str, hook: str) -> None:
+    layer, x = layer_of(kind, hook)
+    y = layer(x).detach()
+    W, bias = layer.weight.detach(), layer.bias
+    model = adapted(layer, CONFIGS[name])
+    run = F.linear if kind == "linear" else F.conv1d
+    expected = run(x, W + delta(model, W), bias)
+    torch.testing.assert_close(model(x), expected)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    with pytest.raises(HalotuneError, match=r"computes its weight.*Nothing was merged. Make the weight a plain parameter"):
+        model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_maps_on_the_weight_are_refused_where_it_is_computed(kind: str, hook: str) -> None:
+    layer, x = layer_of(kind, hook)
+    plain = holding(layer)
+    y = plain(x)
+    with pytest.raises(HalotuneError, match=r"^layer: Bat is a map on the weight itself, and this .*exclude_modules"):
+        halotune.get_peft_model(plain, BAT)
+    assert plain.layer is layer and torch.equal(plain(x), y)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parametrized_layers_refuse_a_merge(name: str) -> None:
+    layer, x = parametrizations.weight_norm(nn.Linear(12, 12)), torch.randn(5, 12)
+    before = layer.weight.detach().clone()
+    model = adapted(layer, CONFIGS[name])
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), F.linear(x, before + delta(model, before), layer.bias))
+    with pytest.raises(HalotuneError, match="a parametrization"):
+        model.merge_and_unload()
+    assert torch.equal(layer.weight, before)
+    parametrize.remove_parametrizations(layer, "weight")
+    y = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), y)
+
+
+@pytest.mark.parametrize("name", ["bone", "loha", "loha-dense"])
+def test_a_forward_of_its_own_is_called_as_it_is(name: str) -> None:
+    layer, x = Quarter(12, 12), torch.randn(5, 12)
+    y = layer(x)
+    model = adapted(layer, CONFIGS[name])
+    torch.testing.assert_close(model(x), y + F.linear(x, delta(model, layer.weight.detach())))
+    with pytest.raises(HalotuneError, match=r"this Quarter.*forward of its own"):
+        model.merge_adapter()
+    with pytest.raises(HalotuneError, match="Bat is a map on the weight itself, and this Quarter"):
+        halotune.get_peft_model(holding(Quarter(12, 12)), BAT)
+
+
+@torch.no_grad()
+def test_a_forward_of_its_own_that_multiplies_by_the_weight_is_a_plain_one() -> None:
+    model, x = adapted(Written(12, 12), BAT), torch.randn(5, 12)
+    y = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), y)
