@@ -119,7 +119,7 @@ def test_an_error_of_the_hub_names_the_repository(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(AdapterFileError, match=r"^someone/adapter/x\.json: .*v2: no such revision Check the name"):
-        locate("someone/adapter", "x.json", revision="v2", not_for_the_hub=1)
+        locate("someone/adapter", "x.json", revision="v2")
 
 
 @pytest.mark.parametrize(
