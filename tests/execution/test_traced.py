@@ -33,12 +33,14 @@ pytestmark = [
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes may be compared; torch checks what it traced
+@pytest.mark.parametrize("before", [True, False], ids=["after-a-pass", "first"])
 @every_method_and_sped_up
-def test_traced_checked_saved_and_loaded(method):
+def test_traced_checked_saved_and_loaded(method, before):
     model, reference = adapted(method, lambda: Net(1))
     model.eval()
     x, z = sample(2, 12, requires_grad=False), sample(5, 12, seed=3, requires_grad=False)
-    model(x)
+    if before:
+        model(x)
     traced = torch.jit.trace(model, x)  # with gradients on, and checked by tracing again
     file = io.BytesIO()
     torch.jit.save(traced, file)

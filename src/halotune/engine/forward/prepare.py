@@ -105,6 +105,8 @@ class Scope:
     def _begin(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():  # a whole model in one graph: layers prepare alone, and the compiler arranges it
             return
+        if is_transformed():  # nothing is shared, and a tracer would write down that weights were looked at
+            return
         if self.layers is None:
             self._look(model)
         self.close()  # an earlier pass may have been interrupted past all hooks,
