@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cases import adapted, adapter_parameters, assert_same, every_method, every_method_and_sped_up, inner, sample, trained
+from .programs import eager_switching
 
 WAIT = 5.0  # seconds until a thread that should have moved is given up; a lock may keep one out for good
 
@@ -104,14 +104,6 @@ def test_two_passes_overlap(method, pair):
         assert_same(got[0], want[0])
         assert_same(got[1], want[1])
         assert_same(train(model, parameters, x), trains)
-
-
-@contextmanager
-def eager_switching() -> Iterator[None]:
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    yield
-    sys.setswitchinterval(interval)
 
 
 @every_method

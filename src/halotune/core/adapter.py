@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..ops.build import build_low_rank
-from ..ops.rounding import DROPPED, Dither, round_stochastically
+from ..ops.rounding import DROPPED, Dither, rounded
 from .forms import Form, is_weight
 from .frozen_linear import low_rank_linear
 from .operator import Operator, WeightShape
@@ -79,9 +79,7 @@ class Adapter(nn.Module, ABC):
 
     def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
         """`adapt` without gradients: see `core/weight_form.py`."""
-        if noise is None:
-            return self.adapt(W, *factors)
-        return round_stochastically(self.adapt(W.float(), *(t.float() for t in factors)), noise, W.dtype)
+        return rounded(self.adapt, noise, W, *factors)
 
     def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> Sequence[Tensor | None]:
         """The gradients of the factors from `G = dL/dW'`, which may be overwritten."""
@@ -253,8 +251,7 @@ class Weights(Preparation):
     """W' for all adapters like this one, on plain matrices; with a dither rounded by chance."""
 
     def __init__(self, adapter: Adapter, dtype: torch.dtype, matrices: Sequence[Tensor], dither: Dither | None = None) -> None:
-        self.adapter, self.dtype, self.matrices = adapter, dtype, matrices
-        self.dither = dither if dtype in DROPPED else None
+        self.adapter, self.dtype, self.matrices, self.dither = adapter, dtype, matrices, dither
         self.versions = [W._version for W in matrices]
 
     def part(self, rows: Sequence[int]) -> Weights:

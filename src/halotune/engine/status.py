@@ -73,8 +73,7 @@ def _devices(module: nn.Module) -> list[str]:
 
 def layer_status(model: PeftModel) -> list[LayerStatus]:
     base, scope, out = model.get_base_model(), model.base_model.scope, []
-    if scope.layers is None:  # forms are settled when the scope looks at its layers, at the latest in the next pass
-        scope._look(base)
+    scope.look(base)  # forms are settled then, at the latest in the next pass
     for path, module in {**adapted_layers(base), **modules_to_save_wrappers(base)}.items():
         is_layer = isinstance(module, AdaptedLayer)
         copies = module.adapters if is_layer else module.modules_to_save

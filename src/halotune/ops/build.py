@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Op, triton_kernel
-from .rounding import round_stochastically
+from .rounding import rounded
 
 
 def split(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -33,9 +33,7 @@ def wide_product(W: Tensor, X: Tensor) -> Tensor:
 
 
 def _build_low_rank(W: Tensor, B: Tensor, A: Tensor, noise: Tensor | None) -> Tensor:
-    if noise is None:
-        return (W + B @ A).to(W.dtype)
-    return round_stochastically(W.float() + B.float() @ A.float(), noise, W.dtype)
+    return rounded(lambda W, B, A: (W + B @ A).to(W.dtype), noise, W, B, A)
 
 
 def _refuses(W: Tensor, B: Tensor, A: Tensor, noise: Tensor | None) -> str | None:

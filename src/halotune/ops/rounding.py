@@ -9,7 +9,7 @@ sum of rounding errors has the variance of independent ones, for `out + in` rand
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,13 @@ def round_stochastically(y: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor
     noise = noise.int()
     u = (noise[..., :n_out, None] + noise[..., None, n_out:]) & ((1 << k) - 1)
     return ((y.contiguous().view(torch.int32) + u) & -(1 << k)).view(torch.float32).to(dtype)
+
+
+def rounded(define: Callable[..., Tensor], noise: Tensor | None, W: Tensor, *factors: Tensor) -> Tensor:
+    """`define(W, *factors)` in the dtype of W: computed in fp32 and rounded by the noise; without one as it is defined."""
+    if noise is None:
+        return define(W, *factors)
+    return round_stochastically(define(W.float(), *(t.float() for t in factors)), noise, W.dtype)
 
 
 def _cast_by_chance(t: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:

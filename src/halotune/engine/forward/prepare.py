@@ -90,7 +90,10 @@ class Scope:
         """The layers that prepare together."""
         return [m for m in model.modules() if isinstance(m, AdaptedLayer)]
 
-    def _look(self, model: nn.Module) -> None:
+    def look(self, model: nn.Module) -> None:
+        """Find the layers, and settle their forms, if that was not done since the last change."""
+        if self.layers is not None:
+            return
         self.layers, self.parents = self.find(model), [m for m in model.modules() if m._modules]
         matrices = [p for layer in self.layers if (p := getattr(layer.base_layer, "weight", None)) is not None]
         fits = 2 * sum([p.numel() * p.itemsize for p in matrices]) <= self.budget  # W', and the gradients that wait for it
@@ -107,8 +110,7 @@ class Scope:
             return
         if is_transformed():  # nothing is shared, and a tracer would write down that weights were looked at
             return
-        if self.layers is None:
-            self._look(model)
+        self.look(model)
         self.close()  # an earlier pass may have been interrupted past all hooks,
         if torch._C._current_graph_task_id() == -1:
             self.local.clear()  # and an earlier backward
@@ -135,10 +137,10 @@ class Scope:
 
     def _draw_seed(self, model: nn.Module) -> int | None:
         """One for each pass in training in which W' may be rounded; None where there is none."""
-        if not (self.rounds and model.training) or is_transformed():
+        if not (self.rounds and model.training):
             return None
-        half = [layer.base.dtype in DROPPED for layer in self.layers or ()]  # now: `model.to` may have changed it
-        if not (any(half) or torch._C._is_any_autocast_enabled()):
+        half = any(layer.base.dtype in DROPPED for layer in self.layers or ())  # now: `model.to` may have changed it
+        if not (half or torch._C._is_any_autocast_enabled()):
             return None
         seed = int(torch.randint(1 << 62, (), device="cpu"))
         if torch.is_grad_enabled():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...core.precision import exact
 from ...ops.dispatch import Op, triton_kernel
-from ...ops.rounding import round_stochastically
+from ...ops.rounding import rounded
 
 
 def unfolding(r: int, n_in: int, like: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def bat(W: Tensor, blocks: Tensor) -> Tensor:
 
 
 def _build_bat(W: Tensor, blocks: Tensor, noise: Tensor | None) -> Tensor:
-    return bat(W, blocks) if noise is None else round_stochastically(bat(W.float(), blocks.float()), noise, W.dtype)
+    return rounded(bat, noise, W, blocks)
 
 
 def _pull_bat(G: Tensor, W: Tensor, blocks: Tensor) -> Tensor:

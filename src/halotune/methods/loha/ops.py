@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ...core.precision import exact, exact_dtype
 from ...ops.dispatch import Op, triton_kernel
-from ...ops.rounding import round_stochastically
+from ...ops.rounding import rounded
 
 
 def add_hadamard(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> Tensor:
@@ -36,10 +37,7 @@ def decomposed_hadamard(
 
 
 def _build(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float, noise: Tensor | None) -> Tensor:
-    if noise is None:
-        return add_hadamard(W, A1, B1, A2, B2, s)
-    exact = add_hadamard(W.float(), A1.float(), B1.float(), A2.float(), B2.float(), s)
-    return round_stochastically(exact, noise, W.dtype)
+    return rounded(partial(add_hadamard, s=s), noise, W, A1, B1, A2, B2)
 
 
 def _pull(G: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
