@@ -33,6 +33,7 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.rows: list[list[str]] = []
         self.text = ""
+        self.in_cell = False
         self.feed(self.source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -41,6 +42,10 @@ class Page(HTMLParser):
             self.rows.append([])
         elif tag in ("td", "th"):
             self.rows[-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_cell = self.in_cell and tag not in ("td", "th")
 
     def handle_data(self, data: str) -> None:
         words = " ".join(data.split())
@@ -51,7 +56,7 @@ class Page(HTMLParser):
             self.data = json.loads(data)
         elif tag not in ("script", "style"):
             self.text += f" {words}"
-            if self.rows and self.rows[-1]:
+            if self.in_cell:
                 self.rows[-1][-1] = f"{self.rows[-1][-1]} {words}".strip()
 
 

@@ -18,9 +18,9 @@ the adapters changed layer by layer, and the runs' pictures. The page holds
 all that it shows and asks no other place for anything.
 """
 EXAMPLES = """
-halotune report runs/hra-seed0               # writes runs/hra-seed0/index.html
+halotune report runs/first                   # writes runs/first/index.html
 halotune report runs                         # every run below: runs/index.html
-halotune report runs/hra* runs/lora* --output hra-or-lora.html
+halotune report runs/first sweep --output both.html
 """
 
 
