@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -233,3 +234,25 @@ def test_the_browser_refuses_requests_for_the_page(chromium: Any, page: str) -> 
     opened.js("addEventListener('securitypolicyviolation', ({ blockedURI }) => { window.blocked = blockedURI; })")
     opened.js("(document.body.append(Object.assign(new Image(), { src: 'http://127.0.0.1:9/picture.png' })), 1)")
     assert opened.wait(lambda: opened.js("window.blocked")).startswith("http://127.0.0.1:9")
+
+
+def test_runs_of_which_almost_nothing_is_known(chromium: Any, tmp_path: Path) -> None:
+    for name, text in ("none", "{}"), ("half", '{"label": "half", "status": "running", "resu'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(text)
+    write_page([tmp_path], tmp_path / "page.html")
+    chromium.get_log("browser")
+    chromium.get((tmp_path / "page.html").as_uri())
+    sections = {s.text.split("\n")[0]: s.text for s in chromium.find_elements("css selector", "main section")}
+    drawn = ("Quality and cost", "Learning curves", "What the adapters changed")
+    assert all("Missing: no row" in sections[name] for name in drawn)
+    assert sections["Runs"].count("incomplete") == 2
+    assert not chromium.get_log("browser")
+
+
+def test_one_run_alone_has_no_comparison(chromium: Any, tmp_path: Path) -> None:
+    write_page([write_run(tmp_path / "run", steps=20, layers=2)], tmp_path / "page.html")
+    opened = Open(chromium, (tmp_path / "page.html").as_uri())
+    assert opened.one("h1").text == "HRA r8"
+    assert not opened.one("#fronts").is_displayed() and not opened.one("#filter").is_displayed()
+    assert len(opened.all("#curves svg")) == len(opened.all("#changes svg")) == 1

@@ -75,15 +75,15 @@ def flat(entry: Any, front: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def numbers(entry: Any) -> dict[str, float]:
-    """The numbers among the leaves; those beyond a float's range are infinite."""
-    out = {}
-    for key, value in flat(entry):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            try:
-                out[key] = float(value)
-            except OverflowError:
-                out[key] = math.inf
-    return out
+    """The numbers among the leaves, in float32's range: what is larger is infinite, what is smaller is zero."""
+    found = {k: v for k, v in flat(entry) if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return {k: _as_float32(v) for k, v in found.items()}
+
+
+def _as_float32(x: float) -> float:
+    if abs(x) > 3e38:
+        return math.inf if x > 0 else -math.inf
+    return 0.0 if abs(x) < 1e-37 else float(x)
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:

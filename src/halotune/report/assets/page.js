@@ -101,14 +101,17 @@ function frontOf(points, better) {
   const sign = better === "up" ? -1 : 1;
   const front = [];
   for (const point of d3.sort(points, (p) => p.x, (p) => sign * p.y))
-    if (!front.length || sign * point.y < sign * front.at(-1).y) front.push(point);
+    if (!front.length || sign * point.y < sign * front.at(-1).y || (point.x === front.at(-1).x && point.y === front.at(-1).y)) front.push(point);
   return front;
 }
 
 function drawFronts() {
   const result = data.results[byId("quality").selectedIndex];
-  legend(byId("fronts-legend"), visible());
-  const figures = data.costs.map((cost) => result && drawFront(byId("fronts"), result, cost)).filter(Boolean);
+  const fronts = data.costs.map((cost) => result && drawFront(byId("fronts"), result, cost)).filter(Boolean);
+  const figures = fronts.map(({ figure }) => figure);
+  // Of many rows the colours repeat: those on a front are named, the others show their names under the pointer.
+  const named = visible().length > 10 ? new Set(fronts.flatMap(({ front }) => front.map((p) => p.row))) : visible();
+  legend(byId("fronts-legend"), [...named]);
   byId("fronts").replaceChildren(...(figures.length ? figures : [missing("Missing: no row has both a result and a cost.")]));
 }
 
@@ -135,7 +138,7 @@ function drawFront(parent, result, cost) {
       Plot.ruleX(points.filter((p) => p.high > p.low), { x: "x", y1: "low", y2: "high", stroke: (p) => p.row.colour, strokeOpacity: 0.6 }),
       Plot.dot(front, { x: "x", y: "y", r: 8, stroke: (p) => p.row.colour, strokeWidth: 1.5 }),
       Plot.dot(points, { x: "x", y: "y", r: 4.5, fill: (p) => p.row.colour }),
-      Plot.text(front.filter(right), { ...names, textAnchor: "end", dx: -6 }),
+      Plot.text(front.filter(right), { ...names, textAnchor: "end", dx: -6, dy: -names.dy }),
       Plot.text(front.filter((p) => !right(p)), { ...names, textAnchor: "start", dx: 6 }),
       tip(points),
     ],
@@ -143,7 +146,7 @@ function drawFront(parent, result, cost) {
   const keyed = d3.sort(points, (p) => p.x).map((p) => ({ ...pixels(chart, p.x, p.y), text: p.text }));
   place(chart, `${result.title} against ${cost.title}.`, [keyed]);
   const caption = element("figcaption", [element("b", "On the front: "), front.map((p) => p.row.name).join("; ")]);
-  return element("figure", [chart, caption]);
+  return { front, figure: element("figure", [chart, caption]) };
 }
 
 function drawCurves() {
@@ -264,6 +267,7 @@ byId("all").addEventListener("change", ({ target }) => {
 for (const box of table.querySelectorAll(".draw")) box.addEventListener("change", draw);
 byId("filter").addEventListener("input", filter);
 byId("quality").append(...data.results.map((result) => new Option(result.title)));
+byId("quality").selectedIndex = d3.greatestIndex(data.results, ({ key }) => d3.sum(rows, (row) => key in row.values));
 byId("quality").addEventListener("change", drawFronts);
 byId("metric").append(...Object.keys(data.curves).map((name) => new Option(name)));
 for (const id of ["metric", "smooth", "log"]) byId(id).addEventListener("change", drawCurves);
