@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import mean, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from .grid import short, split
@@ -52,14 +53,12 @@ class Row:
 
     def value(self, key: str) -> Value | None:
         found = [v for run in self.counted if (v := figures(run).get(key)) is not None and math.isfinite(v)]
-        return Value(mean(found), stdev(found) if len(found) > 1 else 0.0, len(found)) if found else None
+        return Value(fmean(found), stdev(found) if len(found) > 1 else 0.0, len(found)) if found else None
 
     @property
     def status(self) -> str:
         """`finished` if all are, else how many are what."""
-        counts: dict[str, int] = {}
-        for run in self.runs:
-            counts[run.text("status") or "unknown"] = counts.get(run.text("status") or "unknown", 0) + 1
+        counts = Counter(run.text("status") or "unknown" for run in self.runs)
         return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{n} {status}" for status, n in counts.items())
 
     @cached_property
@@ -73,7 +72,7 @@ class Row:
         modules = list(dict.fromkeys(module for _, module in where.values()))
         cells: list[list[float | None]] = [[None] * len(layers) for _ in modules]
         for name, (layer, module) in where.items():
-            found = mean(run.changes[name] for run in self.counted if name in run.changes)
+            found = fmean(run.changes[name] for run in self.counted if name in run.changes)
             cells[modules.index(module)][layers.index(layer)] = float(f"{found:.3g}")
         short_layers = short(layers)
         return {"layers": [short_layers[layer] for layer in layers], "modules": modules, "cells": cells}
@@ -201,8 +200,8 @@ def curve(runs: Sequence[dict[float, float]], most: int) -> list[list[float]]:
     for at in range(0, len(steps), width):
         joined = steps[at : at + width]
         inside = [[values[step] for step in joined if step in values] for values in runs]
-        means = [mean(values) for values in inside if values]
-        points.append([rounded(x) for x in (mean(joined), mean(means), min(means), max(means))])
+        means = [fmean(values) for values in inside if values]
+        points.append([rounded(x) for x in (fmean(joined), fmean(means), min(means), max(means))])
     return points
 
 
