@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from .grid import short, split
-from .runs import Run, numbers
+from .runs import Run
 
 # Keys of a configuration that tell two runs apart without making them two configurations.
 PER_RUN = {"seed", "label", "output", "output_dir", "folder", "run_name"}
@@ -52,7 +52,7 @@ class Row:
         return [run for run in self.runs if run.text("status") == "finished"] or self.runs
 
     def value(self, key: str) -> Value | None:
-        found = [v for run in self.counted if (v := figures(run).get(key)) is not None and math.isfinite(v)]
+        found = [v for run in self.counted if (v := run.figures.get(key)) is not None and math.isfinite(v)]
         return Value(fmean(found), stdev(found) if len(found) > 1 else 0.0, len(found)) if found else None
 
     @property
@@ -93,18 +93,12 @@ def _seed(run: Run) -> float:
     return math.inf if seed is None or math.isnan(seed) else seed
 
 
-def figures(run: Run) -> dict[str, float]:
-    """All numbers of a run that a table has: results, and costs."""
-    record = numbers({name: run.record.get(name) for name in ("parameters", "seconds", "memory")})
-    return {**{f"results.{k}": v for k, v in run.results.items()}, **record}
-
-
 @dataclass(frozen=True)
 class Column:
     """A column of numbers.
 
     Attributes:
-        key: of `figures`.
+        key: of `Run.figures`.
         title: its head.
         better: `up`, `down`, or empty where neither end is the better one.
         unit: what a value is divided by before it is written.
@@ -127,7 +121,7 @@ class Column:
         return f"{text} ({value.n} of {runs})" if value.n < runs else text
 
     def write_one(self, run: Run) -> str:
-        found = figures(run).get(self.key)
+        found = run.figures.get(self.key)
         return "" if found is None else written(found / self.unit)
 
 
@@ -150,7 +144,7 @@ def columns(table: Sequence[Row]) -> list[Column]:
     known: dict[str, list[float]] = {}
     for row in table:
         for run in row.runs:
-            for key, value in figures(run).items():
+            for key, value in run.figures.items():
                 known.setdefault(key, []).append(value)
     results = [Column(key, title(key.removeprefix("results.")), better(key)) for key in known if key.startswith("results.")]
     costs = [
@@ -193,7 +187,10 @@ def shown(value: Any) -> str:
 
 
 def curve(runs: Sequence[dict[float, float]], most: int) -> list[list[float]]:
-    """Points [step, mean, least, greatest] over runs. Steps beyond `most` are joined, a run's values then averaged first."""
+    """Points [step, mean, least, greatest] over runs, of one run [step, value].
+
+    Neighbouring steps are joined where there are more than `most`, each run's values then averaged first.
+    """
     steps = sorted({step for values in runs for step in values})
     width = max(math.ceil(len(steps) / most), 1)
     points = []
@@ -201,10 +198,12 @@ def curve(runs: Sequence[dict[float, float]], most: int) -> list[list[float]]:
         joined = steps[at : at + width]
         inside = [[values[step] for step in joined if step in values] for values in runs]
         means = [fmean(values) for values in inside if values]
-        points.append([rounded(x) for x in (fmean(joined), fmean(means), min(means), max(means))])
+        spread = (min(means), max(means)) if len(runs) > 1 else ()
+        points.append([rounded(x) for x in (fmean(joined), fmean(means), *spread)])
     return points
 
 
 def rounded(x: float) -> float:
     """To five digits: what a chart can show, and a page can hold."""
-    return float(f"{x:.5g}") if abs(x) < 1e4 else float(round(x))
+    near = float(f"{x:.5g}") if abs(x) < 1e4 else round(x)
+    return int(near) if near == int(near) else near

@@ -51,9 +51,9 @@ class Run:
         return {**named, **dict(flat(self.record.get("config")))}
 
     @cached_property
-    def results(self) -> dict[str, float]:
-        """The numbers under `results`, flat: `best.accuracy` -> 0.91."""
-        return numbers(self.record.get("results"))
+    def figures(self) -> dict[str, float]:
+        """Results and costs, flat: `results.best.accuracy` -> 0.91, `memory.peak_bytes`."""
+        return numbers({name: self.record.get(name) for name in ("results", "parameters", "seconds", "memory")})
 
     @cached_property
     def substitutes(self) -> list[str]:

@@ -155,11 +155,11 @@ function drawCurves() {
   const metric = byId("metric").value;
   const curves = data.curves[metric] ?? {};
   const log = byId("log").checked;
-  const smooth = (values) => (byId("smooth").checked ? d3.blur(values, Math.max(values.length / 40, 1)) : values);
+  const smooth = (values) => (byId("smooth").checked ? d3.blur([...values], Math.max(values.length / 40, 1)) : values);
   const series = drawn()
     .filter((row) => curves[row.id])
     .map((row) => {
-      const [steps, means, lows, highs] = d3.transpose(curves[row.id]);
+      const [steps, means, lows = means, highs = means] = d3.transpose(curves[row.id]);
       const [y, low, high] = [smooth(means), smooth(lows), smooth(highs)];
       const points = Array.from(steps, (x, i) => ({
         x,
