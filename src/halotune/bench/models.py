@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import HalotuneError
 from .contenders import imported
 
 Batch = dict[str, Tensor]
@@ -135,26 +134,19 @@ class Preset:
         return self if layers is None else replace(self, shape={**self.shape, self.family.layers: layers})
 
 
-def _llama(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, mlp: int, vocab: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "intermediate_size": mlp,
-        "vocab_size": vocab,
-    }
+_LLAMA = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"),
+    "vocab_size",
+)
+_BERT = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"
 
 
-def _bert(hidden: int, layers: int, heads: int, mlp: int, vocab: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": mlp,
-        "vocab_size": vocab,
-    }
+def _llama(*sizes: int) -> dict[str, Any]:
+    return dict(zip(_LLAMA, sizes, strict=True))
+
+
+def _bert(*sizes: int) -> dict[str, Any]:
+    return dict(zip(_BERT, sizes, strict=True))
 
 
 def _unet(channels: tuple[int, ...], cross: int, heads: int, layers: int) -> dict[str, Any]:
@@ -196,12 +188,6 @@ def target_names(model: nn.Module, family: Family, targets: str) -> list[str]:
         return [name for name, _ in named if name.rsplit(".", 1)[-1] in family.qv]
     kinds = (nn.Linear,) if targets == "all-linear" else (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return [name for name, m in named if isinstance(m, kinds)]
-
-
-def preset_of(name: str) -> Preset:
-    if name not in PRESETS:
-        raise HalotuneError(f"model: expected one of {', '.join(PRESETS)}; got {name!r}.")
-    return PRESETS[name]
 
 
 @contextmanager

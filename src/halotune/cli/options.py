@@ -50,10 +50,15 @@ def integer(least: int) -> Any:
 
     def parse(text: str) -> int:
         if not text.isdecimal() or not least <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least}; got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to 2^63 - 1; got {text!r}")
         return int(text)
 
     return parse
+
+
+def integers(separator: str) -> Any:
+    """The type of a flag: whole numbers from 1."""
+    return lambda text: tuple(integer(1)(part.strip()) for part in text.split(separator))
 
 
 def number(least: float, most: float) -> Any:
