@@ -118,17 +118,11 @@ class UNet(Family):
 
 @dataclass(frozen=True)
 class Preset:
-    """A shape by name.
-
-    Attributes:
-        family: its architecture.
-        shape: the configuration's fields.
-        tokens: how many a sample has, unless asked otherwise.
-    """
+    """A published shape."""
 
     family: Family
-    shape: dict[str, Any]
-    tokens: int
+    shape: dict[str, Any]  # the configuration's fields
+    tokens: int  # of a sample, unless asked otherwise
 
     def with_layers(self, layers: int | None) -> Preset:
         return self if layers is None else replace(self, shape={**self.shape, self.family.layers: layers})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,9 +12,7 @@ from ..bench.benches import BENCHES
 from ..bench.config import CONTENDERS, BenchConfig, parse_contenders
 from ..bench.run import bench
 from ..core.errors import HalotuneError
-
-if TYPE_CHECKING:
-    from .main import Commands
+from .options import Commands
 
 
 def add(commands: Commands) -> None:
@@ -35,7 +32,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--json", action="store_true", help="print this run's JSON alone to stdout; all else to stderr")
     cuda = torch.cuda.is_available()
     model, device = ("llama-3b", "cuda") if cuda else ("llama-tiny", "cpu")
-    parser.set_defaults(model=model, device=device, contenders=CONTENDERS, batch=None, steps=None, run=run, prog=parser.prog)
+    parser.set_defaults(model=model, device=device, contenders=CONTENDERS, batch=None, steps=None, run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import HalotuneError
 from .main import INTERRUPTED
-from .options import add_model_flags, add_parser, add_sampling_flags
+from .options import Commands, add_model_flags, add_parser, add_sampling_flags
 
 if TYPE_CHECKING:
     from ..engine.model import PeftModel
-    from .main import Commands
     from .text import Sampling
 
 EXAMPLES = """
@@ -31,11 +30,10 @@ HELP = """/reset            forget the conversation
 
 def add(commands: Commands) -> None:
     text = "Talk to a model with an adapter, through the tokenizer's chat template.\n\nin the conversation:\n"
-    parser = add_parser(commands, "chat", text + textwrap.indent(HELP, "  "), EXAMPLES)
+    parser = add_parser(commands, "chat", text + textwrap.indent(HELP, "  "), EXAMPLES, _run)
     add_model_flags(parser, device="auto")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     add_sampling_flags(parser, temperature=0.7, max_new_tokens=512)
-    parser.set_defaults(run=_run, prog=parser.prog)
 
 
 def _run(args: argparse.Namespace) -> int:

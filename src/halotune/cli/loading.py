@@ -24,16 +24,11 @@ from .main import require
 
 @dataclass(frozen=True)
 class Saved:
-    """A saved adapter, as read.
+    """A saved adapter, as read."""
 
-    Attributes:
-        source: the folder or hub id.
-        file: of the tensors.
-    """
-
-    source: str
+    source: str  # the folder or hub id
     config: AdapterConfig
-    file: Path
+    file: Path  # of the tensors
     tensors: dict[str, Tensor]
 
     @classmethod
@@ -54,16 +49,11 @@ class Saved:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model.
+    """A base model."""
 
-    Attributes:
-        name: the folder or hub id.
-        component: which part of a diffusers pipeline the model is; None where it is no pipeline.
-    """
-
-    name: str
+    name: str  # the folder or hub id
     model: nn.Module
-    component: str | None = None
+    component: str | None = None  # which part of a diffusers pipeline the model is, if any
 
     @classmethod
     def load(cls, saved: Saved, name: str | None, dtype: str = "auto", device: torch.device | str = "cpu") -> BaseModel:

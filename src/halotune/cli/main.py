@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import io
 import os
@@ -10,16 +9,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, NoReturn
 
 from .. import __version__
 from ..core.errors import HalotuneError
+from .options import BAD_INPUT, Parser
+from .options import Commands as Commands  # for type checkers
 
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction["Parser"]
-
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-
+FAILED, INTERRUPTED = 1, 130
 
 # A command is a module here with `add(commands)` -> its line in `halotune --help`.
 COMMANDS = {
@@ -32,13 +28,6 @@ COMMANDS = {
     "demo": "compare all methods on a real model, in minutes",
     "bench": "compare speed and memory with peft and lycoris-lora",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors take one line; the usage is under --help."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +60,7 @@ def _run(argv: Sequence[str]) -> int:
     if not hasattr(args, "run"):
         parser.print_help(sys.stderr)
         return BAD_INPUT
-    prog = getattr(args, "prog", parser.prog)
+    prog = f"{parser.prog} {argv[0]}"
     usual = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"{prog}: warning: {message}\n"
     try:

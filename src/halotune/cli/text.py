@@ -17,16 +17,11 @@ from ..core.errors import HalotuneError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
-
-    Attributes:
-        temperature: 0 takes the likeliest token each time.
-        top_p: sample from the likeliest tokens that together have this probability.
-    """
+    """How tokens are chosen."""
 
     max_new_tokens: int
-    temperature: float
-    top_p: float
+    temperature: float  # 0 takes the likeliest token each time
+    top_p: float  # sample from the likeliest tokens that together have this probability
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Sampling:

@@ -69,17 +69,11 @@ class WordRater(nn.Module):
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A pretrained encoder that can be loaded again and again.
+    """A pretrained encoder that can be loaded again and again."""
 
-    Args:
-        name: what tables and adapters call it.
-        source: its folder, or an id that the hub's cache holds.
-        targets: the modules to adapt.
-    """
-
-    name: str
-    source: str
-    targets: str | list[str]
+    name: str  # what tables and adapters call it
+    source: str  # its folder, or an id that the hub's cache holds
+    targets: str | list[str]  # the modules to adapt
 
     @classmethod
     def find(cls, model: str | None) -> Pretrained:

@@ -26,29 +26,18 @@ NOISE = 1e-12  # of ‖W‖: a delta under it is rounding, in the fp64 that all 
 
 @dataclass(frozen=True)
 class Figures:
-    """What is known of one layer; None is not known (often, without the base).
+    """What is known of one layer; None is not known (often, without the base)."""
 
-    Attributes:
-        path: of the module in the base model.
-        kind: the module's class.
-        shape: of the weight W as a matrix (out, in), with 0 for what is not known.
-        weight_norm: ‖W‖, Frobenius.
-        delta_norm: ‖ΔW‖, Frobenius, of ΔW = W' − W.
-        spectral_norm: the largest singular value of ΔW.
-        effective_rank: of ΔW.
-        own: the method's own.
-    """
-
-    path: str
-    kind: str | None
-    shape: tuple[int, int]
+    path: str  # of the module in the base model
+    kind: str | None  # the module's class
+    shape: tuple[int, int]  # of the weight W as a matrix (out, in), with 0 for what is not known
     rank: int
     parameters: int
-    weight_norm: float | None = None
-    delta_norm: float | None = None
-    spectral_norm: float | None = None
-    effective_rank: float | None = None
-    own: Mapping[str, float | list[float]] = field(default_factory=dict)
+    weight_norm: float | None = None  # ‖W‖, Frobenius
+    delta_norm: float | None = None  # ‖ΔW‖, Frobenius, of ΔW = W' − W
+    spectral_norm: float | None = None  # the largest singular value of ΔW
+    effective_rank: float | None = None  # of ΔW
+    own: Mapping[str, float | list[float]] = field(default_factory=dict)  # the method's own
 
     @property
     def relative(self) -> float | None:
