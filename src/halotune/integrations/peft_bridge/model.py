@@ -24,7 +24,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def speed_up(model: M) -> M:
-    """Let halotune compute the HRA, LoHa, MiSS / BAT (and Bone) layers of a live peft model, in place.
+    """Let halotune compute the HRA, OFT, LoHa and MiSS / BAT layers of a live peft model, in place.
 
     Parameters, their names, files, optimizer states and peft's API stay as they are: layers get a class of ours in front of
     their own. Adapters that are added, loaded, switched or deleted later are covered. Where peft is wrong the result is

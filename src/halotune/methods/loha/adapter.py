@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -233,6 +233,18 @@ class DecomposedLoHa(LoHa):
         if torch.compiler.is_compiling():  # which does not see into the gradients of autograd's own
             return nn.functional.linear(x, self.adapt(W, *factors), bias)
         return Dense.run_plain(self, x, W, bias, *factors)
+
+
+def shape_of(tensors: Mapping[str, Tensor], config: LoHaConfig) -> WeightShape:
+    """The shape of the weight that an adapter's tensors are for, but for the kernel of a convolution in the flat form, of which
+    its lengths tell no more than the dimensions."""
+    a, b = tensors["hada_w1_a"], tensors["hada_w1_b"]
+    if "hada_t1" not in tensors:
+        lengths = tensors.get("hada_dora_scale", b)
+        size = 1 if config.wd_on_out else b.shape[1] // lengths.shape[1]
+        return WeightShape(a.shape[0], b.shape[1], (size, 1, 1)[: lengths.dim() - 2])
+    kernel = tuple(tensors["hada_t1"].shape[2:])
+    return WeightShape(a.shape[1], b.shape[1] * math.prod(kernel), kernel)
 
 
 def create_loha(shape: WeightShape, config: AdapterConfig) -> Adapter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,12 @@ class Factor(nn.Module):
     def __init__(self, *size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
+
+
+def shape_of(tensors: Mapping[str, Tensor], config: LoraConfig) -> WeightShape:
+    """The shape of the weight that an adapter's tensors, under their names in files, are for."""
+    A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
+    return WeightShape(B.shape[0], A[0].numel(), tuple(A.shape[2:]))
 
 
 class Lora(LowRank):
