@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,32 +16,17 @@ RELOAD_TOLERANCE = 1e-5
 MERGE_TOLERANCE = 1e-4  # merging rounds the sum of weight and adapter to fp32 once more
 
 
-@dataclass(frozen=True)
-class Proof:
-    """The largest differences from the trained model's predictions, as shares of the largest prediction."""
+def prove(pretrained: Pretrained, folder: Path, trained: Tensor, words: RatedWords, seed: int) -> dict[str, Any]:
+    """Load the adapter into a fresh base, whose random head is another one, then merge it into the weights.
 
-    reload_difference: float
-    merge_difference: float
-
-    @property
-    def reloads(self) -> bool:
-        return self.reload_difference <= RELOAD_TOLERANCE  # False for NaN
-
-    @property
-    def merges(self) -> bool:
-        return self.merge_difference <= MERGE_TOLERANCE
-
-    @property
-    def passed(self) -> bool:
-        return self.reloads and self.merges
-
-
-def prove(pretrained: Pretrained, folder: Path, trained: Tensor, words: RatedWords, seed: int) -> Proof:
-    """Load the adapter into a fresh base, whose random head is another one, then merge it into the weights."""
+    The largest differences from the trained model's predictions, as shares of the largest prediction, and whether they are
+    small enough.
+    """
     model = PeftModel.from_pretrained(pretrained.rater(seed + 1), folder)
     reloaded = difference(predict(model, words), trained)
     merged = difference(predict(model.merge_and_unload(), words), trained)
-    return Proof(reloaded, merged)
+    passed = {"reloads": reloaded <= RELOAD_TOLERANCE, "merges": merged <= MERGE_TOLERANCE}  # False for NaN
+    return {"reload_difference": reloaded, "merge_difference": merged, **passed}
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -63,15 +63,7 @@ def fit(task: Task, name: str, folder: Path, on_step: Callable[[float], object])
     try:
         model = get_peft_model(base, method.configure(task.pretrained.targets, [HEAD]))
         with PeakMemory() as memory:
-            run = train(
-                model,
-                task.words,
-                task.held_out,
-                learning_rate=method.learning_rate,
-                epochs=task.epochs,
-                seed=task.seed,
-                on_step=on_step,
-            )
+            run = train(model, task.words, task.held_out, method.learning_rate, task.epochs, task.seed, on_step)
     except HalotuneError as e:
         raise HalotuneError(f"{method.title}: {e}") from e
     model.save_pretrained(folder)
@@ -103,11 +95,10 @@ def run_method(
         run, record = fit(task, name, Path(staging), on_step)
         gc.collect()  # the trained model, so that the next one's memory is its own
         on_proof()
-        proof = prove(task.pretrained, Path(staging), run.predictions, task.held_out, task.seed)
+        record["proof"] = prove(task.pretrained, Path(staging), run.predictions, task.held_out, task.seed)
         (output_dir / name).mkdir(exist_ok=True)
         for file in Path(staging).iterdir():
             os.replace(file, output_dir / name / file.name)
-    record["proof"] = {**asdict(proof), "reloads": proof.reloads, "merges": proof.merges}
     return record
 
 
