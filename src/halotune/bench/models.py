@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,27 +17,29 @@ Batch = dict[str, Tensor]
 TARGETS = ("qv", "all-linear", "all")
 
 
-class Family(ABC):
-    """What the models of one architecture share."""
+class Family:
+    """What the models of one architecture share; these methods are those of transformers' models of text."""
 
+    model: ClassVar[str]  # its class
     qv: ClassVar[tuple[str, str]]  # the query's and the value's projections
     blocks: ClassVar[tuple[str, ...]]  # classes of the repeated blocks, which --compile compiles
     layers: ClassVar[str] = "num_hidden_layers"  # the configuration's field that --layers changes
     decodes: ClassVar[bool] = False
 
-    @abstractmethod
-    def build(self, shape: dict[str, Any]) -> nn.Module: ...
+    def build(self, shape: dict[str, Any]) -> nn.Module:
+        model = getattr(imported("transformers"), self.model)
+        return model(model.config_class(**shape))
 
-    @abstractmethod
     def batch(self, shape: dict[str, Any], batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Batch:
         """One random batch."""
+        return {"input_ids": torch.randint(shape["vocab_size"], (batch, tokens), device=device)}
 
     def static(self, batch: Batch) -> Batch:
         """The batch for a step that is captured: with all that the model would otherwise make in another way then."""
         return batch
 
-    @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor: ...
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(**batch, labels=batch["input_ids"]).loss
 
     def entry(self, model: Any) -> nn.Module:
         """The module whose output gradients have to reach."""
@@ -50,16 +51,13 @@ class Family(ABC):
 
 
 class Llama(Family):
+    model = "LlamaForCausalLM"
     qv = "q_proj", "v_proj"
     blocks = ("LlamaDecoderLayer",)
     decodes = True
 
     def build(self, shape: dict[str, Any]) -> nn.Module:
-        transformers = imported("transformers")
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{"tie_word_embeddings": False, **shape}))
-
-    def batch(self, shape: dict[str, Any], batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Batch:
-        return {"input_ids": torch.randint(shape["vocab_size"], (batch, tokens), device=device)}
+        return super().build({"tie_word_embeddings": False, **shape})
 
     def static(self, batch: Batch) -> Batch:
         tokens = batch["input_ids"].shape[1]
@@ -71,17 +69,9 @@ class Llama(Family):
 
 
 class Bert(Family):
+    model = "BertForMaskedLM"
     qv = "query", "value"
     blocks = ("BertLayer",)
-
-    def build(self, shape: dict[str, Any]) -> nn.Module:
-        transformers = imported("transformers")
-        return transformers.BertForMaskedLM(transformers.BertConfig(**shape))
-
-    batch = Llama.batch
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(**batch, labels=batch["input_ids"]).loss
 
 
 class UNet(Family):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from typing import Any
 
 from ..cli.loading import BaseModel, Saved
@@ -63,16 +63,9 @@ def heading(saved: Saved, base: BaseModel | None, layers: Sequence[Figures]) -> 
 
 def options(config: AdapterConfig) -> dict[str, Any]:
     """The method's own fields that are set to something else than their default."""
-    common = {f.name for f in fields(AdapterConfig)} - {"bias"}
-    return {
-        f.name: getattr(config, f.name)
-        for f in fields(config)
-        if f.name not in common and getattr(config, f.name) != _default(f)
-    }
-
-
-def _default(f: Field[Any]) -> Any:
-    return f.default if f.default_factory is MISSING else f.default_factory()
+    own = [f.name for f in fields(config) if f.name == "bias" or f.name not in AdapterConfig.__dataclass_fields__]
+    default = type(config)()
+    return {name: getattr(config, name) for name in own if getattr(config, name) != getattr(default, name)}
 
 
 def _base_line(named: str | None, base: BaseModel | None) -> str:
