@@ -15,11 +15,14 @@ import torch
 from torch import nn
 
 from halotune import HalotuneError
-from halotune.bench import BenchConfig, Contender, Row, Watch, benches, parse_contenders, run_layer, run_step
+from halotune.bench import benches
 from halotune.bench import report as reporting
+from halotune.bench.benches import run_layer, run_step
+from halotune.bench.config import BenchConfig, parse_contenders
+from halotune.bench.contenders import Contender
 from halotune.bench.models import PRESETS, build, target_names
-from halotune.bench.race import Entry, Turn, race
-from halotune.bench.rows import Ratio, compare
+from halotune.bench.race import Entry, Turn, Watch, race
+from halotune.bench.rows import Ratio, Row, compare
 from halotune.bench.timing import saved_bytes
 from halotune.cli.main import main
 
