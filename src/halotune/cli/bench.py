@@ -39,10 +39,6 @@ def run(args: argparse.Namespace) -> int:
     if args.cuda_graph and args.kind != "step":
         raise HalotuneError(f"--cuda-graph captures a training step; {args.kind} has none. Leave it out, or measure step.")
     batch, steps = (8, 16) if args.kind == "decode" else (4, 5)
-    chosen = {
-        "contenders": parse_contenders(args.contenders),
-        "batch": args.batch or batch,
-        "steps": args.steps or steps,
-    }
-    config = BenchConfig(**{**{f.name: getattr(args, f.name) for f in fields(BenchConfig)}, **chosen})
+    chosen = {"contenders": parse_contenders(args.contenders), "batch": args.batch or batch, "steps": args.steps or steps}
+    config = BenchConfig(**{f.name: getattr(args, f.name) for f in fields(BenchConfig)} | chosen)
     return bench(args.kind, config, args.output_dir, as_json=args.json)

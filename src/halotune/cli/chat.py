@@ -37,15 +37,10 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .loading import BaseModel, Saved, find_device, load_tokenizer
-    from .text import Sampling, check_generates
+    from .text import load
 
-    device = find_device(args.device)
-    saved = Saved.read(args.adapter)
-    base = BaseModel.load(saved, args.base, args.dtype, device)
-    check_generates(base.model, base.name)
-    tokenizer = load_tokenizer(saved, base.name)
-    chat = Chat(saved.on(base), tokenizer, Sampling.of(args), args.system)
+    saved, base, tokenizer, sampling = load(args)
+    chat = Chat(saved.on(base), tokenizer, sampling, args.system)
     if not tokenizer.chat_template:
         say("The tokenizer has no chat template: messages go to the model as plain lines, for it to continue.")
     say("/help lists the commands; /exit or Ctrl-D leaves.")

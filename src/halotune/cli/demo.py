@@ -22,8 +22,7 @@ def add(commands: Commands) -> None:
         help=f"only these of {', '.join(METHODS)}; can be repeated (default: all)",
     )
     parser.add_argument(
-        "--model",
-        help="folder of a text encoder, or a hub id that is in the local cache (default: MiniLM, from its package)",
+        "--model", help="folder of a text encoder, or a hub id that is in the local cache (default: MiniLM, from its package)"
     )
     parser.add_argument("--epochs", type=number(0, math.inf, above=True), default=1.0, help="may be a fraction (default: 1)")
     parser.add_argument("--seed", type=integer(0), default=0, help="of the head, the adapters and the batches (default: 0)")
@@ -43,11 +42,4 @@ def _run(args: argparse.Namespace) -> int:
     from ..demo.run import demo
 
     methods = [name for names in args.method or [list(METHODS)] for name in names]
-    return demo(
-        list(dict.fromkeys(methods)),
-        model=args.model,
-        epochs=args.epochs,
-        seed=args.seed,
-        output_dir=args.output_dir,
-        as_json=args.json,
-    )
+    return demo(list(dict.fromkeys(methods)), args.model, args.epochs, args.seed, args.output_dir, as_json=args.json)

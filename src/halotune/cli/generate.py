@@ -30,15 +30,9 @@ def add(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     prompt = _prompt(args.prompt)
-    from .loading import BaseModel, Saved, find_device, load_tokenizer
-    from .text import Sampling, check_generates, stream
+    from .text import load, stream
 
-    device = find_device(args.device)
-    saved = Saved.read(args.adapter)
-    base = BaseModel.load(saved, args.base, args.dtype, device)
-    check_generates(base.model, base.name)
-    tokenizer = load_tokenizer(saved, base.name)
-    sampling = Sampling.of(args)
+    saved, base, tokenizer, sampling = load(args)
     model = base.model if args.no_adapter else saved.on(base)
     with closing(stream(model, tokenizer, tokenizer(prompt, return_tensors="pt"), sampling)) as pieces:
         for piece in pieces:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ class BaseModel:
         require("transformers", ["transformers"])
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
             raise HalotuneError(f"the base model {name!r} cannot be loaded: there is no such folder. Give one with --base.")
-        quiet_unless_watched()
+        if not sys.stderr.isatty():  # progress bars are for terminals, not for log files
+            import_module("transformers.utils.logging").disable_progress_bar()
         number = None if dtype == "auto" else getattr(torch, dtype)
         with loadable("the base model", name):
             kind = _model_class(saved.config, name, revision)
@@ -98,14 +100,6 @@ def loadable(what: str, name: str) -> Iterator[None]:
             f"{what} {name!r} cannot be loaded: {reason.rstrip('.')}. Give a model's folder or its id on the hub; gated models "
             "need `hf auth login`."
         ) from e
-
-
-def quiet_unless_watched() -> None:
-    """Progress bars are for terminals, not for log files."""
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
 
 def _model_class(config: AdapterConfig, name: str, revision: str | None) -> Any:

@@ -67,23 +67,15 @@ def _run(argv: Sequence[str]) -> int:
         return args.run(args)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except HalotuneError as e:
-        return _fail(prog, e, BAD_INPUT)
     except BrokenPipeError:
         raise
-    except OSError as e:  # a full disk, a file that is gone: nothing that a traceback would explain
-        return _fail(prog, e, FAILED)
-    except RuntimeError as e:
-        if type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here for its name
+    except (HalotuneError, OSError, RuntimeError) as e:  # a full disk, a file that is gone: no traceback would explain it
+        if isinstance(e, RuntimeError) and type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
-        return _fail(prog, e, FAILED)
+        print(f"{prog}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        return BAD_INPUT if isinstance(e, HalotuneError) else FAILED
     finally:
         warnings.formatwarning = usual
-
-
-def _fail(prog: str, error: Exception, status: int) -> int:
-    print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return status
 
 
 def require(extra: str, packages: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ class Preset:
 
         return dict(kinds()[self.title.upper()][1].fields(self.r))
 
-    def configure(self, targets: str | Collection[str], modules_to_save: list[str]) -> AdapterConfig:
+    def configure(self, targets: str | list[str], modules_to_save: list[str]) -> AdapterConfig:
         """The configuration for these target modules, with these modules fully fine-tuned."""
         from ..methods.registry import kinds
 

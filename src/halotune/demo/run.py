@@ -102,7 +102,7 @@ def run_method(
     return record
 
 
-def demo(methods: list[str], *, model: str | None, epochs: float, seed: int, output_dir: Path, as_json: bool = False) -> int:
+def demo(methods: list[str], model: str | None, epochs: float, seed: int, output_dir: Path, *, as_json: bool = False) -> int:
     """Run the methods in turn and report; what was finished is kept, whatever stops the run.
 
     Returns:

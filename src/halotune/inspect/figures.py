@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,7 +70,14 @@ def _in_file(saved: Saved, measures: Measures | None) -> Iterator[tuple[str, Ada
     if measures is None:
         raise HalotuneError(f"{method.peft_type} adapters are inspected with their base model. Give it with --base.")
     for path, tensors in _by_layer(saved).items():
-        _check_finite(saved.file, path, tensors)
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise AdapterFileError(
+                    saved.file,
+                    "expected finite numbers, found NaN or infinity.",
+                    key=f"{path}.{name}",
+                    remedy="Get the file again: it is damaged, or its training diverged.",
+                )
         try:
             with torch.device("meta"):
                 adapter = method.create(measures.shape(tensors, saved.config), saved.config.at(path))
@@ -101,17 +107,6 @@ def _by_layer(saved: Saved) -> dict[str, dict[str, Tensor]]:
             remedy="Use the adapter_config.json of the same adapter.",
         )
     return layers
-
-
-def _check_finite(file: Path, path: str, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterFileError(
-                file,
-                "expected finite numbers, found NaN or infinity.",
-                key=f"{path}.{name}",
-                remedy="Get the file again: it is damaged, or its training diverged.",
-            )
 
 
 def _natural(key: str) -> list[tuple[int, str]]:

@@ -90,12 +90,7 @@ class PeftAdaptedLayer(AdaptedLayer):
         self.state = None
 
     def _is_current(self, name: str) -> bool:
-        if name not in self.sources:
-            return False
-        for kept, key, value in self.sources[name]:
-            if kept.get(key) is not value:
-                return False
-        return True
+        return name in self.sources and all([kept.get(key) is value for kept, key, value in self.sources[name]])
 
     def _take_over(self, layer: Any, name: str) -> None:
         """Make the adapter anew, on peft's parameters."""

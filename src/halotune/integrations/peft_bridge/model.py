@@ -105,16 +105,12 @@ class Bridge(Scope):
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
-            if not self._knows(_configs(model)):
+            if list(map(id, self.configs or ())) != list(map(id, _configs(model))):
                 self.take_in(model)
             for layer in self.fast.values():
                 follow(layer)
             self._tell()
         super()._begin(model, args)
-
-    def _knows(self, configs: list[Any]) -> bool:
-        known = self.configs
-        return known is not None and len(known) == len(configs) and all(a is b for a, b in zip(known, configs, strict=True))
 
     def take_in(self, host: nn.Module) -> None:
         """Speed up the layers that are new since the last time."""

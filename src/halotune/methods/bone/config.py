@@ -13,13 +13,7 @@ from ...core.errors import HalotuneError
 
 @dataclass(kw_only=True)
 class BlockConfig(AdapterConfig):
-    """What Bone and MiSS share.
-
-    Args:
-        r: the number of rows of the block (Bone), or the side of the blocks (BAT).
-        init_weights: True is Bone, starting as the identity; False the same, at random; `"bat"` is BAT.
-        bias: which biases are trained: `"none"`, `"all"`, or those of the adapted layers.
-    """
+    """What Bone and MiSS share."""
 
     r: int = 64
     init_weights: bool | Literal["bat"] | str = True
