@@ -38,31 +38,29 @@ def _option(help: str, **flag: Any) -> Any:
     return field(**default, metadata={"help": help, **flag})
 
 
+def _number(help: str, default: int | None, least: int = 1, **flag: Any) -> Any:
+    return _option(help, default=default, type=integer(least), metavar="N", **flag)
+
+
+def _list(help: str, default: tuple[int, ...]) -> Any:
+    return _option(help, default=default, type=integers(","), metavar="LIST")
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     """One run. What a field means is its help on the command line."""
 
     contenders: tuple[Contender, ...] = _option(f"{spelling()}; with commas (default: %(default)s)", metavar="LIST")
     model: str = _option("(default: %(default)s)", default="llama-tiny", choices=list(PRESETS))
-    layers: int | None = _option(
-        "another number of layers (of a UNet: in each block)", default=None, type=integer(1), metavar="N"
-    )
+    layers: int | None = _number("another number of layers (of a UNet: in each block)", None)
     targets: str = _option("adapted modules; all: convolutions too", default="all-linear", choices=TARGETS)
-    batch: int = _option("samples of a batch (default: 4; for decode 8)", default=4, type=integer(1), metavar="N")
-    tokens: int | None = _option(
-        "of a sample; for a UNet, pixels of the latent (default: the model's)", default=None, type=integer(1), metavar="N"
-    )
+    batch: int = _number("samples of a batch (default: 4; for decode 8)", 4)
+    tokens: int | None = _number("of a sample; for a UNet, pixels of the latent (default: the model's)", None)
     dtype: str = _option("of weights and activations (default: %(default)s)", default="bf16", choices=list(DTYPES))
     device: str = _option("cpu or cuda (default: %(default)s)", default="cpu")
-    rounds: int = _option("turns of every contender (default: %(default)s)", default=5, type=integer(1), metavar="N")
-    steps: int = _option(
-        "timed repetitions of a turn (default: 5; for decode 16)",
-        default=5,
-        type=integer(1),
-        metavar="N",
-        flag="--steps-per-round",
-    )
-    warmup: int = _option("repetitions before, not timed (default: %(default)s)", default=2, type=integer(0), metavar="N")
+    rounds: int = _number("turns of every contender (default: %(default)s)", 5)
+    steps: int = _number("timed repetitions of a turn (default: 5; for decode 16)", 5, flag="--steps-per-round")
+    warmup: int = _number("repetitions before, not timed (default: %(default)s)", 2, least=0)
     compile: bool = _option("compile every layer of the model in full", default=False, action="store_true")
     cuda_graph: bool = _option("of step: capture it once and replay it", default=False, action="store_true")
     time_limit: float | None = _option(
@@ -71,16 +69,12 @@ class BenchConfig:
     features: tuple[int, int] = _option(
         "of the layer (default: 4096x4096)", default=(4096, 4096), type=_features, metavar="INxOUT"
     )
-    prompt: int = _option("tokens before decoding (default: %(default)s)", default=16, type=integer(1), metavar="N")
+    prompt: int = _number("tokens before decoding (default: %(default)s)", 16)
     weight_cache: float = _option(
         "for our adapted weights, to decode (default: 8; 0: none)", default=8.0, type=float, metavar="GIB"
     )
-    ranks: tuple[int, ...] = _option(
-        "of scaling (default: 2,4 … 256)", default=tuple(2**i for i in range(1, 9)), type=integers(","), metavar="LIST"
-    )
-    token_counts: tuple[int, ...] = _option(
-        "of scaling (default: 64,256 … 16384)", default=tuple(4**i for i in range(3, 8)), type=integers(","), metavar="LIST"
-    )
+    ranks: tuple[int, ...] = _list("of scaling (default: 2,4 … 256)", tuple(2**i for i in range(1, 9)))
+    token_counts: tuple[int, ...] = _list("of scaling (default: 64,256 … 16384)", tuple(4**i for i in range(3, 8)))
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -87,18 +87,18 @@ def fit(task: Task, name: str, folder: Path, on_step: Callable[[float], object])
     }
 
 
-def run_method(
-    task: Task, name: str, output_dir: Path, on_step: Callable[[float], object], on_proof: Callable[[], object]
-) -> Record:
+def run_method(bars: Progress, task: Task, name: str, output_dir: Path) -> Record:
     """Train, save, prove; the adapter of an earlier run is replaced only then."""
+    bar = bars.add_task(METHODS[name].title, total=steps_in(task.epochs, task.words) + 1, doing="")  # the last is the proof
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=output_dir) as staging:
-        run, record = fit(task, name, Path(staging), on_step)
+        run, record = fit(task, name, Path(staging), lambda loss: bars.update(bar, advance=1, doing=f"loss {loss:.2f}"))
         gc.collect()  # the trained model, so that the next one's memory is its own
-        on_proof()
+        bars.update(bar, doing="reloading and merging")
         record["proof"] = prove(task.pretrained, Path(staging), run.predictions, task.held_out, task.seed)
         (output_dir / name).mkdir(exist_ok=True)
         for file in Path(staging).iterdir():
             os.replace(file, output_dir / name / file.name)
+    bars.update(bar, advance=1, doing=f"Spearman {record['after']['spearman']:.3f}")
     return record
 
 
@@ -119,7 +119,7 @@ def demo(methods: list[str], model: str | None, epochs: float, seed: int, output
         console.print(headline(task))
         with progress(console) as bars:
             for name in methods:
-                results[name] = follow(bars, task, name, output_dir)
+                results[name] = run_method(bars, task, name, output_dir)
                 keep(output_dir, results)
     except KeyboardInterrupt:
         status = INTERRUPTED
@@ -154,21 +154,6 @@ def headline(task: Task) -> str:
 def progress(console: Console) -> Progress:
     columns = TextColumn("{task.description:<5}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     return Progress(*columns, TextColumn("{task.fields[doing]}"), console=console)
-
-
-def follow(bars: Progress, task: Task, name: str, output_dir: Path) -> Record:
-    """`run_method` with a progress bar of its own."""
-    steps = steps_in(task.epochs, task.words)
-    bar = bars.add_task(METHODS[name].title, total=steps + 1, doing="")  # the last step is the proof
-    record = run_method(
-        task,
-        name,
-        output_dir,
-        on_step=lambda loss: bars.update(bar, advance=1, doing=f"loss {loss:.2f}"),
-        on_proof=lambda: bars.update(bar, doing="reloading and merging"),
-    )
-    bars.update(bar, advance=1, doing=f"Spearman {record['after']['spearman']:.3f}")
-    return record
 
 
 def keep(output_dir: Path, results: dict[str, Record]) -> dict[str, Record]:

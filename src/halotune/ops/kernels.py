@@ -55,13 +55,12 @@ def rounded(x, to: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def by_chance(y, noise, to: tl.constexpr):
-    """y in fp32, rounded to numbers of another dtype by the noise (`ops/rounding.py`)."""
-    noise = noise.to(tl.int32)
-    if to == tl.bfloat16:
-        bits = (y.to(tl.int32, bitcast=True) + (noise & 0xFFFF)) & -0x10000
-    else:
-        bits = (y.to(tl.int32, bitcast=True) + (noise & 0x1FFF)) & -0x2000
+def by_chance(y, noise_ptr, rows, cols, m, n, to: tl.constexpr):
+    """y in fp32, which stands there in a matrix `(m, n)`, rounded to numbers of another dtype by the matrix's noise."""
+    noise = tl.load(noise_ptr + rows, rows < m, other=0).to(tl.int32)
+    noise += tl.load(noise_ptr + m + cols, cols < n, other=0).to(tl.int32)
+    mask: tl.constexpr = 0xFFFF if to == tl.bfloat16 else 0x1FFF  # of the bits that are dropped
+    bits = (y.to(tl.int32, bitcast=True) + (noise & mask)) & ~mask
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -92,9 +91,7 @@ def _build_low_rank(
         delta = dot(b, a, INTERPRETED)
     y = w.to(tl.float32) + delta
     if NOISY:
-        noise_ptr += layer * (m + n)
-        own = tl.load(noise_ptr + rows[:, None], rows[:, None] < m, other=0).to(tl.int32)
-        y = by_chance(y, own + tl.load(noise_ptr + m + cols[None], cols[None] < n, other=0), w.dtype)
+        y = by_chance(y, noise_ptr + layer * (m + n), rows[:, None], cols[None], m, n, w.dtype)
     tl.store(out_ptr + at, rounded(y, w.dtype, INTERPRETED), inside)
 
 
@@ -110,13 +107,7 @@ def build_low_rank(W: Tensor, B: Tensor, A: Tensor, noise: Tensor | None) -> Cal
     strides = *B.stride()[-2:], batches[0], *A.stride()[-2:], batches[1]
     fine = B.dtype is not W.dtype
     launch = _launch_build.prepare(grid, m, n, *strides, r, filled(r), noise is not None, fine, 64, 128)
-
-    def run(W: Tensor, B: Tensor, A: Tensor, noise: Tensor | None) -> Tensor:
-        out = torch.empty_like(W)
-        launch(W, B, A, W if noise is None else noise, out)
-        return out
-
-    return run
+    return lambda W, B, A, noise: launch.into(torch.empty_like(W), W, B, A, W if noise is None else noise)
 
 
 @triton.jit

@@ -31,14 +31,9 @@ def _bat(w_ptr, b_ptr, noise_ptr, out_ptr, n_in, blocks, R: tl.constexpr, SIDE: 
     own = tl.load(block + (rows // (n_in // R))[:, None] * R + cols[None], inside, other=0.0)
     new = w.to(tl.float32) + dot(w, b, INTERPRETED) + own.to(tl.float32)
     if NOISY:
-        width = n_in // R  # blocks in a row of W
-        layer = i // blocks
-        noise_ptr += layer.to(tl.int64) * (blocks * R + n_in)
-        row = (i % blocks) * R + rows // width
-        a = tl.load(noise_ptr + row[:, None], rows[:, None] < n_in, other=0).to(tl.int32)
-        col = (rows % width)[:, None] * R + cols[None]
-        b = tl.load(noise_ptr + blocks * R + col, inside, other=0)
-        new = by_chance(new, a + b, w.dtype)
+        m, width = blocks * R, n_in // R  # rows of W, and blocks in one
+        row, col = (i % blocks) * R + rows // width, (rows % width)[:, None] * R + cols[None]
+        new = by_chance(new, noise_ptr + (i // blocks) * (m + n_in), row[:, None], col, m, n_in, w.dtype)
     tl.store(out_ptr + at, rounded(new, w.dtype, INTERPRETED), inside)
 
 
@@ -51,13 +46,7 @@ def bat(W: Tensor, blocks: Tensor, noise: Tensor | None) -> Callable[..., Tensor
     n_in = W.shape[-1]
     grid = blocks.shape[:-2].numel(), tiles(n_in, ROWS), 1
     launch = _launch_bat.prepare(grid, n_in, n, r, filled(r), noise is not None, ROWS)
-
-    def run(W: Tensor, blocks: Tensor, noise: Tensor | None) -> Tensor:
-        out = torch.empty_like(W)
-        launch(W, blocks, W if noise is None else noise, out)
-        return out
-
-    return run
+    return lambda W, blocks, noise: launch.into(torch.empty_like(W), W, blocks, W if noise is None else noise)
 
 
 @triton.jit
@@ -93,7 +82,6 @@ def pull_bat(G: Tensor, W: Tensor, blocks: Tensor) -> Callable[..., Tensor]:
 
     def run(G: Tensor, W: Tensor, blocks: Tensor) -> Tensor:
         out = torch.empty(parts, n, r, r, dtype=torch.float32, device=G.device)
-        launch(W, G, out)
-        return added(out, blocks.dtype).view(blocks.shape)
+        return added(launch.into(out, W, G), blocks.dtype).view(blocks.shape)
 
     return run

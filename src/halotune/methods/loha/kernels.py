@@ -49,9 +49,7 @@ def _hadamard(
     w = tl.load(w_ptr + rows[:, None].to(tl.int64) * w_row + cols[None].to(tl.int64) * w_col, inside, other=0.0)
     y = w.to(tl.float32) + s * delta
     if NOISY:
-        noise_ptr += layer * (m + n)
-        own = tl.load(noise_ptr + rows[:, None], rows[:, None] < m, other=0).to(tl.int32)
-        y = by_chance(y, own + tl.load(noise_ptr + m + cols[None], cols[None] < n, other=0), w.dtype)
+        y = by_chance(y, noise_ptr + layer * (m + n), rows[:, None], cols[None], m, n, w.dtype)
     tl.store(out_ptr + rows[:, None].to(tl.int64) * n + cols[None], rounded(y, w.dtype, INTERPRETED), inside)
 
 
@@ -67,13 +65,9 @@ def hadamard(
     strides = *W.stride()[-2:], *A1.stride()[-2:], *B1.stride()[-2:], *(_batch(t) for t in (W, A1, B1))
     grid = tiles(m, ROWS), tiles(n, COLS), W.shape[:-2].numel()
     launch = _launch_hadamard.prepare(grid, m, n, *strides, float(s), r, filled(r), noise is not None, ROWS, COLS)
-
-    def run(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float, noise: Tensor | None) -> Tensor:
-        out = W.new_empty(W.shape)
-        launch(W, A1, B1, A2, B2, W if noise is None else noise, out)
-        return out
-
-    return run
+    return lambda W, A1, B1, A2, B2, s, noise: launch.into(
+        W.new_empty(W.shape), W, A1, B1, A2, B2, W if noise is None else noise
+    )
 
 
 @triton.jit
@@ -128,10 +122,9 @@ def _pull_half(G: Tensor, P1: Tensor, Q1: Tensor, s: float) -> Callable[..., Ten
         (blocks, parts, batch), m, n, *strides, share, float(s), r, filled(r), PULL_ROWS, PULL_COLS
     )  # fmt: skip
 
-    def run(G: Tensor, P1: Tensor, Q1: Tensor, P2: Tensor, Q2: Tensor) -> Tensor:
-        out = torch.empty(parts, *layers, 2, m, r, dtype=torch.float32, device=G.device)
-        launch(G, P1, Q1, P2, Q2, out)
-        return added(out, P1.dtype)
+    def run(*tensors: Tensor) -> Tensor:
+        out = torch.empty(parts, *layers, 2, m, r, dtype=torch.float32, device=tensors[0].device)
+        return added(launch.into(out, *tensors), tensors[1].dtype)
 
     return run
 
