@@ -63,11 +63,6 @@ class Launch:
             with torch.cuda.device(device):
                 self._run(device, tensors)
 
-    def into(self, out: Tensor, *tensors: Tensor) -> Tensor:
-        """Launch, and return the last tensor, which the kernel writes."""
-        self(*tensors, out)
-        return out
-
     def _run(self, device: int, tensors: tuple[Tensor, ...]) -> None:
         address = 0
         for t in tensors:

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.kernels import added, by_chance, dot, filled, rounded, shares
+from ...ops.kernels import added, by_chance, dot, empty_parts, filled, noise, rounded, shares
 from ...ops.launch import Launcher, tiles
 
-ROWS = 128
+ROWS = 64
 PULL_ROWS = 64
 
 
@@ -30,11 +30,17 @@ def _bat(w_ptr, b_ptr, noise_ptr, out_ptr, n_in, blocks, R: tl.constexpr, SIDE: 
     b = tl.load(block + cols[:, None] * R + cols[None], (cols[:, None] < R) & (cols[None] < R), other=0.0)
     own = tl.load(block + (rows // (n_in // R))[:, None] * R + cols[None], inside, other=0.0)
     new = w.to(tl.float32) + dot(w, b, INTERPRETED) + own.to(tl.float32)
-    if NOISY:
-        m, width = blocks * R, n_in // R  # rows of W, and blocks in one
-        row, col = (i % blocks) * R + rows // width, (rows % width)[:, None] * R + cols[None]
-        new = by_chance(new, noise_ptr + (i // blocks) * (m + n_in), row[:, None], col, m, n_in, w.dtype)
-    tl.store(out_ptr + at, rounded(new, w.dtype, INTERPRETED), inside)
+    if NOISY:  # see `ops.noise_of_blocks`
+        width = n_in // R  # blocks in a row of W
+        noise_ptr += (i // blocks) * (blocks * R + n_in)
+        in_rows = rows[:, None] < n_in
+        u = noise(noise_ptr, ((i % blocks) * R + rows // width)[:, None], in_rows, w.dtype)
+        noise_ptr += blocks * R
+        u ^= noise(noise_ptr, (rows % width)[:, None] * R, in_rows, w.dtype)
+        u = u ^ noise(noise_ptr, cols[None], (cols[None] > 0) & (cols[None] < R), w.dtype)
+        tl.store(out_ptr + at, by_chance(new, u, w.dtype), inside)
+    else:
+        tl.store(out_ptr + at, rounded(new, w.dtype, INTERPRETED), inside)
 
 
 _launch_bat = Launcher(_bat, num_warps=4)
@@ -46,7 +52,13 @@ def bat(W: Tensor, blocks: Tensor, noise: Tensor | None) -> Callable[..., Tensor
     n_in = W.shape[-1]
     grid = blocks.shape[:-2].numel(), tiles(n_in, ROWS), 1
     launch = _launch_bat.prepare(grid, n_in, n, r, filled(r), noise is not None, ROWS)
-    return lambda W, blocks, noise: launch.into(torch.empty_like(W), W, blocks, W if noise is None else noise)
+
+    def run(W: Tensor, blocks: Tensor, noise: Tensor | None) -> Tensor:
+        out = torch.empty_like(W)
+        launch(W, blocks, W if noise is None else noise, out)
+        return out
+
+    return run
 
 
 @triton.jit
@@ -67,6 +79,7 @@ def _pull_bat(w_ptr, g_ptr, out_ptr, n_in, share, R: tl.constexpr, SIDE: tl.cons
         own = ((rows // (n_in // R))[None] == ranks[:, None]).to(tl.float32).to(g.dtype)  # the row of its block
         total += dot(tl.trans(w), g, INTERPRETED) + dot(own, g, INTERPRETED)
     at = (part.to(tl.int64) * tl.num_programs(0) + i) * R * R + ranks[:, None] * R + ranks[None]
+    total = rounded(total, out_ptr.dtype.element_ty, INTERPRETED)
     tl.store(out_ptr + at, total, (ranks[:, None] < R) & (ranks[None] < R))
 
 
@@ -81,7 +94,8 @@ def pull_bat(G: Tensor, W: Tensor, blocks: Tensor) -> Callable[..., Tensor]:
     launch = _launch_pull_bat.prepare((n, parts, 1), n_in, share, r, filled(r), PULL_ROWS)
 
     def run(G: Tensor, W: Tensor, blocks: Tensor) -> Tensor:
-        out = torch.empty(parts, n, r, r, dtype=torch.float32, device=G.device)
-        return added(launch.into(out, W, G), blocks.dtype).view(blocks.shape)
+        out = empty_parts(parts, n, r, r, like=blocks)
+        launch(W, G, out)
+        return added(out, blocks.dtype).view(blocks.shape)
 
     return run

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.kernels import added, by_chance, dot, filled, rounded, shares
+from ...ops.kernels import added, by_chance, dot, empty_parts, filled, noise, rounded, shares
 from ...ops.launch import Launcher, tiles
 
 ROWS, COLS = 64, 128
@@ -48,12 +47,18 @@ def _hadamard(
     inside = (rows[:, None] < m) & (cols[None] < n)
     w = tl.load(w_ptr + rows[:, None].to(tl.int64) * w_row + cols[None].to(tl.int64) * w_col, inside, other=0.0)
     y = w.to(tl.float32) + s * delta
+    at = rows[:, None].to(tl.int64) * n + cols[None]
     if NOISY:
-        y = by_chance(y, noise_ptr + layer * (m + n), rows[:, None], cols[None], m, n, w.dtype)
-    tl.store(out_ptr + rows[:, None].to(tl.int64) * n + cols[None], rounded(y, w.dtype, INTERPRETED), inside)
+        noise_ptr += layer * (m + n)
+        u = noise(noise_ptr, rows[:, None], rows[:, None] < m, w.dtype) ^ noise(
+            noise_ptr + m, cols[None], cols[None] < n, w.dtype
+        )
+        tl.store(out_ptr + at, by_chance(y, u, w.dtype), inside)
+    else:
+        tl.store(out_ptr + at, rounded(y, w.dtype, INTERPRETED), inside)
 
 
-_launch_hadamard = Launcher(_hadamard, num_warps=4)
+_launch_hadamard = Launcher(_hadamard, num_warps=8)
 
 
 def hadamard(
@@ -65,9 +70,13 @@ def hadamard(
     strides = *W.stride()[-2:], *A1.stride()[-2:], *B1.stride()[-2:], *(_batch(t) for t in (W, A1, B1))
     grid = tiles(m, ROWS), tiles(n, COLS), W.shape[:-2].numel()
     launch = _launch_hadamard.prepare(grid, m, n, *strides, float(s), r, filled(r), noise is not None, ROWS, COLS)
-    return lambda W, A1, B1, A2, B2, s, noise: launch.into(
-        W.new_empty(W.shape), W, A1, B1, A2, B2, W if noise is None else noise
-    )
+
+    def run(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s: float, noise: Tensor | None) -> Tensor:
+        out = W.new_empty(W.shape)
+        launch(W, A1, B1, A2, B2, W if noise is None else noise, out)
+        return out
+
+    return run
 
 
 @triton.jit
@@ -103,8 +112,8 @@ def _pull(
         d1 += dot((g * m2).to(q1.dtype), q1, INTERPRETED)
         d2 += dot((g * m1).to(q2.dtype), q2, INTERPRETED)
     at = (part.to(tl.int64) * tl.num_programs(2) + layer) * 2 * m * R + rows[:, None] * R + ranks[None]
-    tl.store(out_ptr + at, d1, in_p)
-    tl.store(out_ptr + at + m * R, d2, in_p)
+    tl.store(out_ptr + at, rounded(d1, out_ptr.dtype.element_ty, INTERPRETED), in_p)
+    tl.store(out_ptr + at + m * R, rounded(d2, out_ptr.dtype.element_ty, INTERPRETED), in_p)
 
 
 _launch_pull = Launcher(_pull, num_warps=4)
@@ -122,9 +131,10 @@ def _pull_half(G: Tensor, P1: Tensor, Q1: Tensor, s: float) -> Callable[..., Ten
         (blocks, parts, batch), m, n, *strides, share, float(s), r, filled(r), PULL_ROWS, PULL_COLS
     )  # fmt: skip
 
-    def run(*tensors: Tensor) -> Tensor:
-        out = torch.empty(parts, *layers, 2, m, r, dtype=torch.float32, device=tensors[0].device)
-        return added(launch.into(out, *tensors), tensors[1].dtype)
+    def run(G: Tensor, P1: Tensor, Q1: Tensor, P2: Tensor, Q2: Tensor) -> Tensor:
+        out = empty_parts(parts, *layers, 2, m, r, like=P1)
+        launch(G, P1, Q1, P2, Q2, out)
+        return added(out, P1.dtype)
 
     return run
 
