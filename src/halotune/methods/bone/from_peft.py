@@ -18,7 +18,7 @@ def _adapter(layer: Any, name: str, shape: WeightShape) -> Miss | MissBat:
     if block.dim() == 3:
         return MissBat(shape, block.shape[-1])
     adapter = Miss(shape, *block.shape)
-    adapter.input_dropout = _dropout(layer, name)
+    adapter.dropout = _dropout(layer, name)
     return adapter
 
 
