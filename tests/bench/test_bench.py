@@ -253,7 +253,7 @@ def test_saved_bytes_count_every_storage_once_and_no_parameter() -> None:
 def test_the_table_and_no_chart_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     missing = lambda name: None if name == "matplotlib" else find_spec(name)  # noqa: E731
     monkeypatch.setattr("halotune.bench.report.find_spec", missing)
-    monkeypatch.setattr("halotune.bench.run.find_spec", missing)
+    monkeypatch.setattr("halotune.cli.bench.find_spec", missing)
     assert command("layer", "frozen,ours:hra-r2,ours:lora-r2") == 0
     out = capsys.readouterr().out
     header = next(line for line in out.splitlines() if line.startswith("contender"))

@@ -21,7 +21,7 @@ from halotune.core.errors import AdapterFileError, HalotuneError
 from halotune.core.layer import AdaptedLayer
 from halotune.inspect import figures
 from halotune.inspect.figures import Figures, measure
-from halotune.inspect.grid import short, split
+from halotune.inspect.report import short, split
 from halotune.methods import registry
 from tests.laws.cases import Case, Model, grid, matrix, some_bases, train, wrap
 

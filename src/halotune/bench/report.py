@@ -83,12 +83,9 @@ def read_runs(file: Path) -> list[dict[str, Any]]:
     raise HalotuneError(f"{file}: is not a file of this benchmark, so no run can be added. Choose another --output-dir.")
 
 
-def run_record(kind: str, date: str, rows: Sequence[Row]) -> dict[str, Any]:
-    return {"kind": kind, "date": date, "rows": [row.to_dict() for row in rows]}
-
-
-def as_document(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {"format": FORMAT, "runs": list(runs)}
+def as_document(earlier: Sequence[dict[str, Any]], kind: str, date: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """The earlier runs and this one."""
+    return {"format": FORMAT, "runs": [*earlier, {"kind": kind, "date": date, "rows": [row.to_dict() for row in rows]}]}
 
 
 # -- the chart

@@ -15,8 +15,7 @@ from ..core.files import write_atomically
 from ..methods.measures import Column
 from ..methods.registry import method_of
 from .figures import Figures
-from .grid import short, split
-from .report import COMMON, known_columns, value_of
+from .report import COMMON, known_columns, short, split, value_of
 
 
 def panels(saved: Saved, layers: Sequence[Figures]) -> list[Column]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -13,7 +14,6 @@ from ..methods.measures import Column
 from ..methods.registry import method_of
 from ..report.table import text_table
 from .figures import Figures
-from .grid import modules
 
 FORMAT = 1
 UNKNOWN = "–"
@@ -89,23 +89,16 @@ def _listed(names: list[str]) -> str:
 def table(saved: Saved, layers: Sequence[Figures]) -> str:
     """One line a layer, then the means of each kind of module."""
     columns = known_columns(saved, layers)
-    kinds = any(layer.kind for layer in layers)
-    head = ["layer", *(["kind"] if kinds else []), "weight", "r", *(c.head for c in columns)]
-    body = [
-        [
-            layer.path,
-            *([layer.kind or ""] if kinds else []),
-            "×".join(str(side or "?") for side in layer.shape),
-            str(layer.rank),
-            *(_written(value_of(layer, c), c) for c in columns),
-        ]
-        for layer in layers
-    ]
-    means = [
-        [f"mean of {len(group)} {name}", *([""] if kinds else []), "", "", *(_written(_mean(group, c), c) for c in columns)]
-        for name, group in modules(layers).items()
-        if len(group) > 1
-    ]
+    kinds = ["kind"] if any(layer.kind for layer in layers) else []
+    body, means = [], []
+    for layer in layers:
+        about = [layer.kind or "" for _ in kinds] + ["×".join(str(side or "?") for side in layer.shape), str(layer.rank)]
+        body.append([layer.path, *about, *(_written(value_of(layer, c), c) for c in columns)])
+    for name, group in modules(layers).items():
+        if len(group) > 1:
+            blank = ["" for _ in (*kinds, "weight", "r")]
+            means.append([f"mean of {len(group)} {name}", *blank, *(_written(_mean(group, c), c) for c in columns)])
+    head = ["layer", *kinds, "weight", "r", *(c.head for c in columns)]
     return text_table(head, body, means, left={"layer", "kind"})
 
 
@@ -148,3 +141,41 @@ def as_document(saved: Saved, base: BaseModel | None, layers: Sequence[Figures])
         "total": total(layers),
         "layers": {layer.path: layer.to_dict() for layer in layers},
     }
+
+
+# -- paths of modules as a grid: which layer of the model, and which module of it
+
+
+def split(paths: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Path -> layer and module, e.g. `model.layers.3.self_attn.q_proj` -> `model.layers.3`, `self_attn.q_proj`.
+
+    A layer ends in a number. Of several numbers, the one after which most paths go on alike; where that leaves a choice, the
+    first, so that modules keep their longest names. A path without a number has the layer "".
+    """
+    endings = Counter(module for path in paths for _, module in _ways(path))
+    return {path: max(_ways(path), key=lambda way: endings[way[1]], default=("", path)) for path in paths}
+
+
+def _ways(path: str) -> list[tuple[str, str]]:
+    parts = path.split(".")
+    cuts = [i for i, part in enumerate(parts[:-1], 1) if part.isdecimal()]
+    return [(".".join(parts[:i]), ".".join(parts[i:])) for i in cuts]
+
+
+def modules(layers: Sequence[Figures]) -> dict[str, list[Figures]]:
+    """Layers by the name of their module."""
+    out: dict[str, list[Figures]] = {}
+    where = split([layer.path for layer in layers])
+    for layer in layers:
+        out.setdefault(where[layer.path][1], []).append(layer)
+    return out
+
+
+def short(names: Iterable[str]) -> dict[str, str]:
+    """Layer -> its name without what all have in front, e.g. `model.layers.3` -> `3`."""
+    names = list(names)
+    parts = [name.split(".") for name in names if name]
+    common = 0
+    while parts and all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
+        common += 1
+    return {name: ".".join(name.split(".")[common:]) for name in names}
