@@ -135,8 +135,13 @@ def demo(methods: list[str], model: str | None, epochs: float, seed: int, output
     try:
         with console.status("Loading the pretrained model and the ratings"):
             task = Task.prepare(model, epochs, seed)
-        console.print(headline(task))
-        with progress(console) as bars:
+        console.print(
+            f"[bold]{escape(task.pretrained.name)}[/] learns how good or bad words are:\n"
+            f"{len(task.words):,} human ratings from VADER to train on, {len(task.held_out):,} held out; "
+            f"epochs {task.epochs:g}, seed {task.seed}\n"
+        )
+        columns = TextColumn("{task.description:<5}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+        with Progress(*columns, TextColumn("{task.fields[doing]}"), console=console) as bars:
             for name in methods:
                 results[name] = run_method(bars, task, name, output_dir)
                 keep(output_dir, results)
@@ -160,19 +165,6 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as e:
         raise HalotuneError(f"--output-dir {folder}: cannot be written: {e.strerror}. Choose another folder.") from e
-
-
-def headline(task: Task) -> str:
-    return (
-        f"[bold]{escape(task.pretrained.name)}[/] learns how good or bad words are:\n"
-        f"{len(task.words):,} human ratings from VADER to train on, {len(task.held_out):,} held out; "
-        f"epochs {task.epochs:g}, seed {task.seed}\n"
-    )
-
-
-def progress(console: Console) -> Progress:
-    columns = TextColumn("{task.description:<5}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    return Progress(*columns, TextColumn("{task.fields[doing]}"), console=console)
 
 
 def keep(output_dir: Path, results: dict[str, Record]) -> dict[str, Record]:

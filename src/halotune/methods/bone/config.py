@@ -68,17 +68,11 @@ class MissConfig(BlockConfig):
         super().check()
         self.require_share("miss_dropout")
         if self.mini_r < 1:
-            raise self.error(
-                "mini_r",
-                f"must be at least 1; got {self.mini_r}",
-                "Use a number of columns that divides the outputs, such as 1.",
-            )
+            remedy = "Use a number of columns that divides the outputs, such as 1."
+            raise self.error("mini_r", f"must be at least 1; got {self.mini_r}", remedy)
         if self.init_weights == "bat" and self.miss_dropout:
-            raise self.error(
-                "miss_dropout",
-                f'is not defined for init_weights="bat", which acts on the weight; got {self.miss_dropout}',
-                "Set it to 0, or use init_weights=True.",
-            )
+            found = f'is not defined for init_weights="bat", which acts on the weight; got {self.miss_dropout}'
+            raise self.error("miss_dropout", found, "Set it to 0, or use init_weights=True.")
 
 
 def as_miss(config: BoneConfig, tensors: dict[str, Tensor]) -> tuple[MissConfig, dict[str, Tensor]]:
