@@ -10,6 +10,7 @@ from torch import nn
 
 from ...core.adapter import Adapter
 from ...core.attention import Projection
+from ...core.base import Base
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError, warn
 from ...core.layer import AdaptedLayer
@@ -117,13 +118,7 @@ def _reading_weights(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> lis
     found: list[tuple[str, Adapter, str]] = []
     for path, (layer, adapter) in created.items():
         base = layer.base
-        if adapter.replaces_weight(base) and not base.opaque and not base.is_product():
-            raise HalotuneError(
-                f"{path}: {type(adapter).__name__} is a map on the weight itself, and this {type(base.module).__name__} "
-                "computes its weight from other parameters (weight_norm, spectral_norm, prune), or does more in a forward of "
-                "its own than multiply by it. Use a method that calls the layer as it is (low-rank deltas and rotations do), "
-                "or leave the layer out with exclude_modules."
-            )
+        _check_calls(path, base, adapter)
         if not (base.quantization and adapter.reads_weight(base)):
             continue
         if base.opaque:
@@ -140,6 +135,24 @@ def _reading_weights(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> lis
         f"{path}, {quantization}) are then dequantized, one at a time, in every forward and backward pass. Methods and ranks "
         "with low-rank factors call the layer as it is."
     ]
+
+
+def _check_calls(path: str, base: Base, adapter: Adapter) -> None:
+    """Refuse an adapter on a layer that does not do what it says, as far as this adapter needs it."""
+    if base.opaque:
+        return
+    replaces, reads = adapter.replaces_weight(base), adapter.reads_weight(base)
+    if (replaces or reads) and not base.is_product(written=replaces):
+        raise HalotuneError(
+            f"{path}: {type(adapter).__name__} is a map on the weight itself, and this {type(base.module).__name__} "
+            f"{base.does_more}. Use a method that calls the layer as it is (low-rank deltas and rotations do), or leave the "
+            "layer out with exclude_modules."
+        )
+    if not base.takes_weight and not base.quantization and (answer := base.unusual_output()):
+        raise HalotuneError(
+            f"{path}: this {type(base.module).__name__} {base.shape} {base.does_more}: it gives {answer}. Leave it out with "
+            "exclude_modules, or train it in full with modules_to_save."
+        )
 
 
 def _parameter_dtype(base: torch.dtype, autocast: bool) -> torch.dtype:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ...core.adapter import LowRank
-from ...core.base import is_parametrized
 from ...core.errors import HalotuneError, warn
 from ...core.layer import AdaptedLayer
 from ...core.merge_record import MergeRecord
@@ -72,7 +71,7 @@ def merge(
     layers = {path: layer for path, layer in adapted_layers(model).items() if _pending(layer, names)}
     for path, layer in layers.items():
         check_order(path, layer, _pending(layer, names))
-        check_storage(path, layer, as_float)
+        layer.base.require_mergeable(path, as_float is not None)
     if safe:
         for path, layer in layers.items():
             layer.check_finite(_pending(layer, names), path)
@@ -133,28 +132,6 @@ def check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:
         f"{path}: the active adapters apply in the order {waiting}, so merging {names} would change the result: the "
         f"merged ones come first. Merge {first}, or set another order with set_adapter."
     )
-
-
-def check_storage(path: str, layer: AdaptedLayer, as_float: torch.dtype | None) -> None:
-    """Refuse what is stored in a way that cannot be read, or not be written."""
-    base = layer.base
-    if base.opaque:
-        raise HalotuneError(
-            f"{path}: {base} can be called, but its weight cannot be read, so nothing can be merged into it. Nothing was "
-            "merged. Keep the adapter beside it, or load the base in floats to merge."
-        )
-    if is_parametrized(base.module) or not base.is_product():
-        raise HalotuneError(
-            f"{path}: this {type(base.module).__name__} computes its weight from other parameters (weight_norm, spectral_norm, "
-            "prune, a parametrization), or does more in a forward of its own than multiply by it, so a merged weight would be "
-            "lost. Nothing was merged. Make the weight a plain parameter first, for example with "
-            "torch.nn.utils.parametrize.remove_parametrizations, or keep the adapter beside it."
-        )
-    if as_float is None and not base.can_write:
-        raise HalotuneError(
-            f"{path}: {base} can be read, but not requantized here. Nothing was merged. Merge with "
-            "quantized='keep_float', which puts float layers instead of quantized ones."
-        )
 
 
 def _float_dtype(model: nn.Module) -> torch.dtype:
