@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 import torch
@@ -132,8 +131,7 @@ class Base(Operator):
                 y2 = self.module(x2)  # a weight that is computed in a call is fresh after it
                 W1 = W2 = self.weight()
                 if written and not self.quantization:
-                    spread = torch.linspace(-1, 1, W2.numel(), device=W2.device).view_as(W2)
-                    W1 = (W2 + spread * (W2.float().std(correction=0) or 1)).to(W2.dtype)
+                    W1 = (W2 + _drawn(W2.shape).to(W2.device) * (W2.float().std(correction=0) or 1)).to(W2.dtype)
                 y1 = self.module(x1) if W1 is W2 else self._called_with(x1, W1)
                 x1, x2, W1, W2, y1, y2 = (t.to(exact_dtype(t.dtype)) for t in (x1, x2, W1, W2, y1, y2))
                 expected = self.contract(self.pad(x1), W1) - self.contract(self.pad(x2), W2)
@@ -209,7 +207,9 @@ class Base(Operator):
         """Why a call is no plain product, for errors."""
         module = self.module
         if is_parametrized(module) or computes_weight(module):
-            return "computes its weight from other parameters (weight_norm, spectral_norm, prune, a parametrization)"
+            return (
+                "computes its weight from other parameters (weight_norm, spectral_norm, prune, a parametrization, a property)"
+            )
         if has_hooks(module):
             return "has hooks that change what goes in, what comes out or its weight"
         return "does more in a forward of its own than multiply by its weight"
@@ -252,7 +252,7 @@ class LinearLike(Base):
     """Bases that act on the last dimension of `x`."""
 
     def samples(self) -> list[Tensor]:
-        x = torch.linspace(-1, 1, self.shape.in_features)[None]
+        x = _drawn((1, self.shape.in_features))
         return [x, x[None]]  # a forward of its own may want a batch of sequences
 
     def pad(self, x: Tensor) -> Tensor:
@@ -281,14 +281,21 @@ _FORWARDS = frozenset(
 )
 
 
+def _drawn(size: Sequence[int]) -> Tensor:
+    """Normal numbers, the same each time."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
 def is_parametrized(module: nn.Module) -> bool:
     """Whether reading the module's weight computes it (`torch.nn.utils.parametrize`)."""
     return "weight" in getattr(module, "parametrizations", ())
 
 
 def computes_weight(module: nn.Module) -> bool:
-    """Whether a hook computes the weight at each call (`torch.nn.utils.weight_norm`, `spectral_norm`, `prune`)."""
-    return bool(module._forward_pre_hooks) and "weight" not in module._parameters and not is_parametrized(module)
+    """Whether a hook (`torch.nn.utils.weight_norm`, `spectral_norm`, `prune`) or the class computes the weight."""
+    if "weight" in module._parameters or is_parametrized(module):
+        return False
+    return bool(module._forward_pre_hooks) or (hasattr(type(module), "weight") and type(module.weight) is not nn.Parameter)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -309,7 +316,9 @@ def is_bare(module: nn.Module) -> bool:
 def runs_as_written(module: nn.Module) -> bool:
     """Whether a call is known to multiply by the weight and do nothing else, but for bringing tensors to their device."""
     kind = type(module)
-    if kind.forward.__module__ not in _FORWARDS or kind.__call__ is not nn.Module.__call__ or has_hooks(module):
+    if kind.forward.__module__ not in _FORWARDS or kind.__call__ is not nn.Module.__call__:
+        return False
+    if has_hooks(module) or computes_weight(module):
         return False
     if "forward" in module.__dict__ and not (is_offloaded(module) or only_places(module)):
         return False
@@ -346,7 +355,9 @@ class Linear(LinearLike):
         frozen = type(W) is nn.Parameter and not W.requires_grad and (b is None or not b.requires_grad)
         if not frozen or W.dtype is not dtype or W.is_meta:
             return None
-        return (W, b) if type(module).forward is nn.Linear.forward and is_bare(module) else None
+        kind = type(module)
+        usual = kind.forward is nn.Linear.forward and kind.__call__ is nn.Module.__call__
+        return (W, b) if usual and is_bare(module) else None
 
     def stored(self, W: Tensor) -> Tensor:
         return W
@@ -397,7 +408,7 @@ class Convolution(Base):
     def samples(self) -> list[Tensor]:
         m = self.module
         size = [m.in_channels, *(2 * d * k for d, k in zip(m.dilation, m.kernel_size, strict=True))]
-        return [torch.linspace(-1, 1, prod(size)).view(1, *size)]
+        return [_drawn((1, *size))]
 
     def _pads_first(self) -> bool:
         return self.module.padding_mode != "zeros" or isinstance(self.module.padding, str)
