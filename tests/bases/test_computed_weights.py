@@ -128,3 +128,38 @@ def test_a_forward_of_its_own_that_multiplies_by_the_weight_is_a_plain_one() -> 
     model, x = adapted(Written(12, 12), BAT), torch.randn(5, 12)
     y = model(x)
     torch.testing.assert_close(model.merge_and_unload()(x), y)
+
+
+class ReadOnly(nn.Parameter):
+    """Takes writes, and stays as it is."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is Tensor.copy_:
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_loss_that_rounding_does_not_explain_is_an_error(dtype: torch.dtype) -> None:
+    layer = nn.Linear(12, 12).to(dtype)
+    layer.weight = ReadOnly(layer.weight.detach(), requires_grad=False)
+    model = adapted(layer, CONFIGS["bone"])
+    with pytest.raises(HalotuneError, match=r"layer: the weight of this Linear was written.*lacks 100% of the adapter's delta"):
+        model.merge_adapter()
+    assert not model.merged_adapters
+
+
+@torch.no_grad()
+def test_memory_that_two_parameters_share_is_left_to_the_other() -> None:
+    """Tied by `.data`, as older code does it."""
+    model = nn.Sequential(OrderedDict(first=nn.Linear(6, 6), layer=nn.Linear(6, 6)))
+    model.layer.weight.data = model.first.weight.data
+    W, x = model.first.weight.clone(), torch.randn(3, 6)
+    with pytest.warns(UserWarning, match="layer shares its weight with first.weight"):
+        wrapped = randomize(halotune.get_peft_model(model, HRAConfig(r=2, target_modules=["layer"])))
+    y = wrapped(x)
+    with pytest.warns(UserWarning, match="layer shares its weight with another module"):
+        merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(merged(x), y)
+    assert torch.equal(merged.first.weight, W)

@@ -59,11 +59,12 @@ def is_attention(module: nn.Module | None) -> bool:
 
 
 def tied_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """Parameters that several modules share: id -> all their names."""
+    """Parameters, or memory, that several modules share: all their names, by where it lies."""
     names: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():  # each module once, though it may have two names
         for name, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
-            names.setdefault(id(p), []).append(name)
+            plain = type(p) is nn.Parameter and not p.is_meta and p.numel() > 0
+            names.setdefault(p.data_ptr() if plain else id(p), []).append(name)
     return {i: n for i, n in names.items() if len(n) > 1}
 
 

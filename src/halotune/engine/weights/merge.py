@@ -85,7 +85,9 @@ def merge(
             kept = keep or layer.base.quantization is not None  # few bits more, and a failure can be undone
             if kept:
                 done.append(layer)
-            report.layers[path] = layer.merge(_pending(layer, names), keep=kept, untie=path in tied, as_float=as_float)
+            record = layer.merge(_pending(layer, names), keep=kept, untie=path in tied, as_float=as_float)
+            _check_written(path, layer, record)
+            report.layers[path] = record
     except BaseException:
         for layer in done:
             layer.unmerge()
@@ -108,6 +110,18 @@ def _warn_of_loss(layers: list[AdaptedLayer], total: MergeRecord) -> None:
             f"merging into {layers[0].base.dtype} lost {total.lost:.0%} of the adapter's delta to rounding. Load the base in "
             "fp32 to merge without that loss."
         )
+
+
+def _check_written(path: str, layer: AdaptedLayer, record: MergeRecord) -> None:
+    """Refuse a loss that rounding does not explain: what was written is not what is read."""
+    base = layer.base
+    if base.quantization or not record.lost_norm > record.rounding(base.dtype):  # values that are not finite pass
+        return
+    raise HalotuneError(
+        f"{path}: the weight of this {type(base.module).__name__} was written, but what is read lacks {record.lost:.0%} of the "
+        f"adapter's delta, more than rounding to {base.dtype} can lose. Make it a plain parameter first, or keep the adapter "
+        "beside it."
+    )
 
 
 def unmerge(model: nn.Module) -> None:
