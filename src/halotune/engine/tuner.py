@@ -23,6 +23,7 @@ from .files.save import save_adapters
 from .forward.prepare import Scope
 from .injection.activation import activate, check_bias, enable, freeze, train_biases
 from .injection.default_targets import DEFAULT_TARGETS
+from .injection.first_pass import FirstPass
 from .injection.inject import inject
 from .injection.modules import adapted_layers, modules_to_save_wrappers, paths_in_state_dict, public_path
 from .injection.offloading import StayingAdapters
@@ -75,6 +76,7 @@ class AdapterModel(Wrapper):
         self._training_passes = 0
         self.staying = StayingAdapters(model)
         self.scope = Scope(model)
+        self.first_pass = FirstPass()
         configs = {adapter_name: peft_config} if isinstance(peft_config, AdapterConfig) else dict(peft_config)
         paths = None if state_dict is None else paths_in_state_dict(model, state_dict)
         flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -159,6 +161,7 @@ class AdapterModel(Wrapper):
             paths=paths,
         )
         self._changed()
+        self.first_pass.watch(self.model)
         if not self.peft_config:
             freeze(self.model)
         self.peft_config[adapter_name] = config = copy.copy(config)
@@ -348,6 +351,7 @@ class AdapterModel(Wrapper):
     def _remove_hooks(self) -> None:
         self.staying.remove()
         self.scope.remove()
+        self.first_pass.remove(self.model)
 
 
 @lru_cache
