@@ -109,7 +109,7 @@ class PeftModel(Wrapper):
         """The base's own arguments; and `adapter_names`, one per sample of the batch, `"__base__"` for none."""
         if adapter_names is None:
             return self.base_model(*args, **kwargs)
-        with per_sample(self, adapter_names, self._batch_size(args, kwargs)):
+        with per_sample(self.get_base_model(), adapter_names, self._batch_size(args, kwargs)):
             return self.base_model(*args, **kwargs)
 
     def _batch_size(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
@@ -126,7 +126,7 @@ class PeftModel(Wrapper):
         generate: Any = self.get_base_model().generate
         if adapter_names is None:
             return generate(*args, **kwargs)
-        with per_sample(self, adapter_names, self._batch_size(args, kwargs)):
+        with per_sample(self.get_base_model(), adapter_names, self._batch_size(args, kwargs)):
             return generate(*args, **kwargs)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:

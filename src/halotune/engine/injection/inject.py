@@ -161,7 +161,7 @@ def _parameter_dtype(base: torch.dtype, autocast: bool) -> torch.dtype:
 
 
 def _warn_if_tied(model: nn.Module, paths: list[str]) -> None:
-    shared = {n: others for others in tied_parameters(model).values() for n in others}
+    shared = {n: others for others in tied_parameters(model) for n in others}
     for path in paths:
         for key in (f"{path}.weight", f"{path}.base_layer.weight"):
             others = [n for n in shared.get(key, []) if n != key]

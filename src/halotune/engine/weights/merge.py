@@ -75,7 +75,7 @@ def merge(
     if safe:
         for path, layer in layers.items():
             layer.check_finite(_pending(layer, names), path)
-    shared = {n for others in tied_parameters(model).values() for n in others}
+    shared = {n for others in tied_parameters(model) for n in others}
     tied = {path for path in layers if f"{path}.base_layer.weight" in shared}
     report, done = MergeReport(), []
     try:
