@@ -163,3 +163,35 @@ def test_memory_that_two_parameters_share_is_left_to_the_other() -> None:
         merged = wrapped.merge_and_unload()
     torch.testing.assert_close(merged(x), y)
     assert torch.equal(merged.first.weight, W)
+
+
+@pytest.mark.parametrize("change", ["prune", "weight_norm", "parametrization"])
+def test_a_weight_that_is_computed_since_the_merge_is_not_put_back(change: str) -> None:
+    """Else it would be written where nobody reads it."""
+    layer, x = nn.Linear(12, 12), torch.randn(5, 12)
+    W, model = layer.weight.detach().clone(), adapted(layer, CONFIGS["hra"])
+    with torch.no_grad():
+        y = model(x)
+    model.merge_adapter()
+    if change == "parametrization":
+        parametrize.register_parametrization(layer, "weight", nn.Identity())
+    else:
+        HOOKS[change](layer)
+    for undo in (model.unmerge_adapter, model.unload, lambda: model.delete_adapter("default")):
+        with pytest.raises(HalotuneError, match=r"^layer: since adapters were merged into it.*cannot be put back"):
+            undo()
+    if change == "parametrization":
+        parametrize.remove_parametrizations(layer, "weight")
+        model.unmerge_adapter()
+        assert torch.equal(layer.weight, W)
+        torch.testing.assert_close(model(x), y)
+
+
+def test_deltas_that_depend_on_a_weight_that_is_not_applied_are_not_exported(tmp_path) -> None:
+    """A low-rank delta is the same for any weight; a rotation's is not."""
+    adapted(Quarter(12, 12), CONFIGS["bone"]).export("lora", tmp_path / "bone")
+    with pytest.raises(HalotuneError, match=r"Quarter: the delta of HRA depends on the weight"):
+        adapted(Quarter(12, 12), CONFIGS["hra"]).export("lora", tmp_path / "hra")
+    model = adapted(Quarter(12, 12), CONFIGS["hra"])
+    with pytest.raises(HalotuneError, match=r"layer: the delta of HRA depends on the weight"):
+        model.add_weighted_adapter(["default"], [1.0], "b", "lora")

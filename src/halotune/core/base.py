@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from .offload import Overlay, is_offloaded, offload_hook, only_places
 from .operator import Operator, WeightShape, add_to
 from .precision import exact_dtype
 from .weight_form import Matrix
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 
 class Base(Operator):
@@ -200,6 +203,27 @@ class Base(Operator):
             raise HalotuneError(
                 f"{where}: {self} can be read, but not requantized here. Nothing was merged. Merge with "
                 "quantized='keep_float', which puts float layers instead of quantized ones."
+            )
+
+    @torch.no_grad()
+    def require_known(self, where: str, adapters: Sequence[Adapter]) -> None:
+        """Refuse to give the deltas of these adapters as factors, if they depend on a weight that a call does not apply."""
+        if self.opaque or self.is_product(written=False):
+            return
+        for a in adapters:
+            unknown = torch.full((self.shape.out_features, self.shape.in_features), torch.nan).to(next(a.parameters()))
+            if (found := a.factors(unknown)) is None or not all(torch.isfinite(f).all() for f in found):
+                raise HalotuneError(
+                    f"{where}: the delta of {type(a).__name__} depends on the weight, and this {type(self.module).__name__} "
+                    f"{self.does_more}, so no factors give the same outputs. Keep the adapter as it is."
+                )
+
+    def require_stored(self, where: str) -> None:
+        """Refuse to put a weight back where it would be computed anew."""
+        if not self.quantization and (is_parametrized(self.module) or computes_weight(self.module)):
+            raise HalotuneError(
+                f"{where}: since adapters were merged into it, this {type(self.module).__name__} {self.does_more}, so its "
+                "weight cannot be put back. Undo that first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove …)."
             )
 
     @property

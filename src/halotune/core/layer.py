@@ -181,6 +181,7 @@ class AdaptedLayer(TunerLayer, Wrapper):
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit."""
         if self._original is not None:
+            self.base.require_stored(type(self.base_layer).__name__)
             module, parameter, snapshot = self._original
             self._put(module)
             if snapshot is None:

@@ -72,11 +72,8 @@ def inject(
                 adapter = method.create(base.shape, config.at(path))
             except HalotuneError as e:
                 raise HalotuneError(f"{path}: {e}") from e
-        if adapter.dropout and is_attention(modules.get(path.rpartition(".")[0])):
-            raise HalotuneError(
-                f"{path}: the projections of torch.nn.MultiheadAttention are adapted as weights, where dropout is not defined; "
-                f"got {adapter.dropout:g}. Set the dropout to 0, or leave the module out with exclude_modules."
-            )
+        if is_attention(modules.get(path.rpartition(".")[0])):
+            _check_projection(path, base, adapter)
         created[path] = layer, adapter.to(_parameter_dtype(base.dtype, autocast_adapter_dtype))
     reading = _reading_weights(created)
     if not low_cpu_mem_usage:
@@ -135,6 +132,20 @@ def _reading_weights(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> lis
         f"{path}, {quantization}) are then dequantized, one at a time, in every forward and backward pass. Methods and ranks "
         "with low-rank factors call the layer as it is."
     ]
+
+
+def _check_projection(path: str, base: Base, adapter: Adapter) -> None:
+    """Attention is run with other weights in the place of its own."""
+    if adapter.dropout:
+        raise HalotuneError(
+            f"{path}: the projections of torch.nn.MultiheadAttention are adapted as weights, where dropout is not defined; "
+            f"got {adapter.dropout:g}. Set the dropout to 0, or leave the module out with exclude_modules."
+        )
+    if not isinstance(base.parameter, nn.Parameter):
+        raise HalotuneError(
+            f"{path}: the projections of torch.nn.MultiheadAttention are adapted as weights, and this one is computed from "
+            "other parameters. Make it a plain parameter first, or leave the module out with exclude_modules."
+        )
 
 
 def _check_calls(path: str, base: Base, adapter: Adapter) -> None:

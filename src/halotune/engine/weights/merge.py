@@ -126,6 +126,9 @@ def _check_written(path: str, layer: AdaptedLayer, record: MergeRecord) -> None:
 
 def unmerge(model: nn.Module) -> None:
     """Put back every weight that a merge changed."""
+    for path, layer in adapted_layers(model).items():
+        if layer.merged:
+            layer.base.require_stored(path)
     for layer in adapted_layers(model).values():
         layer.unmerge()
     _retie(model)
