@@ -94,6 +94,24 @@ def test_a_second_adapter_watches_its_own_layers() -> None:
     assert not hooks(model)
 
 
+def test_an_adapter_that_is_taken_out_is_not_missed() -> None:
+    model, x = adapted(Reader(), ["out"]), torch.randn(2, 6)
+    model.add_adapter("b", HRAConfig(r=2, target_modules=["kernel"]))
+    model.delete_adapter("b")
+    model(x)
+    model.add_adapter("b", HRAConfig(r=2, target_modules=["kernel"]))
+    with pytest.warns(UserWarning, match="^kernel: not called"):
+        model(x)
+
+
+def test_an_adapter_that_is_put_in_again_is_watched_again() -> None:
+    model, x = adapted(Reader(), ["out"]), torch.randn(2, 6)
+    model.delete_adapter("default")
+    model.add_adapter("default", HRAConfig(r=2, target_modules=["out"]))
+    model(x)
+    assert not hooks(model)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"right": True}, {"checkpointed": True}], ids=str)
 def test_a_part_that_does_not_run_is_legitimate(kwargs: dict) -> None:
     adapted(Branches())(torch.randn(2, 6), **kwargs)

@@ -223,7 +223,7 @@ class Base(Operator):
         if not self.quantization and (is_parametrized(self.module) or computes_weight(self.module)):
             raise HalotuneError(
                 f"{where}: since adapters were merged into it, this {type(self.module).__name__} {self.does_more}, so its "
-                "weight cannot be put back. Undo that first (torch.nn.utils.parametrize.remove_parametrizations, prune.remove …)."
+                "weight cannot be put back. Undo that first (parametrize.remove_parametrizations, prune.remove …)."
             )
 
     @property

@@ -38,7 +38,6 @@ class FirstPass:
     """Watches layers until the first pass of the model after they were adapted is over. Afterwards no hook is left."""
 
     def __init__(self) -> None:
-        self.watched: set[str] = set()
         self.holders: dict[str, str] = {}  # path of a layer -> that of the module that holds it
         self.called: set[str] = set()
         self.compiled = 0
@@ -46,10 +45,12 @@ class FirstPass:
     def watch(self, model: nn.Module) -> None:
         """Watch the adapted layers that were not watched before."""
         modules = dict(model.named_modules())
-        new = {p: _holder(p, modules) for p in adapted_layers(model) if p not in self.watched}
-        self.watched.update(new)
+        layers = {p: vars(layer) for p, layer in adapted_layers(model).items()}
+        new = {p: _holder(p, modules) for p, own in layers.items() if not own.get("watched")}
+        for path in new:
+            layers[path]["watched"] = True
         new = {p: holder for p, holder in new.items() if not is_attention(modules[holder])}  # its layers are read as weights
-        for path in {*new, *new.values()} - {*self.holders, *self.holders.values()}:
+        for path in {*new, *(set(new.values()) - set(self.holders.values()))}:
             Note(self, path, modules[path])
         if new and not self.holders:
             model.register_forward_hook(self.end)
@@ -60,7 +61,8 @@ class FirstPass:
         """The hook after a pass of the model."""
         if torch.compiler.is_compiling() or not self.holders:
             return
-        missed = [p for p, holder in self.holders.items() if p not in self.called and holder in self.called]
+        there = adapted_layers(model)
+        missed = [p for p, holder in self.holders.items() if p in there and p not in self.called and holder in self.called]
         known = _compiled_frames() == self.compiled and not any(_is_compiled(m) for m in model.modules())
         self.remove(model)
         if missed and known:  # compiled code notes nothing
