@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from .errors import HalotuneError
 from .offload import Overlay, is_offloaded, offload_hook, only_places
 from .operator import Operator, WeightShape, add_to
-from .precision import exact_dtype
+from .prepared import exact_dtype
 from .weight_form import Matrix
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ class FirstPass:
     def __init__(self) -> None:
         self.holders: dict[str, str] = {}  # path of a layer -> that of the module that holds it
         self.called: set[str] = set()
-        self.compiled = 0
+        self.key = self.compiled = 0
 
     def watch(self, model: nn.Module) -> None:
         """Watch the adapted layers that were not watched before."""
@@ -53,13 +53,13 @@ class FirstPass:
         for path in {*new, *(set(new.values()) - set(self.holders.values()))}:
             Note(self, path, modules[path])
         if new and not self.holders:
-            model.register_forward_hook(self.end)
+            self.key = model.register_forward_hook(self.end).id
             self.compiled = _compiled_frames()
         self.holders.update(new)
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """The hook after a pass of the model."""
-        if torch.compiler.is_compiling() or not self.holders:
+        if torch.compiler.is_compiling() or model._forward_hooks.pop(self.key, None) is None:  # another thread was first
             return
         there = adapted_layers(model)
         missed = [p for p, holder in self.holders.items() if p in there and p not in self.called and holder in self.called]
