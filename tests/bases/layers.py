@@ -238,6 +238,9 @@ class Case:
         """What may become of it."""
         everything = {self.kind, *self.before, *self.after}
         results = {"right and merged"}
+        W: Any = self.make().weight
+        if self.method in ("bat", "oft") and W[0].numel() % 4:  # their blocks do not divide it
+            results |= {"refused at wrapping"}
         if not everything <= PRODUCTS:
             results |= {"right, merging refused"}
             on_weights = self.method in ("bat",) or (self.method[:3] in ("hra", "oft") and not self.shape.startswith("Linear"))
