@@ -42,7 +42,7 @@ class AdaptedModel(Wrapper):
         """The base's own arguments; and `adapter_names`, one per sample of the batch, `"__base__"` for none."""
         wrapped: Any = self._modules[self._wraps]
         if adapter_names is not None:
-            with per_sample(self, adapter_names, self._batch_size(args, kwargs)):
+            with per_sample(self.get_base_model(), adapter_names, self._batch_size(args, kwargs)):
                 return self.forward(*args, **kwargs)
         try:
             return wrapped(*args, **kwargs)

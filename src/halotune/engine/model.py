@@ -109,7 +109,7 @@ class PeftModel(AdaptedModel):
         generate: Any = self.get_base_model().generate
         if adapter_names is None:
             return generate(*args, **kwargs)
-        with per_sample(self, adapter_names, self._batch_size(args, kwargs)):
+        with per_sample(self.get_base_model(), adapter_names, self._batch_size(args, kwargs)):
             return generate(*args, **kwargs)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:

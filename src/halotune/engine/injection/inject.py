@@ -10,6 +10,7 @@ from torch import nn
 
 from ...core.adapter import Adapter
 from ...core.attention import Projection
+from ...core.base import Base
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError, warn
 from ...core.layer import AdaptedLayer
@@ -71,11 +72,8 @@ def inject(
                 adapter = method.create(base.shape, config.at(path))
             except HalotuneError as e:
                 raise HalotuneError(f"{path}: {e}") from e
-        if adapter.dropout and is_attention(modules.get(path.rpartition(".")[0])):
-            raise HalotuneError(
-                f"{path}: the projections of torch.nn.MultiheadAttention are adapted as weights, where dropout is not defined; "
-                f"got {adapter.dropout:g}. Set the dropout to 0, or leave the module out with exclude_modules."
-            )
+        if is_attention(modules.get(path.rpartition(".")[0])):
+            _check_projection(path, base, adapter)
         created[path] = layer, adapter.to(_parameter_dtype(base.dtype, autocast_adapter_dtype))
     reading = _reading_weights(created)
     if not low_cpu_mem_usage:
@@ -117,13 +115,7 @@ def _reading_weights(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> lis
     found: list[tuple[str, Adapter, str]] = []
     for path, (layer, adapter) in created.items():
         base = layer.base
-        if adapter.replaces_weight(base) and not base.opaque and not base.is_product():
-            raise HalotuneError(
-                f"{path}: {type(adapter).__name__} is a map on the weight itself, and this {type(base.module).__name__} "
-                "computes its weight from other parameters (weight_norm, spectral_norm, prune), or does more in a forward of "
-                "its own than multiply by it. Use a method that calls the layer as it is (low-rank deltas and rotations do), "
-                "or leave the layer out with exclude_modules."
-            )
+        _check_calls(path, base, adapter)
         if not (base.quantization and adapter.reads_weight(base)):
             continue
         if base.opaque:
@@ -142,13 +134,45 @@ def _reading_weights(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> lis
     ]
 
 
+def _check_projection(path: str, base: Base, adapter: Adapter) -> None:
+    """Attention is run with other weights in the place of its own."""
+    if adapter.dropout:
+        raise HalotuneError(
+            f"{path}: the projections of torch.nn.MultiheadAttention are adapted as weights, where dropout is not defined; "
+            f"got {adapter.dropout:g}. Set the dropout to 0, or leave the module out with exclude_modules."
+        )
+    if not isinstance(base.parameter, nn.Parameter):
+        raise HalotuneError(
+            f"{path}: the projections of torch.nn.MultiheadAttention are adapted as weights, and this one is computed from "
+            "other parameters. Make it a plain parameter first, or leave the module out with exclude_modules."
+        )
+
+
+def _check_calls(path: str, base: Base, adapter: Adapter) -> None:
+    """Refuse an adapter on a layer that does not do what it says, as far as this adapter needs it."""
+    if base.opaque:
+        return
+    replaces, reads = adapter.replaces_weight(base), adapter.reads_weight(base)
+    if (replaces or reads) and not base.is_product(written=replaces):
+        raise HalotuneError(
+            f"{path}: {type(adapter).__name__} is a map on the weight itself, and this {type(base.module).__name__} "
+            f"{base.does_more}. Use a method that calls the layer as it is (low-rank deltas and rotations do), or leave the "
+            "layer out with exclude_modules."
+        )
+    if not base.takes_weight and not base.quantization and (answer := base.unusual_output()):
+        raise HalotuneError(
+            f"{path}: this {type(base.module).__name__} {base.shape} {base.does_more}: it gives {answer}. Leave it out with "
+            "exclude_modules, or train it in full with modules_to_save."
+        )
+
+
 def _parameter_dtype(base: torch.dtype, autocast: bool) -> torch.dtype:
     half = base in (torch.float16, torch.bfloat16)
     return base if base in (torch.float32, torch.float64) or (half and not autocast) else torch.float32
 
 
 def _warn_if_tied(model: nn.Module, paths: list[str]) -> None:
-    shared = {n: others for others in tied_parameters(model).values() for n in others}
+    shared = {n: others for others in tied_parameters(model) for n in others}
     for path in paths:
         for key in (f"{path}.weight", f"{path}.base_layer.weight"):
             others = [n for n in shared.get(key, []) if n != key]

@@ -58,13 +58,14 @@ def is_attention(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.MultiheadAttention, AdaptedAttention))
 
 
-def tied_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """Parameters that several modules share: id -> all their names."""
+def tied_parameters(model: nn.Module) -> list[list[str]]:
+    """Parameters, or memory, that several modules share: all names of each."""
     names: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():  # each module once, though it may have two names
         for name, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
-            names.setdefault(id(p), []).append(name)
-    return {i: n for i, n in names.items() if len(n) > 1}
+            plain = type(p) is nn.Parameter and not p.is_meta and p.numel() > 0
+            names.setdefault(p.data_ptr() if plain else id(p), []).append(name)
+    return [n for n in names.values() if len(n) > 1]
 
 
 def paths_in_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:

@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from ...core.base import is_parametrized
 from ...core.errors import HalotuneError, warn
 from ...core.kinds import LowRank
 from ...core.layer import AdaptedLayer
@@ -72,11 +71,11 @@ def merge(
     layers = {path: layer for path, layer in adapted_layers(model).items() if _pending(layer, names)}
     for path, layer in layers.items():
         check_order(path, layer, _pending(layer, names))
-        check_storage(path, layer, as_float)
+        layer.base.require_mergeable(path, as_float is not None)
     if safe:
         for path, layer in layers.items():
             layer.check_finite(_pending(layer, names), path)
-    shared = {n for others in tied_parameters(model).values() for n in others}
+    shared = {n for others in tied_parameters(model) for n in others}
     tied = {path for path in layers if f"{path}.base_layer.weight" in shared}
     report, done = MergeReport(), []
     try:
@@ -86,7 +85,9 @@ def merge(
             kept = keep or layer.base.quantization is not None  # few bits more, and a failure can be undone
             if kept:
                 done.append(layer)
-            report.layers[path] = layer.merge(_pending(layer, names), keep=kept, untie=path in tied, as_float=as_float)
+            record = layer.merge(_pending(layer, names), keep=kept, untie=path in tied, as_float=as_float)
+            _check_written(path, layer, record)
+            report.layers[path] = record
     except BaseException:
         for layer in done:
             layer.unmerge()
@@ -111,8 +112,23 @@ def _warn_of_loss(layers: list[AdaptedLayer], total: MergeRecord) -> None:
         )
 
 
+def _check_written(path: str, layer: AdaptedLayer, record: MergeRecord) -> None:
+    """Refuse a loss that rounding does not explain: what was written is not what is read."""
+    base = layer.base
+    if base.quantization or not record.lost_norm > record.rounding(base.dtype):  # values that are not finite pass
+        return
+    raise HalotuneError(
+        f"{path}: the weight of this {type(base.module).__name__} was written, but what is read lacks {record.lost:.0%} of the "
+        f"adapter's delta, more than rounding to {base.dtype} can lose. Make it a plain parameter first, or keep the adapter "
+        "beside it."
+    )
+
+
 def unmerge(model: nn.Module) -> None:
     """Put back every weight that a merge changed."""
+    for path, layer in adapted_layers(model).items():
+        if layer.merged:
+            layer.base.require_stored(path)
     for layer in adapted_layers(model).values():
         layer.unmerge()
     _retie(model)
@@ -133,28 +149,6 @@ def check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:
         f"{path}: the active adapters apply in the order {waiting}, so merging {names} would change the result: the "
         f"merged ones come first. Merge {first}, or set another order with set_adapter."
     )
-
-
-def check_storage(path: str, layer: AdaptedLayer, as_float: torch.dtype | None) -> None:
-    """Refuse what is stored in a way that cannot be read, or not be written."""
-    base = layer.base
-    if base.opaque:
-        raise HalotuneError(
-            f"{path}: {base} can be called, but its weight cannot be read, so nothing can be merged into it. Nothing was "
-            "merged. Keep the adapter beside it, or load the base in floats to merge."
-        )
-    if is_parametrized(base.module) or not base.is_product():
-        raise HalotuneError(
-            f"{path}: this {type(base.module).__name__} computes its weight from other parameters (weight_norm, spectral_norm, "
-            "prune, a parametrization), or does more in a forward of its own than multiply by it, so a merged weight would be "
-            "lost. Nothing was merged. Make the weight a plain parameter first, for example with "
-            "torch.nn.utils.parametrize.remove_parametrizations, or keep the adapter beside it."
-        )
-    if as_float is None and not base.can_write:
-        raise HalotuneError(
-            f"{path}: {base} can be read, but not requantized here. Nothing was merged. Merge with "
-            "quantized='keep_float', which puts float layers instead of quantized ones."
-        )
 
 
 def _float_dtype(model: nn.Module) -> torch.dtype:
