@@ -348,7 +348,7 @@ class PeftModel(Wrapper):
             selected_adapters=selected_adapters,
             save_embedding_layers=save_embedding_layers,
             is_main_process=is_main_process,
-            state_dict=None if state_dict is None else {k.removeprefix("base_model."): t for k, t in state_dict.items()},
+            state_dict=state_dict,
             peft_type=peft_type,
             bone_as_miss=bone_as_miss,
         )

@@ -14,8 +14,10 @@ from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.files import WEIGHTS_NAME
 from ...methods.registry import method_of, under_alias
+from ..injection.modules import unwrapped
 from .card import CARD_NAME, write_card
-from .state_dict import get_peft_model_state_dict, write_tensors
+from .keys import check_readable
+from .state_dict import adapter_tensors, write_tensors
 
 if TYPE_CHECKING:
     from ..tuner import AdapterModel
@@ -65,9 +67,11 @@ def save_adapter(
 ) -> None:
     """Write one adapter into the folder itself, under the alias `peft_type` of its method if it has that one."""
     tuner.staying.bring()
-    found = get_peft_model_state_dict(tuner, state_dict, name, save_embedding_layers=save_embedding_layers)
-    tensors = {f"base_model.{key}": t for key, t in found.items()}
     config = written_config(tuner, name)
+    found, beside = adapter_tensors(tuner, name, state_dict or None, save_embedding_layers)  # Trainers pass empty ones, too
+    tensors = check_readable(
+        tuner.model, config, {f"base_model.{key}": t for key, t in found.items()}, {f"base_model.{key}" for key in beside}
+    )
     if peft_type is not None and method_of(peft_type).peft_type in method_of(config.peft_type).aliases:
         config, tensors = under_alias(config, tensors, peft_type)
     write_adapter(folder, config, tensors)
@@ -87,7 +91,7 @@ def written_config(tuner: AdapterModel, name: str) -> AdapterConfig:
     config = copy.copy(tuner.peft_config[name])
     config.inference_mode = True
     if config.task_type is None and config.auto_mapping is None:
-        base = type(tuner.model)
+        base = type(unwrapped(tuner.model))
         config.auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
     return config
 
