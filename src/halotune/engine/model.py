@@ -31,7 +31,7 @@ from .files.save import parameter_count
 from .files.state_dict import set_peft_model_state_dict
 from .injection.activation import per_sample
 from .injection.in_place import add_in_place
-from .injection.modules import adapted_layers, paths_in_state_dict
+from .injection.modules import adapted_layers, paths_in_state_dict, unwrapped
 from .injection.resolve import task_heads
 from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .tuner import AdapterModel, tuner_class
@@ -62,7 +62,7 @@ class PeftModel(Wrapper):
         if "_public" in cls.__dict__:  # made below already: replicas call it without a model
             return super().__new__(cls)
         model = args[0] if args else kwargs.get("model")
-        return super().__new__(_class_for(_public(cls), type(model), register_external_types()))  # type: ignore[arg-type]
+        return super().__new__(_class_for(_public(cls), type(unwrapped(model)), register_external_types()))  # type: ignore[arg-type]
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class PeftModel(Wrapper):
         return next((t.shape[0] for t in inputs if isinstance(t, Tensor) and t.dim()), None)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class with the base's signature is made at run time
-        return _blank, (_public(type(self)), type(self.get_base_model())), self.__dict__
+        return _blank, (_public(type(self)), type(unwrapped(self.get_base_model()))), self.__dict__
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate with the active adapters, or with one per sample; the base's own arguments."""

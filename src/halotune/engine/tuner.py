@@ -29,7 +29,7 @@ from .injection.offloading import StayingAdapters
 from .injection.surgery import eject, remove
 from .training import penalty, warn_if_penalty_unused
 from .weights.combine import combine
-from .weights.merge import MergeReport, Requantize, merge, unmerge
+from .weights.merge import MergeReport, Requantize, merge, unmerge, untie_copies
 
 if TYPE_CHECKING:
     from ..export.lora import ExportReport
@@ -332,6 +332,7 @@ class AdapterModel(Wrapper):
         self.merge_report = merge(self.model, names, keep=False, safe=safe_merge, progressbar=progressbar, quantized=quantized)
         for wrapper in modules_to_save_wrappers(self.model).values():
             wrapper.active_adapters, wrapper.enabled = [n for n in names if n in wrapper.modules_to_save], True
+        untie_copies(self.model)
         return self._release(trained=True)
 
     def unload(self) -> nn.Module:
@@ -342,6 +343,7 @@ class AdapterModel(Wrapper):
     def _release(self, *, trained: bool) -> nn.Module:
         eject(self.model, trained=trained)
         self._remove_hooks()
+        self.model.__dict__.pop("_halotune_untied", None)
         self.peft_config, self.active_adapters = {}, []
         return self.model
 

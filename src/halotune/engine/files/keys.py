@@ -80,12 +80,17 @@ def embedding_keys(model: nn.Module, state_keys: Iterable[str]) -> list[str]:
     return [k for k in state_keys if k in wanted]
 
 
+def plain_key(key: str) -> str:
+    """A key without what torch's wrappers put into it."""
+    return _WRAPPERS.sub("", key)
+
+
 def under_own_names(given: Mapping[str, Tensor], wanted: Collection[str]) -> Mapping[str, Tensor]:
     """Given tensors under a model's plain names: what wrappers put into their names is taken off, and of the prefixes of a
     PeftModel, an AdapterModel and a bare module the one is taken under which most of the wanted names are found.
     """
     best, most = given, sum(key in given for key in wanted)
-    bare = {_WRAPPERS.sub("", key): t for key, t in given.items()}
+    bare = {plain_key(key): t for key, t in given.items()}
     for named in (bare, {_PARALLEL.sub("", key): t for key, t in bare.items()}):
         for old in _PREFIXES:
             for new in _PREFIXES:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...core.config import AdapterConfig
 from ...core.errors import AdapterFileError, HalotuneError, warn
 from ..injection.modules import adapted_layers, plain_modules, unwrapped
-from .keys import adapter_keys, bias_keys, embedding_keys, held_tensors, under_own_names
+from .keys import adapter_keys, bias_keys, embedding_keys, held_tensors, plain_key, under_own_names
 
 
 class LoadResult(NamedTuple):
@@ -131,24 +131,18 @@ def set_peft_model_state_dict(
         AdapterFileError: missing, extra, misshapen or non-finite tensors.
     """
     model = unwrapped(model)
-    config = config_of(model, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in adapted_layers(model).values()):
         raise HalotuneError(
             f"adapter {adapter_name!r} is merged into the weights, which new tensors would not change. Call "
             "unmerge_adapter() first."
         )
-    tensors = _dropping_ignored(dict(peft_model_state_dict))
     state = held_tensors(model, keep_vars=True)
-    expected = adapter_keys(model, adapter_name)
-    biases = {k: k for k in bias_keys(model, state, adapter_name, config.bias)}
-    optional = {k: k for k in embedding_keys(model, state)}
-    tensors = dict(under_own_names(tensors, expected))
-    _check_keys(tensors, expected, biases, optional, file)
-    targets = {**optional, **biases, **expected}
+    tensors, targets = _placed(model, peft_model_state_dict, adapter_name, state, file)
     for key in list(tensors):
         if not _fits(key, tensors[key], state[targets[key]], ignore_mismatched_sizes, file):
             del tensors[key]
-    _warn_of_changed_embeddings({k: t for k, t in tensors.items() if k in optional}, state, file)
+    embeddings = set(embedding_keys(model, state)) - adapter_keys(model, adapter_name).keys()
+    _warn_of_changed_embeddings({k: t for k, t in tensors.items() if k in embeddings}, state, file)
     modules = dict(plain_modules(model))
     for key, tensor in tensors.items():
         _assign(modules, targets[key], tensor, replace=low_cpu_mem_usage or keep_dtype, keep_dtype=keep_dtype)
@@ -156,7 +150,30 @@ def set_peft_model_state_dict(
     return LoadResult([], [])
 
 
-def _dropping_ignored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def keys_in_model(
+    model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """An adapter's tensors, checked, and for each of their keys that of the model's own state dict."""
+    inner = unwrapped(model)
+    checked, targets = _placed(inner, tensors, adapter_name, held_tensors(inner), "the state dict")
+    stored = [f"{path}.{k}" for path, m in model.named_modules(remove_duplicate=False) for k in (*m._parameters, *m._buffers)]
+    own = {plain_key(key): key for key in stored}
+    return checked, {key: own.get(at, at) for key, at in targets.items()}
+
+
+def _placed(
+    model: nn.Module, given: Mapping[str, Tensor], name: str, state: Mapping[str, Tensor], file: str | PathLike[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors under a file's keys, checked to be those of this adapter; and for each key that of the state dict."""
+    expected = adapter_keys(model, name)
+    biases = {k: k for k in bias_keys(model, state, name, config_of(model, name).bias)}
+    optional = {k: k for k in embedding_keys(model, state)}
+    tensors = dict(under_own_names(_dropping_ignored(given), expected))
+    _check_keys(tensors, expected, biases, optional, file)
+    return tensors, {**optional, **biases, **expected}
+
+
+def _dropping_ignored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """peft's bias="all" also writes biases of the originals of `modules_to_save`, which never run."""
     return {k: t for k, t in tensors.items() if ".original_module." not in k}
 

@@ -15,7 +15,7 @@ from ...core.base import is_parametrized
 from ...core.errors import HalotuneError, warn
 from ...core.layer import AdaptedLayer
 from ...core.merge_record import MergeRecord
-from ..injection.modules import adapted_layers, tied_parameters
+from ..injection.modules import adapted_layers, modules_to_save_wrappers, tied_parameters
 
 T = TypeVar("T")
 
@@ -169,15 +169,26 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
 
 def _untie(model: nn.Module, path: str, keep: bool) -> None:
     warn(f"{path} shares its weight with another module; the merge gives it a weight of its own, and the other stays as it is.")
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # type: ignore[union-attr]  # else the next tie_weights() undoes the merge
-        model.__dict__["_halotune_untied"] = keep  # not on the configuration, which is written to files
+    held = [c for m in model.modules() if (c := getattr(m, "config", None)) is not None]
+    tying = [c for c in held if getattr(c, "tie_word_embeddings", False)]
+    for config in tying:  # of every part of the model, else the next tie_weights(), or a reader of the file, undoes the merge
+        config.tie_word_embeddings = False
+    if tying:
+        model.__dict__["_halotune_untied"] = tying if keep else []  # not on a configuration, which is written to files
+
+
+def untie_copies(model: nn.Module) -> None:
+    """Say in the model's configuration that a trained copy, which stays for good, has a weight of its own."""
+    shared = {n for others in tied_parameters(model).values() for n in others}
+    for path, wrapper in modules_to_save_wrappers(model).items():
+        own = wrapper.original_module
+        if wrapper.current is not own and any(f"{path}.original_module.{n}" in shared for n, _ in own.named_parameters()):
+            _untie(model, path, keep=False)
 
 
 def _retie(model: nn.Module) -> None:
-    if model.__dict__.pop("_halotune_untied", False):
-        model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+    for config in model.__dict__.pop("_halotune_untied", ()):
+        config.tie_word_embeddings = True
 
 
 def _with_progress(items: Iterable[T], show: bool) -> Iterable[T]:
