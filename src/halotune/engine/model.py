@@ -96,6 +96,7 @@ class PeftModel(Wrapper):
         """A copy of the configuration that knows the base and the task's heads."""
         config = copy.copy(config)
         if config.base_model_name_or_path is None:
+            model = unwrapped(model)
             own = getattr(model, "config", None)
             name = getattr(model, "name_or_path", None) or getattr(own, "_name_or_path", None)
             config.base_model_name_or_path = str(name) if name else None  # diffusers' may be a Path
@@ -327,6 +328,7 @@ class PeftModel(Wrapper):
         is_main_process: bool = True,
         *,
         state_dict: Mapping[str, Tensor] | None = None,
+        save_function: Any = None,
         peft_type: str | None = None,
         bone_as_miss: bool = False,
     ) -> None:
@@ -338,9 +340,13 @@ class PeftModel(Wrapper):
             selected_adapters: names of adapters; None is all.
             save_embedding_layers: store the embeddings too; "auto": where they are targets or were resized.
             is_main_process: others write nothing.
-            state_dict: the model's state dict, where it is at hand already.
+            state_dict: the model's state dict, where it is at hand already, as a sharded model's must be; an empty one is none.
+            save_function: accepted for accelerate's sake (`accelerator.save`); files are always written atomically.
             peft_type: write adapters whose method has this other name under it; the others under their own.
             bone_as_miss: the same as `peft_type="MISS"`: Bone adapters as MiSS, which peft 0.19 and later can read.
+
+        Raises:
+            HalotuneError: our own reader would refuse the file; nothing is written then.
         """
         self.base_model.save_pretrained(
             save_directory,

@@ -50,7 +50,7 @@ def _tensors_of_ours(
     model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor], unwanted_adapter_names: list[str]
 ) -> dict[str, Tensor]:
     """Under keys from which PEFT takes the adapter's name out, in front of the last part."""
-    found = get_peft_model_state_dict(model, state_dict, adapter_name, save_embedding_layers=False)
+    found = get_peft_model_state_dict(model, state_dict, adapter_name)  # PEFT does not look for a vocabulary in a part
     return {f"{k.rpartition('.')[0]}.{adapter_name}.{k.rpartition('.')[2]}": t for k, t in found.items()}
 
 

@@ -22,14 +22,15 @@ from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
 from ...methods.registry import method_of
-from ..injection.modules import adapted_layers, is_attention, plain_modules, visible_modules
+from ..injection.modules import adapted_layers, innermost, is_attention, plain_modules, visible_modules
 from ..injection.modules_to_save import ModulesToSaveWrapper
 from ..injection.resolve import modules_to_save_paths, named_paths
 
 PREFIX = "base_model.model."  # of every key in a file
 
 _PREFIXES = (PREFIX, "model.", "")  # of a PeftModel, an AdapterModel, a bare module
-_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
+_SHARDING = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PARALLEL = re.compile(r"(?<![^.])module\.")  # of DistributedDataParallel; it may be a model's own name, too
 
 
@@ -71,7 +72,7 @@ def embedding_keys(model: nn.Module, state_keys: Iterable[str]) -> list[str]:
     embeddings = []
     for get in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            module = getattr(model, get)()
+            module = getattr(innermost(model), get)()
         except (AttributeError, NotImplementedError):
             continue
         embeddings.append(module)
@@ -80,9 +81,9 @@ def embedding_keys(model: nn.Module, state_keys: Iterable[str]) -> list[str]:
     return [k for k in state_keys if k in wanted]
 
 
-def plain_key(key: str) -> str:
-    """A key without what torch's wrappers put into it."""
-    return _WRAPPERS.sub("", key)
+def without_sharding(key: str) -> str:
+    """A key as FSDP writes it into a state dict: without the names of its own units, and of checkpoints'."""
+    return _SHARDING.sub("", key)
 
 
 def under_own_names(given: Mapping[str, Tensor], wanted: Collection[str]) -> Mapping[str, Tensor]:
@@ -90,7 +91,7 @@ def under_own_names(given: Mapping[str, Tensor], wanted: Collection[str]) -> Map
     PeftModel, an AdapterModel and a bare module the one is taken under which most of the wanted names are found.
     """
     best, most = given, sum(key in given for key in wanted)
-    bare = {plain_key(key): t for key, t in given.items()}
+    bare = {_COMPILED.sub("", without_sharding(key)): t for key, t in given.items()}
     for named in (bare, {_PARALLEL.sub("", key): t for key, t in bare.items()}):
         for old in _PREFIXES:
             for new in _PREFIXES:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ...core.config import AdapterConfig
 from ...core.errors import AdapterFileError, HalotuneError, warn
-from ..injection.modules import adapted_layers, plain_modules, unwrapped
-from .keys import adapter_keys, bias_keys, embedding_keys, held_tensors, plain_key, under_own_names
+from ..injection.modules import adapted_layers, innermost, plain_modules, unwrapped
+from .keys import adapter_keys, bias_keys, embedding_keys, held_tensors, under_own_names, without_sharding
 
 
 class LoadResult(NamedTuple):
@@ -87,7 +87,7 @@ def adapter_tensors(
 
 def vocabulary_differs(model: nn.Module, config: AdapterConfig) -> bool:
     """Whether the model holds another number of words than the base model's own file says, in itself or in a part of it."""
-    base, here = config.base_model_name_or_path, getattr(model, "config", None)
+    base, here = config.base_model_name_or_path, getattr(innermost(model), "config", None)
     if not base or not hasattr(here, "get_text_config"):  # of transformers: no other model has a vocabulary to resize
         return False
     try:  # its class fills in what the file leaves out
@@ -156,9 +156,13 @@ def keys_in_model(
     """An adapter's tensors, checked, and for each of their keys that of the model's own state dict."""
     inner = unwrapped(model)
     checked, targets = _placed(inner, tensors, adapter_name, held_tensors(inner), "the state dict")
-    stored = [f"{path}.{k}" for path, m in model.named_modules(remove_duplicate=False) for k in (*m._parameters, *m._buffers)]
-    own = {plain_key(key): key for key in stored}
-    return checked, {key: own.get(at, at) for key, at in targets.items()}
+    modules, paths = dict(plain_modules(model)), {m: path for path, m in model.named_modules()}
+
+    def in_state_dict(key: str) -> str:
+        path, _, leaf = key.rpartition(".")
+        return without_sharding(f"{paths[modules[path]]}.{leaf}")
+
+    return checked, {key: in_state_dict(at) for key, at in targets.items()}
 
 
 def _placed(
@@ -174,8 +178,9 @@ def _placed(
 
 
 def _dropping_ignored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """peft's bias="all" also writes biases of the originals of `modules_to_save`, which never run."""
-    return {k: t for k, t in tensors.items() if ".original_module." not in k}
+    """peft also writes originals of `modules_to_save`, which never run, with bias="all"; and with embeddings, copies twice."""
+    twice = {k for k in tensors if ".modules_to_save." in k and k.replace(".modules_to_save.", ".") in tensors}
+    return {k: t for k, t in tensors.items() if ".original_module." not in k and k not in twice}
 
 
 def _check_keys(

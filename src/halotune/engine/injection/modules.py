@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...core.attention import AdaptedAttention
 from ...core.layer import AdaptedLayer
+from ...core.wrapper import Wrapper
 from .modules_to_save import ModulesToSaveWrapper
 
 M = TypeVar("M", bound=nn.Module)
@@ -32,6 +33,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while (name := _wraps(module)) is not None:
         module = module._modules[name]  # type: ignore[assignment]
     return module
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The base model, inside our own wrappers too."""
+    while isinstance(model := unwrapped(model), Wrapper):
+        model = getattr(model, model._wraps)
+    return model
 
 
 def plain_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

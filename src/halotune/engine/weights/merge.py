@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from ...core.base import is_parametrized
 from ...core.errors import HalotuneError, warn
 from ...core.layer import AdaptedLayer
 from ...core.merge_record import MergeRecord
-from ..injection.modules import adapted_layers, modules_to_save_wrappers, tied_parameters
+from ..injection.modules import adapted_layers, modules_to_save_wrappers, tied_parameters, unwrapped
 
 T = TypeVar("T")
 
@@ -168,13 +169,32 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _untie(model: nn.Module, path: str, keep: bool) -> None:
-    warn(f"{path} shares its weight with another module; the merge gives it a weight of its own, and the other stays as it is.")
+    """Say in the configurations of the model and its parts that nothing is tied: else a reader of the file undoes the merge."""
+    message = (
+        f"{path} shares its weight with another module; the merge gives it a weight of its own, and the other stays as it is."
+    )
     held = [c for m in model.modules() if (c := getattr(m, "config", None)) is not None]
     tying = [c for c in held if getattr(c, "tie_word_embeddings", False)]
-    for config in tying:  # of every part of the model, else the next tie_weights(), or a reader of the file, undoes the merge
+    if not all(_may_say_untied(model, c) for c in tying):
+        warn(
+            f"{message} The configuration of {type(model).__name__} goes on saying that they are tied, since its outputs are "
+            "scaled by that entry: transformers 5 reads both weights from a saved file, but tie_weights() would undo the merge."
+        )
+        return
+    warn(message)
+    for config in tying:
         config.tie_word_embeddings = False
     if tying:
         model.__dict__["_halotune_untied"] = tying if keep else []  # not on a configuration, which is written to files
+
+
+def _may_say_untied(model: nn.Module, config: Any) -> bool:
+    """T5 and its kin compute with the entry, or read it back as True."""
+    code = getattr(inspect.unwrap(type(unwrapped(model)).forward), "__code__", None)
+    if "tie_word_embeddings" in getattr(code, "co_names", ()):
+        return False
+    read = getattr(type(config), "from_dict", None)
+    return read is None or read({**config.to_dict(), "tie_word_embeddings": False}).tie_word_embeddings is False
 
 
 def untie_copies(model: nn.Module) -> None:
