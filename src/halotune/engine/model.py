@@ -28,10 +28,10 @@ from .files.hotswap import require_same
 from .files.hub import upload
 from .files.load import AdapterSource
 from .files.save import parameter_count
-from .files.state_dict import set_peft_model_state_dict
+from .files.state_dict import config_of, set_peft_model_state_dict
 from .injection.activation import per_sample
 from .injection.in_place import add_in_place
-from .injection.modules import adapted_layers, paths_in_state_dict, unwrapped
+from .injection.modules import adapted_layers, modules_to_save_wrappers, paths_in_state_dict, unwrapped
 from .injection.resolve import task_heads
 from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .tuner import AdapterModel, tuner_class
@@ -189,6 +189,20 @@ class PeftModel(Wrapper):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make this adapter, or these in this order, the active ones, and train them (unless `inference_mode`)."""
         self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """What the adapters' configurations call the fully fine-tuned modules; None where there are none."""
+        return {n for config in self.peft_config.values() for n in config.modules_to_save or []} or None
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train these adapters, active or not, or freeze them; the others stay as they are."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            config_of(self, name)  # raises where there is none
+            copies = [layer.adapters for layer in adapted_layers(self).values()]
+            copies += [wrapper.modules_to_save for wrapper in modules_to_save_wrappers(self).values()]
+            for p in (p for held in copies if name in held for p in held[name].parameters() if p.is_floating_point()):
+                p.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take one adapter out."""

@@ -128,8 +128,9 @@ def asked(model: nn.Module, config: AdapterConfig) -> dict[str, torch.Size]:
                     made[key] = {k: t.shape for k, t in held_tensors(method.create(shape, own)).items()}
             out.update({f"{PREFIX}{_path_in_file(path, modules)}.{k}": size for k, size in made[key].items()})
         if module in copied:
-            original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-            out.update({f"{PREFIX}{path}.{k}": _whole(t) for k, t in held_tensors(original).items()})
+            copies = module.modules_to_save.values() if isinstance(module, ModulesToSaveWrapper) else ()
+            copy = next(iter(copies), module)  # the original may have another adapter in it
+            out.update({f"{PREFIX}{path}.{k}": _whole(t) for k, t in held_tensors(copy).items()})
     return out
 
 

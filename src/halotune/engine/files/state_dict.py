@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...core.config import AdapterConfig
 from ...core.errors import AdapterFileError, HalotuneError, warn
+from ...core.files import write_atomically
 from ..injection.modules import adapted_layers, innermost, plain_modules, unwrapped
 from .keys import adapter_keys, bias_keys, embedding_keys, held_tensors, under_own_names, without_sharding
 
@@ -328,9 +329,12 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, atomically; tensors that share memory are stored each on its own."""
-    from safetensors.torch import save_file
+    write_atomically(file, filled_with(tensors, metadata))
 
-    from ...core.files import write_atomically
+
+def filled_with(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Callable[[Path], None]:
+    """What fills a safetensors file."""
+    from safetensors.torch import save_file
 
     own: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -338,4 +342,4 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[s
         t = t.detach().contiguous()
         own[key] = t.clone() if t.data_ptr() in seen else t
         seen.add(t.data_ptr())
-    write_atomically(file, lambda path: save_file(own, path, metadata={"format": "pt", **(metadata or {})}))
+    return lambda path: save_file(own, path, metadata={"format": "pt", **(metadata or {})})
