@@ -16,6 +16,7 @@ from ...core.errors import HalotuneError
 from ...core.files import CONFIG_NAME, WEIGHTS_NAME, write_together
 from ...methods.registry import method_of, under_alias
 from ..injection.modules import unwrapped
+from ..injection.offloading import bring_adapters
 from .card import CARD_NAME, write_card
 from .keys import check_readable
 from .state_dict import adapter_tensors, filled_with
@@ -81,7 +82,7 @@ def prepare(
     Raises:
         HalotuneError: it could not be read back.
     """
-    tuner.staying.bring()
+    bring_adapters(tuner.model)
     config = written_config(tuner, name)
     found, beside = adapter_tensors(tuner, name, state_dict or None, save_embedding_layers)  # Trainers pass empty ones, too
     tensors = check_readable(
