@@ -18,7 +18,6 @@ from .peft_state_dict import answer_for_ours
 _READERS = ("peft", "transformers", "accelerate", "diffusers")  # the others load one of these
 
 
-@external_types
 def peft_types() -> tuple[type, ...]:
     """`(peft.PeftModel,)`; empty where PEFT is not installed, or nothing is loaded that would ask."""
     if not any(sys.modules.get(name) for name in _READERS) or find_spec("peft") is None:
@@ -31,3 +30,6 @@ def peft_types() -> tuple[type, ...]:
     BaseTunerLayer.register(AdaptedLayer)
     answer_for_ours(PEFT_TYPE_TO_TUNER_MAPPING, BaseTuner)
     return (PeftModel,)
+
+
+external_types.append(peft_types)
