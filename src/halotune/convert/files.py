@@ -12,6 +12,7 @@ from typing import Any
 from ..core.config import AdapterConfig
 from ..core.errors import AdapterFileError, HalotuneError
 from ..core.files import CONFIG_NAME, WEIGHTS_NAME, locate
+from ..engine.files.keys import check_readable, embedding_keys, held_tensors
 from ..engine.files.save import write_adapter
 from ..engine.files.state_dict import read_metadata, read_tensors, write_tensors
 from ..methods.registry import method_of, methods, under_alias
@@ -109,9 +110,20 @@ def convert_adapter(
     else:
         adapters = {component: _under_alias(a, to) for component, a in adapters.items()}
         for component, adapter in adapters.items():
+            _check(adapter, bases.get(component))
+        for component, adapter in adapters.items():
             write_adapter(Path(output) / component, adapter.config, adapter.tensors, metadata)
             done.written.append(Path(output) / component)
     return done
+
+
+def _check(adapter: StoredAdapter, base: BaseLayers | None) -> None:
+    """Refuse to write what this base could not read; without a base there is nothing to hold an adapter against."""
+    if base is not None and base.model is not None:
+        keys = embedding_keys(base.model, held_tensors(base.model))
+        beside = {f"{PEFT_PREFIX}{k.replace('.weight', infix)}" for k in keys for infix in (".weight", ".base_layer.weight")}
+        biases = {k for k in adapter.tensors if adapter.config.bias != "none" and k.endswith(".bias")}
+        check_readable(base.model, adapter.config, adapter.tensors, beside | biases)
 
 
 def describe(adapter: StoredAdapter) -> str:

@@ -268,8 +268,11 @@ class AdapterConfig(BaseConfig):
 
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:
         """Write `adapter_config.json` into the folder, atomically."""
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        write_atomically(Path(save_directory) / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(Path(save_directory) / CONFIG_NAME, self.write)
+
+    def write(self, file: Path) -> None:
+        """Write the entries of `adapter_config.json` into this file."""
+        file.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @property
     def is_prompt_learning(self) -> bool:

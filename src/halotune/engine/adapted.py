@@ -20,7 +20,7 @@ from .injection.offloading import bring_adapters
 from .injection.surgery import remove
 from .training import penalty
 from .weights.combine import combine
-from .weights.merge import MergeReport, Requantize, merge, unmerge
+from .weights.merge import MergeReport, Requantize, merge, unmerge, untie_copies
 
 if TYPE_CHECKING:
     from ..export.lora import ExportReport
@@ -98,6 +98,22 @@ class AdaptedModel(Wrapper):
             first = next(iter(tuner.configs))
             warn(f"the active adapter {adapter_name!r} was deleted; {first!r} is active now.")
             self.set_adapter(first, inference_mode=tuner.configs[first].inference_mode)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """What the adapters' configurations call the fully fine-tuned modules; None where there are none."""
+        return {n for config in self.peft_config.values() for n in config.modules_to_save or []} or None
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train these adapters, active or not, or freeze them; the others stay as they are."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._check_known(names)
+        model = self.get_base_model()
+        held = [layer.adapters for layer in adapted_layers(model).values()]
+        held += [wrapper.modules_to_save for wrapper in modules_to_save_wrappers(model).values()]
+        for p in (p for copies in held for n in names if n in copies for p in copies[n].parameters()):
+            if p.is_floating_point():
+                p.requires_grad_(requires_grad)
 
     def _check_known(self, names: Sequence[str]) -> None:
         unknown = [n for n in names if n not in self.peft_config]
@@ -262,6 +278,7 @@ class AdaptedModel(Wrapper):
         )  # fmt: skip
         for wrapper in modules_to_save_wrappers(tuner.model).values():
             wrapper.active_adapters, wrapper.enabled = [n for n in names if n in wrapper.modules_to_save], True
+        untie_copies(tuner.model)
         return tuner.release(trained=True)
 
     def unload(self) -> Any:

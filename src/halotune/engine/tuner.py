@@ -129,6 +129,7 @@ class AdapterModel(AdaptedModel):
         eject(self.model, trained=trained)
         self.scope.remove()
         self.first_pass.remove(self.model)
+        self.model.__dict__.pop("_halotune_untied", None)
         self.configs, self.active = {}, []
         return self.model
 

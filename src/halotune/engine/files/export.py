@@ -21,9 +21,10 @@ from ...export.lora import ExportReport, as_lora
 from ...export.rules import RULES, check
 from ...export.runtimes import Runtime, component_of, runtime_named
 from ...methods.registry import low_rank_method
-from ..injection.modules import public_path, visible_modules
+from ..injection.modules import plain_modules, public_path, visible_modules
 from ..injection.targets import shortest_suffixes
 from .card import write_card
+from .keys import adapter_keys, check_readable
 from .save import parameter_count, written_config
 from .state_dict import get_peft_model_state_dict, vocabulary_differs, write_tensors
 
@@ -54,6 +55,9 @@ def export_adapters(
     component = "" if target.folder else component or component_of(type(tuner.model).__name__)
     tensors, report = as_lora(layers, names, target, component=component, rank=rank, dtype=dtype)
     config = _lora_config(tuner, names, layers, report.rank)
+    grouped = target.convolutions == "basic" and any(layer.base.shape.groups > 1 for layer in layers.values())
+    if target.folder and not grouped:  # which peft stores in another form than ours
+        check_readable(tuner.model, config, {**tensors, **beside}, beside)
     _write({**tensors, **beside}, config, Path(folder), target, component)
     return report
 
@@ -94,7 +98,7 @@ def _exportable(tuner: AdapterModel, names: Sequence[str], runtime: Runtime) -> 
 
 def _every_name(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     """Adapted layers under all their names, as a state dict has them: one that two modules share comes twice."""
-    return [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, AdaptedLayer)]
+    return [(n, m) for n, m in plain_modules(model) if isinstance(m, AdaptedLayer)]
 
 
 def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], runtime: Runtime) -> dict[str, Tensor]:
@@ -108,11 +112,9 @@ def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], runtime: Run
                 'the weights (merge_and_unload), or train with bias="none".'
             )
         resized = vocabulary_differs(tuner.model, config)
-        found.update(get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=resized))
-        for path, layer in _every_name(tuner):
-            if name in layer.adapters:
-                for parameter, _ in layer.adapters[name].named_parameters():
-                    del found[f"{path}.{parameter}"]
+        own = {key for key, at in adapter_keys(tuner, name).items() if f".adapters.{name}." in at}
+        tensors = get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=resized)
+        found.update({key: t for key, t in tensors.items() if key not in own})
     if found and not runtime.modules_to_save:
         modules = ", ".join(sorted({key.removeprefix("model.").rpartition(".")[0] for key in found}))
         raise HalotuneError(

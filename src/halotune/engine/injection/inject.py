@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 
@@ -15,11 +16,12 @@ from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError, warn
 from ...core.layer import AdaptedLayer
 from ...methods.registry import method_of
-from .modules import is_attention, tied_parameters, visible_modules
+from .modules import adapted_layers, is_attention, tied_parameters, visible_modules
 from .modules_to_save import ModulesToSaveWrapper
 from .offloading import check_offloaded
 from .resolve import modules_to_save_paths, resolve_targets
-from .surgery import leave_fused_paths, swap
+from .surgery import leave_fused_paths, swap, tie_own_modules
+from .targets import shortest_suffixes
 
 
 def check_name(name: str) -> None:
@@ -53,6 +55,10 @@ def inject(
     check_name(name)
     if paths is None:
         config, paths = resolve_targets(model, config)
+    else:
+        config = copy.copy(config)
+        config.target_modules = shortest_suffixes(paths, [n for n, _ in visible_modules(model)])
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     if isinstance(model, nn.MultiheadAttention):
         raise HalotuneError(
             "the model itself is a torch.nn.MultiheadAttention, and attention is adapted in its place in a model. Make it a "
@@ -80,6 +86,7 @@ def inject(
         for layer, adapter in created.values():
             adapter.start_from(layer.base)
     to_save = modules_to_save_paths(modules, config)
+    _check_free(model, modules, paths, to_save)
     check_offloaded(modules, config, paths, to_save)
     for notice in [*([] if low_cpu_mem_usage else config.notices()), *reading]:
         warn(notice)
@@ -95,7 +102,26 @@ def inject(
         wrappers[modules[path]] = wrapper.train(modules[path].training)
     swap(model, {old: new for old, new in wrappers.items() if old is not new})
     leave_fused_paths(model)
+    tie_own_modules(model)
     return config
+
+
+def _check_free(model: nn.Module, modules: Mapping[str, nn.Module], paths: Iterable[str], to_save: Iterable[str]) -> None:
+    """Refuse what would never run, or hold another adapter."""
+    compiled = {m._modules["_orig_mod"] for m in model.modules() if "_orig_mod" in m._modules}
+    for path in (*paths, *to_save):
+        if path and modules[path] in compiled:
+            raise HalotuneError(
+                f"{path}: torch.compile wraps this module itself, and would go on calling it without its adapter. Put adapters "
+                f"in before it is compiled, or compile it in place: model.{path}.compile()."
+            )
+    for path in to_save:
+        inside = [path] if isinstance(modules[path], AdaptedLayer) else [f"{path}.{n}" for n in adapted_layers(modules[path])]
+        if inside:
+            raise HalotuneError(
+                f"modules_to_save: {path!r} would be copied with the adapters of {inside[0]}, and no file can hold that copy. "
+                "Give this adapter the same targets instead, or delete the other first."
+            )
 
 
 def _wrapped_attention(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[nn.Module, nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from ...core.errors import HalotuneError, warn
 from ...core.kinds import LowRank
 from ...core.layer import AdaptedLayer
 from ...core.merge_record import MergeRecord
-from ..injection.modules import adapted_layers, tied_parameters
+from ..injection.modules import adapted_layers, modules_to_save_wrappers, tied_parameters, unwrapped
 
 T = TypeVar("T")
 
@@ -162,16 +163,46 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _untie(model: nn.Module, path: str, keep: bool) -> None:
-    warn(f"{path} shares its weight with another module; the merge gives it a weight of its own, and the other stays as it is.")
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # type: ignore[union-attr]  # else the next tie_weights() undoes the merge
-        model.__dict__["_halotune_untied"] = keep  # not on the configuration, which is written to files
+    """Say in the configurations of the model and its parts that nothing is tied: else a reader of the file undoes the merge."""
+    message = (
+        f"{path} shares its weight with another module; the merge gives it a weight of its own, and the other stays as it is."
+    )
+    held = [c for m in model.modules() if (c := getattr(m, "config", None)) is not None]
+    tying = [c for c in held if getattr(c, "tie_word_embeddings", False)]
+    if not all(_may_say_untied(model, c) for c in tying):
+        warn(
+            f"{message} The configuration of {type(model).__name__} goes on saying that they are tied, since its outputs are "
+            "scaled by that entry: transformers 5 reads both weights from a saved file, but tie_weights() would undo the merge."
+        )
+        return
+    warn(message)
+    for config in tying:
+        config.tie_word_embeddings = False
+    if tying:
+        model.__dict__["_halotune_untied"] = tying if keep else []  # not on a configuration, which is written to files
+
+
+def _may_say_untied(model: nn.Module, config: Any) -> bool:
+    """T5 and its kin compute with the entry, or read it back as True."""
+    code = getattr(inspect.unwrap(type(unwrapped(model)).forward), "__code__", None)
+    if "tie_word_embeddings" in getattr(code, "co_names", ()):
+        return False
+    read = getattr(type(config), "from_dict", None)
+    return read is None or read({**config.to_dict(), "tie_word_embeddings": False}).tie_word_embeddings is False
+
+
+def untie_copies(model: nn.Module) -> None:
+    """Say in the model's configuration that a trained copy, which stays for good, has a weight of its own."""
+    shared = {n for others in tied_parameters(model).values() for n in others}
+    for path, wrapper in modules_to_save_wrappers(model).items():
+        own = wrapper.original_module
+        if wrapper.current is not own and any(f"{path}.original_module.{n}" in shared for n, _ in own.named_parameters()):
+            _untie(model, path, keep=False)
 
 
 def _retie(model: nn.Module) -> None:
-    if model.__dict__.pop("_halotune_untied", False):
-        model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+    for config in model.__dict__.pop("_halotune_untied", ()):
+        config.tie_word_embeddings = True
 
 
 def _with_progress(items: Iterable[T], show: bool) -> Iterable[T]:

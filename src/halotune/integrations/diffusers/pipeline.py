@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError, closest
 from ...core.files import WEIGHTS_NAME, locate, write_atomically
-from ...engine.files.save import save_adapter
+from ...engine.files.save import prepare
 from ...engine.files.state_dict import read_tensors, set_peft_model_state_dict
 from ...engine.injection.in_place import adapters_in, add_in_place, forget, remove_in_place
 from ...engine.injection.surgery import taken_out
@@ -169,8 +169,9 @@ class PipelineAdapters:
         tuners = {c: tuner for c, tuner in self._tuners() if name in tuner.peft_config}
         for tuner in tuners.values():
             check_alone(tuner.model, "save")
-        for component, tuner in tuners.items():
-            save_adapter(tuner, name, folder / component, peft_type="MISS" if bone_as_miss else peft_type)
+        alias = "MISS" if bone_as_miss else peft_type
+        for write in [prepare(tuner, name, folder / c, peft_type=alias) for c, tuner in tuners.items()]:
+            write()
         index = {
             "adapter_name": name,
             "components": {c: type(tuner.model).__name__ for c, tuner in tuners.items()},
