@@ -88,8 +88,12 @@ SPOILED: dict[tuple[str, str], Change] = {
     **{(c, "pairs"): without("v_proj.lora_B") for c in RULES},
     **{(c, "matrices"): lambda config, tensors: tensors.update({k: t[..., None] for k, t in tensors.items()}) for c in FOLDERS},
     **{(c, "one-rank"): rank(5, "v_proj") for c in ("vllm", "sglang")},
-    **{(c, "rank-pattern"): entry(rank_pattern={"v_proj": 2}) for c in ("vllm", "sglang")},
-    **{(c, "alpha-pattern"): entry(alpha_pattern={"v_proj": 9}) for c in FOLDERS},
+    ("sglang", "rank-pattern"): entry(rank_pattern={"other": 3}),
+    **{(c, "alpha-pattern"): entry(alpha_pattern={"v_proj": 9}) for c in ("sglang", "llama.cpp")},
+    **{(c, "base-changed"): entry(init_lora_weights="pissa_niter_16") for c in FOLDERS},
+    **{(c, "variant"): entry(layer_replication=[[0, 2], [1, 3]]) for c in FOLDERS},
+    ("llama.cpp", "alpha"): entry(lora_alpha=0),
+    ("llama.cpp", "tied-head"): renamed("q_proj", "lm_head"),
     **{(c, "rslora"): entry(use_rslora=True) for c in ("sglang", "llama.cpp")},
     **{(c, "bias"): entry(bias="lora_only") for c in FOLDERS},
     **{(c, "modules-to-save"): entry(modules_to_save=["lm_head"]) for c in FOLDERS},
@@ -102,8 +106,9 @@ SPOILED: dict[tuple[str, str], Change] = {
     ("diffusers", "grouped-rank"): reshaped("q_proj.lora_B", 8, 1),
     ("comfyui", "names"): renamed("transformer.", "unet."),
     ("comfyui", "product"): reshaped("q_proj.lora_B", 8, 1),
+    ("comfyui", "magnitude"): lambda config, tensors: tensors.update({"lora_unet_x.dora_scale": torch.ones(8, 1)}),
 }
-NEEDS_CONFIG = {("diffusers", "scale"), ("comfyui", "scale")}  # below
+NEEDS_CONFIG = {("diffusers", "scale"), ("comfyui", "scale"), ("diffusers", "two-scales")}  # below
 
 
 def test_every_rule_is_broken_somewhere():

@@ -363,6 +363,7 @@ class PeftModel(Wrapper):
         rank: int | None = None,
         component: str | None = None,
         dtype: torch.dtype | None = None,
+        gguf: bool = False,
     ) -> ExportReport:
         """Write adapters as a LoRA that gives the same outputs, for programs that read nothing else.
 
@@ -378,6 +379,7 @@ class PeftModel(Wrapper):
             rank: truncate every layer to this rank, at the least error; smaller ones are filled up with zeros.
             component: for diffusers and ComfyUI, the model's name in the pipeline; None tells it from the model's class.
             dtype: of the tensors; None is the adapter's.
+            gguf: for "llama.cpp": write `adapter_model.gguf` too, which it loads as it is.
 
         Returns:
             a report: rank and error of each layer; `print` it.
@@ -386,7 +388,7 @@ class PeftModel(Wrapper):
             HalotuneError: the runtime cannot represent the adapter; it names the layers and says why. Nothing is written.
         """
         return self.base_model.export(
-            to, folder, adapter_name=adapter_name, runtime=runtime, rank=rank, component=component, dtype=dtype
+            to, folder, adapter_name=adapter_name, runtime=runtime, rank=rank, component=component, dtype=dtype, gguf=gguf
         )
 
     def push_to_hub(
