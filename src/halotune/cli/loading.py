@@ -95,7 +95,7 @@ class BaseModel:
                 component = _component(name, kind, revision, component)
             elif Path(name).is_dir():
                 component = None
-            inside = {} if component is None else {"subfolder": component}
+            inside: dict[str, Any] = {} if component is None else {"subfolder": component}
             if diffusers:
                 model = kind.from_pretrained(name, torch_dtype=number, revision=revision, **inside)
             else:
