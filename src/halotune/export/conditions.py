@@ -55,8 +55,9 @@ def base_changed(header: Header) -> str | None:
 
 
 def not_classifier(header: Header) -> str | None:
-    names = header.config.get("modules_to_save") or []
-    return f"modules_to_save={names!r}" if len(names) > 1 or not {*names} <= {"classifier", "score"} else None
+    """Whether there are fully fine-tuned modules, other than one head of a classifier."""
+    names = header.config.get("modules_to_save")
+    return f"modules_to_save={names!r}" if names and names not in (["classifier"], ["score"]) else None
 
 
 def head_of_tied_base(header: Header) -> str | None:

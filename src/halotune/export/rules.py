@@ -280,7 +280,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             "magnitude",
             "A magnitude for each output (dora_scale) is divided by the norm of W where it should be that of W + ΔW.",
-            "Merge the adapter into the weights, or train with wd_on_output=False.",
+            "Merge the adapter into the weights, or train with wd_on_out=False.",
             magnitude_of_outputs,
         ),
     ),
