@@ -33,14 +33,21 @@ def test_what_the_dtype_holds_stays(dtype):
     y = torch.tensor([[0.0, -0.0, 1.0, -2.5, 448.0, float("inf"), -float("inf")]])
     for _ in range(20):
         assert torch.equal(round_stochastically(y, draw_noise(y), dtype).float(), y)
-    assert round_stochastically(torch.full((1, 1), torch.nan), draw_noise(torch.zeros(1, 1)), dtype).isnan().all()
+    for bits in (0x7FC00000, 0x7FFFFFFF, -0x400000):  # a CPU's NaN, a GPU's, a negative one
+        nan = torch.full((1, 1), bits, dtype=torch.int32).view(torch.float32)
+        assert all(round_stochastically(nan, draw_noise(nan), dtype).isnan() for _ in range(20))
 
 
-def test_errors_are_independent_in_pairs():
+@pytest.mark.parametrize("r", [None, 1, 16, 128], ids=lambda r: f"blocks of {r}" if r else "rows and columns")
+def test_errors_are_independent_in_pairs(r):
     """So sums of them vary as if all were drawn apart."""
     torch.manual_seed(0)
     y, x = torch.rand(64, 128) + 1, torch.rand(128)
-    errors = torch.stack([round_stochastically(y, draw_noise(y), torch.bfloat16).float() - y for _ in range(1500)])
+
+    def drawn() -> Tensor:
+        return draw_noise(y) if r is None else bone.noise_of_blocks(draw_noise(y), 128, r)
+
+    errors = torch.stack([round_stochastically(y, drawn(), torch.bfloat16).float() - y for _ in range(1500)])
     sums = errors @ x  # along rows, of a direction that is no noise
     alone = (errors.square().mean(0) @ x.square()).mean()
     assert 0.9 < float(sums.square().mean() / alone) < 1.1

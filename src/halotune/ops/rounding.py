@@ -3,7 +3,7 @@
 A fine-tuning changes a weight by 1e-3 to 1e-2 of itself, half a unit of bf16 is 2e-3 of it: rounded to nearest, most of it is
 lost. Where W' is stored in half precision in training, it is rounded up or down by chance, so that its mean is W'.
 
-The chances are `u_ij = (a_i + b_j) mod 2^k` with a and b drawn uniformly: uniform each, and independent in pairs, so that any
+The chances are `u_ij = a_i ⊕ b_j` with the bits of a and b drawn uniformly: uniform each, and independent in pairs, so that any
 sum of rounding errors has the variance of independent ones, for `out + in` random numbers instead of `out · in`.
 """
 
@@ -30,9 +30,10 @@ def round_stochastically(y: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor
     """`y (…, out, in)` in fp32, in `dtype`: up or down with the chances that make its mean y."""
     k = DROPPED[dtype]
     n_out = y.shape[-2]
-    noise = noise.int()
-    u = (noise[..., :n_out, None] + noise[..., None, n_out:]) & ((1 << k) - 1)
-    return ((y.contiguous().view(torch.int32) + u) & -(1 << k)).view(torch.float32).to(dtype)
+    noise = noise.int() & ((1 << k) - 1)
+    u = noise[..., :n_out, None] ^ noise[..., None, n_out:]
+    bits = y.contiguous().view(torch.int32).clamp(max=0x7FFF0000)  # a NaN of all bits would become a zero
+    return ((bits + u) & -(1 << k)).view(torch.float32).to(dtype)
 
 
 def rounded(define: Callable[..., Tensor], noise: Tensor | None, W: Tensor, *factors: Tensor) -> Tensor:
