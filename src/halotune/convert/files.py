@@ -108,9 +108,11 @@ def convert_adapter(
         _write_lycoris(adapters, check_output(output), to, bases, prefix if lycoris is None else None, names, metadata)
         done.written = [Path(output)]
     else:
-        adapters = {component: _under_alias(a, to) for component, a in adapters.items()}
-        for component, adapter in adapters.items():
-            write_adapter(Path(output) / component, adapter.config, adapter.tensors, metadata)
+        stored = {component: (a.config, a.tensors) for component, a in adapters.items()}
+        if to != "peft":  # under the method's name that the format asks for
+            stored = {component: under_alias(*a, to.upper()) for component, a in stored.items()}
+        for component, (config, own) in stored.items():
+            write_adapter(Path(output) / component, config, own, metadata)
             done.written.append(Path(output) / component)
     return done
 
@@ -188,11 +190,6 @@ def _read_peft(folder: Path) -> tuple[StoredAdapter, dict[str, str]]:
     config = AdapterConfig.from_pretrained(folder)
     file = locate(folder, WEIGHTS_NAME)
     return StoredAdapter(config, read_tensors(file)), read_metadata(file)
-
-
-def _under_alias(adapter: StoredAdapter, to: str) -> StoredAdapter:
-    """The adapter under the method's name that a format asks for."""
-    return adapter if to == "peft" else StoredAdapter(*under_alias(adapter.config, adapter.tensors, to.upper()))
 
 
 # -- LyCORIS files

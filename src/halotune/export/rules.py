@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
-from ..core.errors import HalotuneError, closest
 from .conditions import (
     Condition,
     alone,
@@ -41,7 +40,7 @@ from .conditions import (
     two_scales,
 )
 from .header import Header
-from .runtimes import RUNTIMES
+from .runtimes import RUNTIMES, named
 
 
 @dataclass(frozen=True)
@@ -87,29 +86,20 @@ def check(adapter: str | PathLike[str] | Header, runtimes: str | Sequence[str]) 
     header = adapter if isinstance(adapter, Header) else Header.read(adapter)
     problems = []
     for name in [runtimes] if isinstance(runtimes, str) else runtimes:
-        for rule in rules_of(name):
+        for rule in named(RULES, name, "check"):
             found = rule.broken(header)
             if found is not None:
                 problems.append(Problem(name, rule, found))
     return problems
 
 
-def rules_of(runtime: str) -> tuple[Rule, ...]:
-    if runtime in RULES:
-        return RULES[runtime]
-    near = closest(runtime.lower(), list(RULES), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise HalotuneError(f"check: expected one of {', '.join(RULES)}; got {runtime!r}.{hint}")
-
-
 # -- the rules
 
 _EXPORT = "Convert it: halotune export ADAPTER --base MODEL --to lora --for {runtime}."
 _MERGE = "Merge the adapter into the weights and serve those, or train without."
-_SAVE = "Save the adapter again."
 
 _LORA = Rule("lora", "Only LoRA is read, from a folder with adapter_config.json.", _EXPORT, not_lora)
-_PAIRS = Rule("pairs", "Every lora_A needs its lora_B, and the other way round.", _SAVE, alone)
+_PAIRS = Rule("pairs", "Every lora_A needs its lora_B, and the other way round.", "Save the adapter again.", alone)
 _MATRICES = Rule("matrices", "Only LoRA of linear layers is read: matrices.", _MERGE, not_matrices)
 _DORA = Rule("dora", "DoRA is not supported.", _MERGE, entries_set("use_dora"))
 _BIAS = Rule(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from ..core.attention import ProjectionBase
 from ..core.base import Convolution, TransposedLinear
@@ -12,6 +13,7 @@ from ..core.files import WEIGHTS_NAME
 from ..core.layer import AdaptedLayer
 from .components import Component
 
+T = TypeVar("T")
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 
 
@@ -123,9 +125,14 @@ RUNTIMES: dict[str, Runtime] = {
 }
 
 
-def runtime_named(name: str) -> Runtime:
-    if name in RUNTIMES:
-        return RUNTIMES[name]
-    near = closest(name.lower(), list(RUNTIMES), n=1)
+def named(known: Mapping[str, T], name: str, what: str) -> T:
+    """The entry of this name.
+
+    Raises:
+        HalotuneError: there is none; it names the nearest.
+    """
+    if name in known:
+        return known[name]
+    near = closest(name.lower(), list(known), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise HalotuneError(f"runtime: expected one of {', '.join(RUNTIMES)}; got {name!r}.{hint}")
+    raise HalotuneError(f"{what}: expected one of {', '.join(known)}; got {name!r}.{hint}")

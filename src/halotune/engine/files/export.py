@@ -21,7 +21,7 @@ from ...export.gguf import GGUF_NAME, gguf_lora, write_gguf
 from ...export.header import METADATA_KEY, Header
 from ...export.lora import ExportReport, as_lora
 from ...export.rules import RULES, check
-from ...export.runtimes import Runtime, runtime_named
+from ...export.runtimes import RUNTIMES, Runtime, named
 from ...methods.registry import low_rank_method
 from ..injection.modules import public_path, tied_parameters, visible_modules
 from ..injection.targets import shortest_suffixes
@@ -50,7 +50,7 @@ def export_adapters(
         raise HalotuneError(f"export: expected the format 'lora'; got {to!r}.")
     if Path(folder).is_file():
         raise HalotuneError(f"export: {folder} is a file. Give a folder.")
-    target = runtime_named(runtime)
+    target = named(RUNTIMES, runtime, "runtime")
     if gguf and runtime != "llama.cpp":
         raise HalotuneError(f'export: GGUF is for llama.cpp. Give runtime="llama.cpp" (--for llama.cpp); got {runtime!r}.')
     names = _names(tuner, adapter_name)
