@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from ..core.forms import Form
 from ..core.layer import AdaptedLayer
+from ..core.prepared import Form
 from ..methods.registry import method_of
 from .injection.modules import adapted_layers, modules_to_save_wrappers
 

@@ -14,8 +14,8 @@ from ..cli.loading import Saved
 from ..core.files import write_atomically
 from ..methods.measures import Column
 from ..methods.registry import method_of
+from ..report.grid import short, split
 from .figures import Figures
-from .grid import short, split
 from .report import COMMON, known_columns, value_of
 
 

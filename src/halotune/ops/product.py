@@ -6,11 +6,31 @@ by it is `fold`, up by it is `unfold`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import Op, triton_kernel
+
+
+def flattened(x: Tensor) -> Tensor:
+    """`(…, k) -> (n, k)`."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+
+
+def no_view(y: Tensor) -> Tensor:
+    """y, so that whoever gets it from an autograd function may write to it in place."""
+    if torch.compiler.is_compiling() or not y._is_view():
+        return y
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
+def gradients_of(grad_outputs: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of y and z: that of z is a second derivative's. A compiler, which records none, makes up zeros for it."""
+    dy, dz = grad_outputs
+    return dy, None if torch.compiler.is_compiling() else dz
 
 
 def fold(x: Tensor, r: int) -> Tensor:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ...core.base import base_for
 from ...core.errors import HalotuneError, warn
 from ...core.layer import AdaptedLayer
-from ...core.precision import compute_dtype
-from ...core.prepared import is_transformed
+from ...core.prepared import compute_dtype, is_transformed
 from ...engine.weights.merge import check_order, check_storage
 from ...methods.registry import Method, method_of, methods
 from .classes import InFront

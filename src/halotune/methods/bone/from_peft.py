@@ -19,7 +19,7 @@ def _adapter(layer: Any, name: str, shape: WeightShape, *, affine: type[Bone], b
     if block.dim() == 3:
         return bat(shape, block.shape[-1])
     adapter = affine(shape, *block.shape)
-    adapter.input_dropout = _dropout(layer, name)
+    adapter.dropout = _dropout(layer, name)
     return adapter
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.precision import exact
+from ...core.prepared import exact
 from ...ops.dispatch import Op, triton_kernel
 from ...ops.rounding import rounded
 

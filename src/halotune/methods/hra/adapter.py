@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ...core.adapter import Rotation, add_low_rank
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
+from ...core.kinds import Rotation, add_low_rank
 from ...core.operator import Operator, WeightShape
-from ...core.recompute import Tensors
+from ...core.prepared import Tensors
 from ...ops.build import build_low_rank, wide_product
 from . import ops
 from .config import HRAConfig

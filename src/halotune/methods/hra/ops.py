@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.frozen_linear import flattened, gradients_of, no_view
 from ...core.operator import add_to
-from ...core.precision import exact, exact_dtype
-from ...ops.product import add_product, transposed_products
+from ...core.prepared import exact, exact_dtype
+from ...ops.product import add_product, flattened, gradients_of, no_view, transposed_products
 
 
 def normalize(U: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ...core.adapter import Adapter, Dense, add_low_rank
+from ...core.adapter import Adapter
 from ...core.config import AdapterConfig
 from ...core.frozen_linear import low_rank_linear
+from ...core.kinds import Dense, add_low_rank
 from ...core.operator import Operator, WeightShape
-from ...core.precision import exact_dtype
-from ...core.recompute import Tensors
+from ...core.prepared import Tensors, exact_dtype
 from ...core.weight_form import weight_form
 from . import ops
 from .config import LoHaConfig
@@ -57,9 +57,12 @@ class LoHa(Dense):
         assert isinstance(config, LoHaConfig)
         tucker = config.use_effective_conv2d and math.prod(shape.kernel) > 1
         adapter = cls(shape, config.r, config.scaling, tucker, config.use_scalar)
-        adapter.rank_dropout, adapter.module_dropout = config.rank_dropout, config.module_dropout
+        adapter.set_dropout(config.rank_dropout, config.module_dropout)
         adapter.reset(config.init_weights)
         return adapter
+
+    def set_dropout(self, of_rows: float, of_all: float) -> None:
+        self.rank_dropout, self.module_dropout, self.dropout = of_rows, of_all, max(of_rows, of_all)
 
     @torch.no_grad()
     def reset(self, identity: bool) -> None:
@@ -131,10 +134,6 @@ class LoHa(Dense):
 
     def replaces_weight(self, op: Operator) -> bool:
         return False
-
-    @property
-    def dropout(self) -> float:
-        return max(self.rank_dropout, self.module_dropout)
 
     @property
     def rank(self) -> int:

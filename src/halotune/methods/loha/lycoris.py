@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...core.errors import HalotuneError
 from ...core.operator import WeightShape
-from ...core.precision import exact_dtype
+from ...core.prepared import exact_dtype
 from ..lycoris_form import LycorisForm, read_alpha, with_alpha
 from .config import LoHaConfig
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ...core.adapter import LowRank
 from ...core.config import AdapterConfig
+from ...core.kinds import LowRank
 from ...core.operator import WeightShape
-from ...core.precision import exact_dtype
-from ...core.recompute import Tensors
+from ...core.prepared import Tensors, exact_dtype
 from .config import LoraConfig
 
 
@@ -42,7 +41,7 @@ class Lora(LowRank):
     def create(cls, shape: WeightShape, config: AdapterConfig) -> Self:
         assert isinstance(config, LoraConfig)
         adapter = cls(shape, config.r, config.scaling)
-        adapter.input_dropout = config.lora_dropout
+        adapter.dropout = config.lora_dropout
         adapter.reset(config.init_weights)
         return adapter
 
