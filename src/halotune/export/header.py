@@ -26,7 +26,6 @@ class Header:
         config: the entries of `adapter_config.json` beside it; empty where there is none.
         shapes: key -> shape.
         metadata: of the safetensors file.
-        dtype: of the first tensor, as safetensors writes it: "F32", "BF16" …
         tied: whether the base's output layer is its embeddings; None where its configuration is not at hand.
     """
 
@@ -34,7 +33,6 @@ class Header:
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, str]
-    dtype: str = ""
     tied: bool | None = None
 
     @property
@@ -56,14 +54,12 @@ class Header:
         config = file.parent / CONFIG_NAME if file.name == WEIGHTS_NAME else None
         try:
             with safe_open(file, framework="pt") as f:
-                slices = {key: f.get_slice(key) for key in f.keys()}
-                shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
-                dtype = next((str(s.get_dtype()) for s in slices.values()), "")
+                shapes = {key: tuple(f.get_slice(key).get_shape()) for key in f.keys()}
                 metadata = f.metadata() or {}
         except (SafetensorError, OSError) as e:
             raise AdapterFileError(file, f"cannot be read as safetensors: {e}.", remedy="Get or save it again.") from e
         entries = read_json(config) if config and config.is_file() else {}
-        return cls(file, entries, shapes, metadata, dtype, _tied(base or entries.get("base_model_name_or_path")))
+        return cls(file, entries, shapes, metadata, _tied(base or entries.get("base_model_name_or_path")))
 
 
 def _tied(base: str | None) -> bool | None:

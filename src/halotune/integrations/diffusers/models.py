@@ -30,7 +30,7 @@ def follow(model: nn.Module, tuner: AdapterModel) -> None:
     for name in [n for n in tuner.peft_config if n not in left]:
         remove(model, name)
         del tuner.peft_config[name]
-    tuner.active_adapters = in_order(layer.active_adapters for layer in layers)
+    tuner.active = in_order(layer.active_adapters for layer in layers)
     if not tuner.peft_config:
         forget(model)
         tidy(model)
