@@ -75,7 +75,6 @@ def test_every_kernel_has_cases():
     products = {
         "_launch_add_parts",
         "_launch_build",
-        "_launch_cast",
         "_launch_tiles",
         "_launch_few",
         "_launch_fused",

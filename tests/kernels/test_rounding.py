@@ -10,7 +10,7 @@ from halotune.methods.bone import ops as bone
 from halotune.methods.loha import ops as loha
 from halotune.ops.build import build_low_rank
 from halotune.ops.dispatch import backend
-from halotune.ops.rounding import cast_by_chance, draw_noise, round_stochastically
+from halotune.ops.rounding import Dither, draw_noise, round_stochastically
 
 HALF = [torch.bfloat16, torch.float16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,15 +64,14 @@ def test_layers_draw_apart_from_torchs_generator():
 
 @pytest.mark.parametrize("size", [(3, 70, 133), (5, 3), (2, 4, 8, 8)], ids=str)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_factors_are_cast_as_by_plain_torch(dtype, size, monkeypatch):
-    pytest.importorskip("triton", reason="triton is made for Linux alone")
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+def test_a_seed_rounds_factors_alike_and_each_by_its_own_noise(dtype, size):
     t = torch.randn(size, device=DEVICE)
-    noise = draw_noise(t)
-    with torch.no_grad(), backend("triton"):
-        assert cast_by_chance.choice(t, noise, dtype) is cast_by_chance.kernels[0]
-        assert torch.equal(cast_by_chance(t, noise, dtype), round_stochastically(t, noise, dtype))
+    dither = Dither(7)
+    first, second = dither.round([t, t], dtype)
+    assert first.dtype is dtype and not torch.equal(first, second)
+    assert torch.equal(first, round_stochastically(t, dither.noise(1, t), dtype))
+    for again in (dither, Dither(7)):
+        assert all(map(torch.equal, again.round([t, t], dtype), (first, second)))
 
 
 def arguments(dtype: torch.dtype) -> dict[str, tuple]:

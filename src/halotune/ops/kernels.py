@@ -133,39 +133,6 @@ def _build_low_rank(
         tl.store(out_ptr + at, rounded(y, w.dtype, INTERPRETED), inside)
 
 
-@triton.jit
-def _cast_by_chance(t_ptr, noise_ptr, out_ptr, m, n, ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """One tile of one matrix, rounded."""
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(2) * COLS + tl.arange(0, COLS)
-    matrix = tl.program_id(0).to(tl.int64)
-    inside = (rows[:, None] < m) & (cols[None] < n)
-    at = matrix * m * n + rows[:, None].to(tl.int64) * n + cols[None]
-    y = tl.load(t_ptr + at, inside, other=0.0)
-    noise_ptr += matrix * (m + n)
-    to = out_ptr.dtype.element_ty
-    u = noise(noise_ptr, rows[:, None], rows[:, None] < m, to) ^ noise(noise_ptr + m, cols[None], cols[None] < n, to)
-    tl.store(out_ptr + at, by_chance(y, u, to), inside)
-
-
-_launch_cast = Launcher(_cast_by_chance, num_warps=4)
-
-
-def cast_by_chance(t: Tensor, noise: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Matrices `(…, m, n)` in fp32 in another dtype."""
-    m, n = t.shape[-2:]
-    rows, cols = min(64, filled(m)), min(128, filled(n))
-    grid = t.shape[:-2].numel(), tiles(m, rows), tiles(n, cols)
-    launch = _launch_cast.prepare(grid, m, n, rows, cols)
-
-    def run(t: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
-        out = torch.empty_like(t, dtype=dtype)
-        launch(t, noise, out)
-        return out
-
-    return run
-
-
 _launch_build = Launcher(_build_low_rank, num_warps=4)
 
 

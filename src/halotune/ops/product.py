@@ -83,14 +83,6 @@ def _refusal(r: int, x: Tensor, *others: Tensor | None) -> str | None:
     return None
 
 
-def _add_product_refuses(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inplace: bool) -> str | None:
-    return _refusal((Q if A is None else A).shape[0], b, a, A, Q)  # type: ignore[union-attr]
-
-
-def _transposed_refuses(z: Tensor, d: Tensor, w: Tensor, x: Tensor) -> str | None:
-    return _refusal(z.shape[-1], z, d, w, x)
-
-
 def _wins(t: Tensor, *_: object) -> bool:
     # One launch instead of two or three is what counts up to some thousand rows, the bytes beyond that. Rows that are not
     # aligned cannot be read in wide words.
@@ -110,7 +102,11 @@ add_product = Op(
     "add_product",
     _add_product,
     like=lambda b, a, A, Q, inplace: (b.new_empty(b.shape), b.new_empty(b.shape[0], (Q if A is None else A).shape[0])),
-    kernels=[triton_kernel(_KERNELS, "add_product", _add_product_refuses, _wins)],
+    kernels=[
+        triton_kernel(
+            _KERNELS, "add_product", lambda b, a, A, Q, _: _refusal((Q if A is None else A).shape[0], b, a, A, Q), _wins
+        )
+    ],
 )
 
 # `zᵀ d` and `wᵀ x`: z, w `(n, r)`, d `(n, p)`, x `(n, q)`.
@@ -118,5 +114,7 @@ transposed_products = Op(
     "transposed_products",
     _transposed_products,
     like=lambda z, d, w, x: (d.new_empty(z.shape[1], d.shape[1]), x.new_empty(w.shape[1], x.shape[1])),
-    kernels=[triton_kernel(_KERNELS, "transposed_products", _transposed_refuses, _transposed_wins)],
+    kernels=[
+        triton_kernel(_KERNELS, "transposed_products", lambda z, *others: _refusal(z.shape[-1], z, *others), _transposed_wins)
+    ],
 )

@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import Op, triton_kernel
-
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # bits that fp32 has more
 
 
@@ -43,26 +41,6 @@ def rounded(define: Callable[..., Tensor], noise: Tensor | None, W: Tensor, *fac
     return round_stochastically(define(W.float(), *(t.float() for t in factors)), noise, W.dtype)
 
 
-def _cast_by_chance(t: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
-    return round_stochastically(t.float(), noise, dtype)
-
-
-# `round_stochastically` of factors: read once, written once.
-cast_by_chance = Op(
-    "cast_by_chance",
-    _cast_by_chance,
-    like=lambda t, noise, dtype: t.new_empty(t.shape, dtype=dtype),
-    kernels=[
-        triton_kernel(
-            "halotune.ops.kernels",
-            "cast_by_chance",
-            lambda t, *_: None if t.dtype is torch.float32 and t.is_contiguous() else "it must be contiguous, in fp32",
-            lambda t, *_: t.is_cuda,
-        )
-    ],
-)
-
-
 class Dither:
     """The noises by which one preparation is rounded: each is drawn once, and the same where it is repeated.
 
@@ -82,4 +60,4 @@ class Dither:
 
     def round(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Factors in this dtype by chance, so that their small changes are not lost either."""
-        return tuple([cast_by_chance(t, self.noise(i, t), dtype) for i, t in enumerate(tensors, 1)])
+        return tuple([round_stochastically(t.float(), self.noise(i, t), dtype) for i, t in enumerate(tensors, 1)])

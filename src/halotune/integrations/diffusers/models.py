@@ -98,11 +98,7 @@ def _fuse_lora(model: nn.Module, original: Callable[..., Any], *args: Any, **kwa
     return original(model, *args, **kwargs)
 
 
-_REPLACED = {
-    "save_pretrained": _save_pretrained,
-    "fuse_qkv_projections": _fuse_qkv_projections,
-    "fuse_lora": _fuse_lora,
-}
+_REPLACED = {"save_pretrained": _save_pretrained, "fuse_qkv_projections": _fuse_qkv_projections, "fuse_lora": _fuse_lora}
 
 
 def check_alone(model: nn.Module, what: str) -> None:

@@ -173,13 +173,8 @@ class MissBat(Bat):
     block = "miss_block"
 
 
-def create_bone(shape: WeightShape, config: AdapterConfig) -> Adapter:
-    return (Bat if _is_bat(config) else Bone).create(shape, config)
-
-
-def create_miss(shape: WeightShape, config: AdapterConfig) -> Adapter:
-    return (MissBat if _is_bat(config) else Miss).create(shape, config)
-
-
-def _is_bat(config: Any) -> bool:
-    return config.init_weights == "bat"
+def create(shape: WeightShape, config: AdapterConfig) -> Adapter:
+    """The kind and the name that the configuration asks for."""
+    assert isinstance(config, BlockConfig)
+    affine, bat = (Miss, MissBat) if isinstance(config, MissConfig) else (Bone, Bat)
+    return (bat if config.init_weights == "bat" else affine).create(shape, config)
