@@ -20,10 +20,8 @@ from ..core.files import locate, read_json
 from ..core.layer import AdaptedLayer
 from ..core.operator import WeightShape
 from ..engine.injection.modules import visible_modules
+from ..export.components import COMPONENTS
 from .originals import Part, original_names
-
-# The models of a diffusers pipeline that adapters are made for.
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclass(frozen=True)

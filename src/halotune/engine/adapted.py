@@ -298,6 +298,7 @@ class AdaptedModel(Wrapper):
         rank: int | None = None,
         component: str | None = None,
         dtype: torch.dtype | None = None,
+        gguf: bool = False,
     ) -> ExportReport:
         """Write adapters as a LoRA that gives the same outputs, for programs that read nothing else.
 
@@ -313,6 +314,7 @@ class AdaptedModel(Wrapper):
             rank: truncate every layer to this rank, at the least error; smaller ones are filled up with zeros.
             component: for diffusers and ComfyUI, the model's name in the pipeline; None tells it from the model's class.
             dtype: of the tensors; None is the adapter's.
+            gguf: for "llama.cpp": write `adapter_model.gguf` too, which it loads as it is.
 
         Returns:
             a report: rank and error of each layer; `print` it.
@@ -323,5 +325,13 @@ class AdaptedModel(Wrapper):
         from .files.export import export_adapters  # few need it, and `import halotune` stays light
 
         return export_adapters(
-            self.tuner, to, folder, adapter_name=adapter_name, runtime=runtime, rank=rank, component=component, dtype=dtype
+            self.tuner,
+            to,
+            folder,
+            adapter_name=adapter_name,
+            runtime=runtime,
+            rank=rank,
+            component=component,
+            dtype=dtype,
+            gguf=gguf,
         )

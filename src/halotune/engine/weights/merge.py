@@ -193,7 +193,7 @@ def _may_say_untied(model: nn.Module, config: Any) -> bool:
 
 def untie_copies(model: nn.Module) -> None:
     """Say in the model's configuration that a trained copy, which stays for good, has a weight of its own."""
-    shared = {n for others in tied_parameters(model).values() for n in others}
+    shared = {n for others in tied_parameters(model) for n in others}
     for path, wrapper in modules_to_save_wrappers(model).items():
         own = wrapper.original_module
         if wrapper.current is not own and any(f"{path}.original_module.{n}" in shared for n, _ in own.named_parameters()):
