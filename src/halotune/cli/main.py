@@ -26,6 +26,7 @@ COMMANDS = {
     "generate": "continue a prompt with an adapter",
     "chat": "talk to a model with an adapter",
     "demo": "compare all methods on a real model, in minutes",
+    "report": "compare runs in one page: table, learning curves, costs, what the adapters changed",
     "bench": "compare speed and memory with peft and lycoris-lora",
 }
 

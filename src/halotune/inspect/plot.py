@@ -14,8 +14,9 @@ from ..cli.loading import Saved
 from ..core.files import write_atomically
 from ..methods.measures import Column
 from ..methods.registry import method_of
+from ..report.grid import short, split
 from .figures import Figures
-from .report import COMMON, known_columns, short, split, value_of
+from .report import COMMON, known_columns, value_of
 
 
 def panels(saved: Saved, layers: Sequence[Figures]) -> list[Column]:

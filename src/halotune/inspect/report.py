@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -12,6 +11,7 @@ from ..cli.loading import BaseModel, Saved
 from ..core.config import AdapterConfig
 from ..methods.measures import Column
 from ..methods.registry import method_of
+from ..report.grid import split
 from ..report.table import text_table
 from .figures import Figures
 
@@ -143,25 +143,6 @@ def as_document(saved: Saved, base: BaseModel | None, layers: Sequence[Figures])
     }
 
 
-# -- paths of modules as a grid: which layer of the model, and which module of it
-
-
-def split(paths: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Path -> layer and module, e.g. `model.layers.3.self_attn.q_proj` -> `model.layers.3`, `self_attn.q_proj`.
-
-    A layer ends in a number. Of several numbers, the one after which most paths go on alike; where that leaves a choice, the
-    first, so that modules keep their longest names. A path without a number has the layer "".
-    """
-    endings = Counter(module for path in paths for _, module in _ways(path))
-    return {path: max(_ways(path), key=lambda way: endings[way[1]], default=("", path)) for path in paths}
-
-
-def _ways(path: str) -> list[tuple[str, str]]:
-    parts = path.split(".")
-    cuts = [i for i, part in enumerate(parts[:-1], 1) if part.isdecimal()]
-    return [(".".join(parts[:i]), ".".join(parts[i:])) for i in cuts]
-
-
 def modules(layers: Sequence[Figures]) -> dict[str, list[Figures]]:
     """Layers by the name of their module."""
     out: dict[str, list[Figures]] = {}
@@ -169,13 +150,3 @@ def modules(layers: Sequence[Figures]) -> dict[str, list[Figures]]:
     for layer in layers:
         out.setdefault(where[layer.path][1], []).append(layer)
     return out
-
-
-def short(names: Iterable[str]) -> dict[str, str]:
-    """Layer -> its name without what all have in front, e.g. `model.layers.3` -> `3`."""
-    names = list(names)
-    parts = [name.split(".") for name in names if name]
-    common = 0
-    while parts and all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
-        common += 1
-    return {name: ".".join(name.split(".")[common:]) for name in names}
