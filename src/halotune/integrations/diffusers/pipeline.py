@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from ...engine.injection.surgery import taken_out
 from ...engine.tuner import AdapterModel
 from ...engine.weights.merge import MergeReport
 from ..peft_types import peft_types
-from .index import INDEX_NAME, read_index, with_base
+from .index import INDEX_NAME, read_index
 from .models import check_alone, check_in_memory, follow, in_order, mark, reapply_group_offloading, tidy
 
 Weight = float | Mapping[str, float]
@@ -114,7 +115,9 @@ class PipelineAdapters:
                 )
         with self._adding(configs, name) as models:
             for component, model in models.items():
-                config = with_base(configs[component], self.pipe)
+                config, base = copy.copy(configs[component]), getattr(self.pipe, "name_or_path", None)
+                if config.base_model_name_or_path is None and base:
+                    config.base_model_name_or_path = str(base)
                 add_in_place(model, name, config, autocast_adapter_dtype=autocast_adapter_dtype)
 
     def load(
