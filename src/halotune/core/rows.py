@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,14 +48,14 @@ class Rows:
         names: one per sample.
         batch: of the running pass.
         path: the layer.
-        batch_first: what the modules around the layer say.
+        batch_first: what the modules around the layer say; "usual" where they say nothing, and all others of their kind are.
         is_convolution: its input has the batch, channels and sizes.
     """
 
     names: tuple[str, ...]
     batch: Batch
     path: str = "a layer"
-    batch_first: bool | None = None
+    batch_first: bool | Literal["usual"] | None = None
     is_convolution: bool = False
 
     def groups(self, x: Tensor) -> list[tuple[str, Tensor]]:
@@ -81,7 +81,7 @@ class Rows:
             if flat:  # not what an expert got of the tokens
                 proven = "expert" not in self.path or self.batch.tokens <= {rows}
             else:
-                proven = self.is_convolution or sizes[1] != rows or self.batch_first is True
+                proven = self.is_convolution or sizes[1] != rows or self.batch_first in (True, "usual")
         elif flat:
             proven = rows in self.batch.tokens and self.batch_first is not False
         else:

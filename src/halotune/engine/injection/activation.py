@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
 from ...core.rows import BASE, Batch, Rows
-from .modules import adapted_layers, modules_to_save_wrappers, public_path
+from .modules import adapted_layers, modules_to_save_wrappers, plain_modules, public_path
 
 
 def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None:
@@ -65,7 +65,7 @@ def per_sample(
         )
     sizes, main = Batch(len(names)), getattr(model, "main_input_name", "input_ids")
     look = model.register_forward_pre_hook(lambda m, args, kwargs: sizes.look(main, args, kwargs), with_kwargs=True)
-    around = dict(model.named_modules())
+    around = dict(plain_modules(model))
     for path, m in modules.items():
         inner = m.base_layer if isinstance(m, AdaptedLayer) else m.original_module
         is_convolution = isinstance(inner, nn.modules.conv._ConvNd)
@@ -78,13 +78,22 @@ def per_sample(
             m.rows = None
 
 
-def _batch_first(path: str, modules: Mapping[str, nn.Module]) -> bool | None:
-    """What the nearest module around says, or one of those that it holds: torch's attention does."""
+# Models of transformers that transpose what goes through their layers.
+_SEQUENCE_FIRST = ("BridgeTower", "FSMT", "LED", "Longformer", "Mask2Former", "OmDet", "OneFormer", "XLNet")
+
+
+def _batch_first(path: str, modules: Mapping[str, nn.Module]) -> bool | Literal["usual"] | None:
+    """What the nearest module around says, or one of those that it holds: torch's attention does; "usual" in transformers."""
     while path:
         path = path.rpartition(".")[0]
         for module in (modules[path], *modules[path].children()):
             if isinstance(said := getattr(module, "batch_first", None), bool):
                 return said
+        kinds = [kind for kind in type(modules[path]).__mro__ if kind.__module__.startswith("transformers.")]
+        if any(kind.__name__.startswith(_SEQUENCE_FIRST) for kind in kinds):
+            return None
+        if any(kind.__name__ == "PreTrainedModel" for kind in kinds):
+            return "usual"
     return None
 
 
