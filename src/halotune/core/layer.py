@@ -178,8 +178,27 @@ class AdaptedLayer(TunerLayer, Wrapper):
         _, parameter, snapshot = self._original
         return snapshot if isinstance(snapshot, Tensor) else parameter
 
+    def held(self) -> tuple[Any, ...]:
+        """What `put_back` needs to undo merges that come, with a copy of the weight in CPU memory."""
+        kept = self.base.snapshot()
+        kept = kept.cpu() if isinstance(kept, Tensor) else kept
+        return self.base_layer, self.base.parameter, kept, self._original, self.merged_adapters
+
+    def put_back(self, held: tuple[Any, ...]) -> None:
+        """Undo the merges since `held()`, bit for bit."""
+        module, parameter, kept, self._original, self.merged_adapters = held
+        self._put(module)
+        if self.base.parameter is not parameter and not self.base.quantization:
+            self.base_layer.weight = parameter  # it was untied
+        self.base.restore(kept)
+
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit."""
+        if self._original is None and self.merged:
+            raise HalotuneError(
+                f"{type(self.base_layer).__name__} {self.base.shape}: {', '.join(self.merged_adapters)} were merged for good, "
+                "and nothing was kept to restore the weight from. Call merge_and_unload() to finish, or load the base again."
+            )
         if self._original is not None:
             self.base.require_stored(type(self.base_layer).__name__)
             module, parameter, snapshot = self._original
