@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -266,6 +267,27 @@ def test_not_while_merged_or_disabled(plain: MLP, x: Tensor):
     with model.disable_adapter(), pytest.raises(HalotuneError, match=r"disabled.*name '__base__'"):
         model(x, adapter_names=["b"] * 5)
     close(model(x, adapter_names=["b"] * 5), composed(plain, model, ["b"])(x))
+
+
+@torch.no_grad()
+def test_threads_have_batches_of_their_own(crowd: PeftModel, x: Tensor):
+    """Some with names, of several sizes, some without, on one model at once."""
+    crowd.set_adapter("lora-r2")
+    calls = [(x, {}), (x, {"adapter_names": ["hra-r4", BASE] * 2 + ["lora-r2"]}), (x[:2], {"adapter_names": [BASE, "hra-r4"]})]
+    expected = [crowd(x, **kwargs) for x, kwargs in calls]
+    wrong: list[str] = []
+
+    def run(i: int) -> None:
+        for _ in range(30):
+            try:
+                close(crowd(calls[i][0], **calls[i][1]), expected[i])
+            except Exception as e:
+                wrong.append(repr(e))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in (0, 1, 2) * 2]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not wrong, (len(wrong), wrong[0])
 
 
 def test_not_with_checkpointed_blocks(writer: PeftModel):

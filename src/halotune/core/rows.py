@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -20,15 +22,18 @@ class Batch:
     """What the inputs of the running pass say.
 
     Attributes:
+        model: that runs.
         rows: how many the batch has: samples, times beams.
         tokens: how many rows it may have with the tokens of each sample laid out one after the other.
     """
 
+    model: Any
     rows: int
     tokens: set[int] = field(default_factory=set)
 
-    def look(self, main: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Take the sizes from the arguments of the model; `main` is the name of its main input."""
+    def look(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Take the sizes from the arguments of the model."""
+        main = getattr(self.model, "main_input_name", "input_ids")
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
         names = (main, "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "inputs")
         inputs = [t for name in dict.fromkeys(names) if isinstance(t := kwargs.get(name), Tensor) and t.dim()]
@@ -102,6 +107,16 @@ class Rows:
         parts = [call(name, x.index_select(0, index)) for name, index in groups]
         order = torch.argsort(torch.cat([index for _, index in groups]))
         return torch.cat(parts).index_select(0, order)
+
+
+class _Mixed(threading.local):
+    """The batch of several adapters that this thread runs, and how each layer splits it."""
+
+    batch: Batch | None = None
+    rows: Mapping[Any, Rows] = MappingProxyType({})
+
+
+MIXED = _Mixed()
 
 
 def leading(x: Tensor) -> torch.Size:

@@ -11,7 +11,7 @@ from torch import nn
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
-from ...core.rows import BASE, Batch, Rows
+from ...core.rows import BASE, MIXED, Batch, Rows
 from .modules import adapted_layers, modules_to_save_wrappers, plain_modules, public_path
 
 
@@ -63,19 +63,17 @@ def per_sample(
             "adapter_names: checkpointed blocks are recomputed in backward, when the names are gone. Turn gradient "
             "checkpointing off, or train one adapter at a time."
         )
-    sizes, main = Batch(len(names)), getattr(model, "main_input_name", "input_ids")
-    look = model.register_forward_pre_hook(lambda m, args, kwargs: sizes.look(main, args, kwargs), with_kwargs=True)
-    around = dict(plain_modules(model))
+    sizes, around = Batch(model, len(names)), dict(plain_modules(model))
+    rows, outer = {}, (MIXED.batch, MIXED.rows)
     for path, m in modules.items():
         inner = m.base_layer if isinstance(m, AdaptedLayer) else m.original_module
         is_convolution = isinstance(inner, nn.modules.conv._ConvNd)
-        m.rows = Rows(tuple(names), sizes, public_path(path), _batch_first(path, around), is_convolution)
+        rows[m] = Rows(tuple(names), sizes, public_path(path), _batch_first(path, around), is_convolution)
+    MIXED.batch, MIXED.rows = sizes, rows
     try:
         yield
     finally:
-        look.remove()
-        for m in modules.values():
-            m.rows = None
+        MIXED.batch, MIXED.rows = outer
 
 
 # Models of transformers that transpose what goes through their layers.

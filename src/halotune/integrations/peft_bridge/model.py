@@ -103,14 +103,14 @@ class Bridge(Scope):
     def find(self, model: nn.Module) -> list[AdaptedLayer]:
         return [layer._halotune for layer in self.fast.values()]
 
-    def _begin(self, model: nn.Module, args: Any) -> None:
+    def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling():
             if list(map(id, self.configs or ())) != list(map(id, _configs(model))):
                 self.take_in(model)
             for layer in self.fast.values():
                 follow(layer)
             self._tell()
-        super()._begin(model, args)
+        super()._begin(model, args, kwargs)
 
     def take_in(self, host: nn.Module) -> None:
         """Speed up the layers that are new since the last time."""
