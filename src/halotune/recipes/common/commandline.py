@@ -36,8 +36,8 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str = "halotune") -> T:
     """
     arguments = [_underscored(a) for a in arguments]
     files = {file: _written(file) for file in _values(arguments, "config")}
-    method = [*(entries.get("method") for entries in files.values()), *_values(arguments, "method")]
-    parser = _parser(kind, prog, str(method[-1]) if method and method[-1] else None)
+    methods = [*(entries.get("method") for entries in files.values()), *_values(arguments, "method")]
+    parser = _parser(kind, prog, next((str(m) for m in reversed(methods) if m), None))
     options = {name.lstrip("-"): name for name in parser._option_string_actions if name.startswith("--")}
     adapter = [n.removeprefix("adapter.") for n in options if n.startswith("adapter.")]
     for file, key in [(file, key) for file, entries in files.items() for key in _keys(entries)]:
@@ -56,7 +56,7 @@ def _parser(kind: type, prog: str, method: str | None) -> ArgumentParser:
     parser = ArgumentParser(prog=prog, exit_on_error=False, description=(kind.__doc__ or "").split("\n")[0], epilog=NOTE)
     parser.add_argument("--config", action="config", help="a YAML file with these options; may be given several times")
     if not issubclass(kind, RunConfig):
-        parser.add_class_arguments(kind, None)
+        parser.add_class_arguments(kind, None, as_positional=True)
         return parser
     parser.add_class_arguments(kind, None, skip={"adapter"})
     name = method or kind.METHOD

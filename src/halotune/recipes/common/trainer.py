@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from ...core.errors import HalotuneError
 from ...engine.training import parameter_groups
 from ...integrations.transformers import AdapterTrainerMixin
 from .config import RunConfig
-from .run import Run, said
+from .model import count, write_changes
+from .page import write_page
+from .run import FINISHED, Run, said
 
 CHECKPOINT = "checkpoint-"
 
@@ -150,6 +152,22 @@ class RunTrainerMixin(AdapterTrainerMixin):
                 os.replace(self.run.folder / name, old)
             os.replace(staging, self.run.folder / name)
             shutil.rmtree(old, ignore_errors=True)
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write what a finished run has: the adapter, what it changed, the results, the page."""
+        self.save_adapter()
+        lines = self.run.metrics()
+        if self.is_world_process_zero():
+            write_changes(self.run, self.model)
+            self.run.update(
+                status=FINISHED,
+                parameters=count(self.model),
+                seconds=lines[-1]["seconds"] if lines else 0.0,
+                memory={"peak_bytes": max((line.get("memory_bytes", 0) for line in lines), default=0)},
+                results=dict(results),
+            )
+            write_page([self.run.folder], self.run.folder / "index.html")
+            said(f"{self.run.folder}: finished")
 
 
 class RunTrainer(RunTrainerMixin, Trainer):
