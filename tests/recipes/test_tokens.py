@@ -13,7 +13,7 @@ from halotune.core.errors import HalotuneError
 pytest.importorskip("transformers")
 pytest.importorskip("trl")
 
-from halotune.recipes.language.rows import Columns, Conversation, Text, read_rows
+from halotune.recipes.language.rows import Columns, Conversation, Text, read_examples, understood
 from halotune.recipes.language.tokens import (
     IGNORED,
     TEMPLATES,
@@ -45,6 +45,10 @@ FOREIGN = {
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
 }
 ENDS = {"llama 3": "<|eot|>", "mistral": "</s>", "a prompt that thinks": "<|im_end|>", "chatml": "<|im_end|>", "plain": "</s>"}
+
+
+def read(file, columns=Columns(), **how):  # noqa: B008
+    return read_examples(str(file), lambda values: understood(values, columns), **how)
 
 
 def learned(tok: Any, tokens: dict[str, list[int]]) -> list[str]:
@@ -139,7 +143,7 @@ def test_padding_takes_no_new_token():
 def test_rows_of_every_kind(row, expected, tmp_path):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([row]))
-    [found] = read_rows(str(file), Columns()).kept
+    [found], _ = read(file)
     assert isinstance(found, Conversation) and found.learned == expected
     assert {m["role"] for m in found.messages} <= {"system", "user", "assistant"}
 
@@ -149,7 +153,7 @@ def test_columns_of_other_names_and_parquet(tmp_path):
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"q": ["Hi"], "a": ["Yes"]}), tmp_path / "rows.parquet")
-    [found] = read_rows(str(tmp_path / "rows.parquet"), Columns(prompt="q", response="a")).kept
+    [found], _ = read(tmp_path / "rows.parquet", Columns(prompt="q", response="a"))
     assert found.messages[1]["content"] == "Yes"
 
 
@@ -157,10 +161,10 @@ def test_bad_rows_are_named_or_left_out(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"query": "Hi", "response": "Yes"}\n{"query": "Hi"\n{"query": "Hi", "response": 3}\n{"a": 1}\n')
     with pytest.raises(HalotuneError, match=r"rows.jsonl, line 2: is no JSON .*--skip-bad-rows"):
-        read_rows(str(file), Columns())
-    rows = read_rows(str(file), Columns(), skip_bad=True)
-    assert len(rows.kept) == 1 and [b.split(": ")[0].rpartition(" ")[2] for b in rows.bad] == ["2", "3", "4"]
-    assert "response: expected text; found 3" in rows.bad[1] and "found a" in rows.bad[2]
+        read(file)
+    kept, bad = read(file, skip_bad=True)
+    assert len(kept) == 1 and [b.split(": ")[0].rpartition(" ")[2] for b in bad] == ["2", "3", "4"]
+    assert "'response'; found 3" in bad[1] and "the columns are a:" in bad[2]
 
 
 @pytest.mark.parametrize("name", ["rows.txt", "rows.jsonl", "./x", "rows"])
@@ -168,7 +172,7 @@ def test_what_is_no_file(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.txt").write_text("Hi")
     with pytest.raises(HalotuneError, match=r"\.jsonl"):
-        read_rows(name, Columns())
+        read(name)
 
 
 def test_an_unknown_template_names_the_nearest():

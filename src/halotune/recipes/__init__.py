@@ -42,15 +42,30 @@ RECIPES = {
         "train_nlu",
         ("NLUEvaluation", "evaluate_nlu"),
     ),
+    "sft": Recipe("sft", "sft", ("transformers", "accelerate", "datasets", "trl", "jsonargparse"), "SFTConfig", "train_sft"),
+    "math": Recipe(
+        "math",
+        "math",
+        ("transformers", "accelerate", "datasets", "trl", "jsonargparse", "math_verify", "pebble", "scipy"),
+        "MathConfig",
+        "train_math",
+        ("MathEvaluation", "evaluate_math"),
+    ),
 }
 
 _PARTS = {name: recipe for recipe in RECIPES.values() for name in (recipe.config, recipe.train, *(recipe.evaluate or ()))}
 
 if TYPE_CHECKING:
+    from .math import MathConfig as MathConfig
+    from .math import MathEvaluation as MathEvaluation
+    from .math import evaluate_math as evaluate_math
+    from .math import train_math as train_math
     from .nlu import NLUConfig as NLUConfig
     from .nlu import NLUEvaluation as NLUEvaluation
     from .nlu import evaluate_nlu as evaluate_nlu
     from .nlu import train_nlu as train_nlu
+    from .sft import SFTConfig as SFTConfig
+    from .sft import train_sft as train_sft
 else:
 
     def __getattr__(name):

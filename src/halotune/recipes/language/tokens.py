@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import HalotuneError, closest
-from .rows import Conversation, Text
+from .rows import Conversation, Example, Text
 
 TEMPLATES = {file.stem: file for file in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
 IGNORED = -100  # the label of a token that does not count
@@ -64,7 +64,7 @@ def set_pad_token(tokenizer: Any) -> str:
     return tokenizer.pad_token
 
 
-def encode(tokenizer: Any, row: Conversation | Text) -> dict[str, list[int]]:
+def encode(tokenizer: Any, row: Example) -> dict[str, list[int]]:
     """`input_ids` and `labels` of a row; tokens that do not count have the label −100.
 
     A token counts if it belongs to the text that the model itself writes: a learned message and the mark of its end.
@@ -160,7 +160,7 @@ def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> s
         raise HalotuneError(f"the chat template refuses a conversation: {e}. Correct the row, or choose a --template.") from e
 
 
-def encode_all(tokenizer: Any, rows: Iterable[Conversation | Text], max_length: int) -> tuple[list[dict[str, list[int]]], int]:
+def encode_all(tokenizer: Any, rows: Iterable[Example], max_length: int) -> tuple[list[dict[str, list[int]]], int]:
     """The rows as tokens, cut at `max_length`, without those of which nothing is left to learn; and how many were cut."""
     out, cut = [], 0
     for row in rows:
