@@ -26,13 +26,13 @@ class RunConfig:
         output: the run's folder; by default runs/ and the run's name.
         label: what reports call the run; by default the method and its size.
         seed: of the adapters, the order of the data and dropout.
-        epochs: how often the data are gone through; may be a fraction.
+        epochs: how often the data are gone through; may be a fraction. By default the preset's, else the recipe's.
         max_steps: end after so many optimizer steps, whatever `epochs` says.
-        learning_rate: the peak; by default the method's in `halotune.DEFAULT_LEARNING_RATES`.
+        learning_rate: the peak; by default the preset's, else the method's in `halotune.DEFAULT_LEARNING_RATES`.
         batch_size: examples of an optimizer step, over all processes.
         micro_batch_size: examples that a process takes at once; by default its whole share of `batch_size`.
         schedule: of the learning rate after the warmup, as transformers names them (linear, cosine, constant …).
-        warmup: optimizer steps, or a share of all steps where it is under 1.
+        warmup: optimizer steps, or a share of all steps where it is under 1. By default the preset's, else the recipe's.
         weight_decay: of AdamW; the scale-free vectors of an adapter, biases and norms have none.
         max_grad_norm: gradients are clipped to this norm; 0 for no clipping.
         precision: fp32; bf16 or fp16 hold the frozen base in that type and compute in it, the trained weights stay in fp32.
@@ -55,13 +55,13 @@ class RunConfig:
     output: str | None = None
     label: str | None = None
     seed: int = 0
-    epochs: float = 3.0
+    epochs: float | None = None
     max_steps: int | None = None
     learning_rate: float | None = None
     batch_size: int = 32
     micro_batch_size: int | None = None
     schedule: str = "linear"
-    warmup: float = 0.06
+    warmup: float | None = None
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -79,11 +79,13 @@ class RunConfig:
     RECIPE: ClassVar[str]
     TARGETS: ClassVar[str] = "all-linear"  # of adapters that name none
     METHOD: ClassVar[str] = "hra"
+    EPOCHS: ClassVar[float] = 3.0
+    WARMUP: ClassVar[float] = 0.06
 
     def __post_init__(self) -> None:
         self.method, self.adapter = resolve_adapter(self.method or None, self.adapter, self.TARGETS, self.METHOD)
-        if self.learning_rate is None:
-            self.learning_rate = kinds()[self.method.upper()][1].learning_rate
+        self.fill()
+        self.fill_in(epochs=self.EPOCHS, warmup=self.WARMUP, learning_rate=find_method(self.method)[1].learning_rate)
         self.label = self.label or f"{self.method.upper()} {'='.join(map(str, self.adapter.size))}"
         for name in ("batch_size", "log_every", "keep_checkpoints"):
             self.require(name, getattr(self, name) >= 1, "must be at least 1", "Use a whole number such as 8.")
@@ -98,7 +100,16 @@ class RunConfig:
         self.output = self.output or self.default_output
 
     def check(self) -> None:
-        """The recipe's own conditions, and what it fills in."""
+        """The recipe's own conditions."""
+
+    def fill(self) -> None:
+        """What the recipe fills in where nothing was given, such as a preset's values."""
+
+    def fill_in(self, **values: Any) -> None:
+        """Values for the fields that are None."""
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     @property
     def name(self) -> str:

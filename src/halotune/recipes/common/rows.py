@@ -20,7 +20,7 @@ class Row:
 
     file: Path
     line: int
-    values: dict[str, Any]
+    values: dict[Any, Any]
 
     @property
     def place(self) -> str:
@@ -46,7 +46,7 @@ def read_rows(file: Path) -> Iterator[Row]:
 
 def _csv(file: Path) -> Iterator[Row]:
     with file.open(encoding="utf-8-sig", newline="") as f:
-        reader = csv.DictReader(f, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", restkey="", strict=True)
+        reader = csv.DictReader(f, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
         try:
             for values in reader:
                 yield Row(file, reader.line_num, values)
@@ -61,8 +61,8 @@ def _jsonl(file: Path) -> Iterator[Row]:
                 try:
                     values = json.loads(line)
                 except ValueError as e:
-                    values = {"": f"is no JSON ({e})"}
-                yield Row(file, number, values if isinstance(values, dict) else {"": "is no JSON object"})
+                    values = {None: f"is no JSON ({e})"}
+                yield Row(file, number, values if isinstance(values, dict) else {None: "is no JSON object"})
 
 
 def _json(file: Path) -> Iterator[Row]:
@@ -73,7 +73,7 @@ def _json(file: Path) -> Iterator[Row]:
     if not isinstance(entries, list):
         raise HalotuneError(f"{file}: expected a list of objects; found a {type(entries).__name__}. Give the list alone.")
     for number, values in enumerate(entries, 1):
-        yield Row(file, number, values if isinstance(values, dict) else {"": "is no JSON object"})
+        yield Row(file, number, values if isinstance(values, dict) else {None: "is no JSON object"})
 
 
 def _parquet(file: Path) -> Iterator[Row]:
@@ -100,8 +100,8 @@ def usable(rows: Iterable[Row], convert: Callable[[dict[str, Any]], T], skip: bo
     bad: list[str] = []
     for row in rows:
         try:
-            if "" in row.values:  # see the readers
-                extra = row.values[""]
+            if None in row.values:  # the readers' key for what has no column
+                extra = row.values[None]
                 raise ValueError(extra if isinstance(extra, str) else f"has {len(extra)} fields more than the header")
             good.append(convert(row.values))
         except ValueError as e:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import psutil  # accelerate needs it
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from ...cli.main import require
@@ -68,8 +69,7 @@ def arguments(config: RunConfig, run: Run, kind: type[TrainingArguments] = Train
             "full_determinism": config.deterministic,
             "bf16": config.precision == "bf16",
             "fp16": config.precision == "fp16",
-            "gradient_checkpointing": config.gradient_checkpointing,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
+            **(checkpointing(kind) if config.gradient_checkpointing else {}),
             "logging_strategy": "steps",
             "logging_steps": config.log_every,
             "logging_nan_inf_filter": False,
@@ -88,6 +88,13 @@ def arguments(config: RunConfig, run: Run, kind: type[TrainingArguments] = Train
     )
 
 
+def checkpointing(kind: type[TrainingArguments]) -> dict[str, Any]:
+    """Gradient checkpointing under the name that this transformers has for it."""
+    names = {f.name for f in fields(kind)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
 class RunTrainerMixin(AdapterTrainerMixin):
     """Put before a Trainer class: it trains into a run's folder.
 
@@ -101,6 +108,7 @@ class RunTrainerMixin(AdapterTrainerMixin):
 
     def __init__(self, *args: Any, run: Run, best: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)  # RunCallback says it better
         self.run, self.best_name = run, best
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -135,6 +143,7 @@ class RunTrainerMixin(AdapterTrainerMixin):
             if (self.run.checkpoints / name).exists():
                 shutil.rmtree(self.run.checkpoints / name)
             os.replace(staging / name, self.run.checkpoints / name)
+            staging.rmdir()
             self.run.keep_checkpoints(self.run.record["config"]["keep_checkpoints"])
         self.accelerator.wait_for_everyone()
 
