@@ -10,15 +10,14 @@ learned. GSM8K's and MATH's own files are taken too. `eval math` has a model ans
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..report.record import write_record
-from .common.config import adapter_defaults, find_method
+from .common.config import resolve_adapter
 from .common.run import read_lines, said
 from .grading import stored
 from .grading.scores import accuracy, by, vote
@@ -49,7 +48,7 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"r": 8, "orthogonality_weight": 1e-4, "orthogonality_norm": "unsquared", "target_modules": ["q_proj", "v_proj"]},
     ),
 }
-DIFFERS = (
+DIFFERENCES = (
     "the rotation acts on a layer's input; the authors' code rotates the output, and softens the vectors' norm (eps 1e-4)",
     "training starts at the pretrained function; the authors' random start does not",
     "padding takes a token that is there; the authors add one and enlarge the embeddings",
@@ -73,26 +72,19 @@ class MathConfig(SFTConfig):
 
     RECIPE: ClassVar[str] = "math"
 
-    def __post_init__(self) -> None:
-        if self.preset is not None:
-            self._take(*PRESETS[self.preset])
-        super().__post_init__()
-
-    def _take(self, settings: dict[str, Any], adapter: dict[str, Any]) -> None:
-        defaults = {name: field.default for name, field in type(self).__dataclass_fields__.items()}
-        for name, value in settings.items():
-            if getattr(self, name) == defaults[name]:
-                setattr(self, name, value)
-        if isinstance(self.adapter, AdapterConfig):
+    def fill(self) -> None:
+        if self.preset is None:
             return
-        name = (self.method or self.METHOD).lower()
-        entry, kind = find_method(name)
-        known, usual = entry.config.__dataclass_fields__, adapter_defaults(entry, kind, self.TARGETS)
-        own = dict(self.adapter or {})
-        for key, value in adapter.items():
-            if key in known and own.get(key, usual.get(key, known[key].default)) == usual.get(key, known[key].default):
-                own[key] = value
-        self.adapter = own
+        settings, adapter = PRESETS[self.preset]
+        self.require(
+            "preset", hasattr(self.adapter, "orthogonality_weight"), "is for HRA", "Leave it out, or use --method hra."
+        )
+        for name, value in settings.items():
+            if getattr(self, name) in (None, type(self).__dataclass_fields__[name].default):
+                setattr(self, name, value)
+        usual = resolve_adapter(self.method, None, self.TARGETS, self.METHOD)[1]
+        own = {k: v for k, v in adapter.items() if getattr(self.adapter, k) == getattr(usual, k)}
+        self.adapter = replace(self.adapter, **own)
 
     def example(self, values: dict[str, Any]) -> Example:
         return understood(as_metamath(values), Columns(self.prompt_column, self.response_column, self.text_column))
@@ -100,7 +92,9 @@ class MathConfig(SFTConfig):
 
 def train_math(config: MathConfig, *, dry_run: bool = False, command: str | None = None) -> dict[str, Any]:
     """Train, or go on where a run was interrupted; see `train_sft`."""
-    return train_sft(config, dry_run=dry_run, command=command, record={"differs": list(DIFFERS)} if config.preset else {})
+    return train_sft(
+        config, dry_run=dry_run, command=command, record={"differences": list(DIFFERENCES) if config.preset else []}
+    )
 
 
 # -- evaluation
@@ -117,8 +111,8 @@ class MathEvaluation:
         data: the suite's own file (jsonl), or MATH's folder; by default the hub's.
         output: where answers.jsonl, grades.jsonl and scores.json are written; by default in the run's predictions/, else in
             evaluations/.
-        answers: grade the answers stored in this file instead of writing any: answers.jsonl of an evaluation, or lm-eval's samples,
-            whose verdicts are compared then.
+        answers: grade the answers stored in this file instead of writing any: answers.jsonl of an evaluation, or lm-eval's
+            samples, whose verdicts are compared then.
         preset: paper asks as the HRA paper's evaluation did (words that end the prompt, stop words, room).
         template: as in training; auto is the one stored with the adapter, or the model's.
         suffix: what ends every prompt.

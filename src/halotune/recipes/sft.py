@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import datasets
-import torch
 import trl
 from accelerate.utils.other import is_repeated_blocks
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from ..cli.loading import loadable, quiet_unless_watched
 from ..core.config import TaskType
@@ -28,9 +27,9 @@ from ..engine.model import PeftModel
 from ..integrations.trl import AdapterSFTTrainer
 from .common.config import RunConfig
 from .common.dry_run import dry_run as show_dry_run
-from .common.model import adapt, load_base
+from .common.model import adapt, load_base, model_source
 from .common.run import Run, said
-from .common.trainer import RunTrainerMixin, arguments
+from .common.trainer import RunTrainerMixin, arguments, checkpointing
 from .language.packing import PackedCollator, check_isolation, fill
 from .language.rows import Columns, Example, read_examples, split, understood
 from .language.tokens import IGNORED, encode_all, set_pad_token, set_template
@@ -71,13 +70,13 @@ class SFTConfig(RunConfig):
     packing: bool = True
     attention: str = "sdpa"
     compile: bool = False
-    epochs: float = 1.0
     batch_size: int = 16
     schedule: str = "cosine"
-    warmup: float = 0.03
     weight_decay: float = 0.0
 
     RECIPE: ClassVar[str] = "sft"
+    EPOCHS: ClassVar[float] = 1.0
+    WARMUP: ClassVar[float] = 0.03
 
     def example(self, values: dict[str, Any]) -> Example:
         """What a row of data means; ValueError where it means nothing."""
@@ -117,7 +116,7 @@ def train_sft(
     report_data(config, train, held, cut, bad)
 
     # The model, with its adapter
-    torch.manual_seed(config.seed)
+    set_seed(config.seed)  # of the adapter
     model = adapt(load_base(AutoModelForCausalLM, config, attn_implementation=config.attention), config, TaskType.CAUSAL_LM)
     if config.packing:
         check_isolation(model)
@@ -130,7 +129,8 @@ def train_sft(
         show_dry_run(run, trainer, lambda batch: marked(tokenizer, batch))
         return run.record
     with run.open():
-        run.update(data={"rows": len(train_rows), "eval_rows": len(eval_rows), "cut": cut, "bad_rows": bad}, **(record or {}))
+        rows = {"train": len(train_rows), "evaluation": len(eval_rows), "cut": cut}
+        run.update(rows=rows, skipped={"count": len(bad), "rows": bad[:100]}, **(record or {}))
         trainer.train_run()
         trainer.finish(trainer.measured() if held is not None else {})
     return run.record
@@ -149,7 +149,7 @@ def quiet() -> None:
 def load_tokenizer(config: SFTConfig) -> Any:
     """The base's tokenizer, with the template that the model learns and a token to pad with."""
     with loadable("the tokenizer of", config.model):
-        tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(model_source(config.model), revision=config.revision or "main")
     set_template(tokenizer, config.template)
     set_pad_token(tokenizer)
     tokenizer.padding_side = "right"
@@ -192,7 +192,7 @@ def report_data(config: SFTConfig, train: Dataset, held: Dataset | None, cut: in
     for line in bad[:5]:
         said(f"left out: {line}")
     if len(bad) > 5:
-        said(f"left out: {len(bad) - 5} more rows; run.json lists them")
+        said(f"left out: {len(bad) - 5} more rows; run.json lists the first hundred")
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> str:
@@ -223,11 +223,15 @@ class RunSFTTrainer(RunTrainerMixin, AdapterSFTTrainer):
         output.metrics.update(eval_log_likelihood=-loss, eval_perplexity=math.exp(min(loss, 80.0)))
         return output
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log(logs, *args, **kwargs)
+        logs.pop("eval_num_tokens", None)  # of training
+
     def measured(self) -> dict[str, Any]:
-        """run.json's results: the best evaluation and the last, of a token that counts."""
-        found = [line for line in self.run.metrics() if "evaluation" in line]
-        best = max(found, key=lambda line: line["evaluation"]["log_likelihood"])
-        return {name: {**line["evaluation"], "step": line["step"]} for name, line in (("best", best), ("last", found[-1]))}
+        """run.json's results: the last evaluation and the best, of a token that counts."""
+        found = {line["step"]: line["evaluation"] for line in self.run.metrics() if "evaluation" in line}
+        best = max(found, key=lambda step: found[step]["log_likelihood"])
+        return {"last": found[max(found)], "best": found[best], "best_step": best}
 
 
 def make_trainer(
@@ -242,6 +246,7 @@ def make_trainer(
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         padding_free=joined,
+        **({} if config.gradient_checkpointing else dict.fromkeys(checkpointing(trl.SFTConfig), False)),
         **({} if held is not None else {"eval_strategy": "no"}),
     )
     collator = None

@@ -42,8 +42,8 @@ def read_samples(suite: str, file: Path) -> list[Sample]:
             out.append(Sample(row["doc_id"], answer, doc[column], bool(row[metric]), doc.get("type"), doc.get("level")))
         except (ValueError, KeyError, IndexError, TypeError) as e:
             raise HalotuneError(
-                f"{file}, line {number}: is no sample of lm-eval's with {metric!r} ({type(e).__name__}: {e}). Write the file with "
-                "lm_eval --log_samples, of a task gsm8k or minerva_math."
+                f"{file}, line {number}: is no sample of lm-eval's with {metric!r} ({type(e).__name__}: {e}). Write the file "
+                "with lm_eval --log_samples, of a task gsm8k or minerva_math."
             ) from e
     return out
 

@@ -101,7 +101,8 @@ def _generate(batch: Sequence[Wanted], model: Any, tokenizer: Any, sampling: Sam
     room = model.config.get_text_config().max_position_embeddings - inputs.input_ids.shape[1]
     if room < 1:
         raise HalotuneError(
-            f"problem {batch[0].id}: its prompt of {inputs.input_ids.shape[1]} tokens fills the model's context. Use another model."
+            f"problem {batch[0].id}: its prompt of {inputs.input_ids.shape[1]} tokens fills the model's context. Use a model "
+            "with a longer one."
         )
     first = batch[0]
     torch.manual_seed(random.Random(f"{sampling.seed} {first.id} {first.sample}").getrandbits(63))

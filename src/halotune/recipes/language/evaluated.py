@@ -13,6 +13,7 @@ import torch
 from ...cli.loading import BaseModel, Saved, find_device, load_tokenizer, loadable
 from ...core.errors import HalotuneError
 from ...report.record import write_record
+from ..common.model import model_source
 from ..common.run import read_run, said
 from .answers import Answers, Sampling, end_tokens, wanted, write_answers, write_answers_vllm
 from .problems import Problem
@@ -41,19 +42,19 @@ class Evaluated:
         """From --model and --adapter, of which the second may be a run's folder."""
         if adapter is None:
             assert model is not None
-            return cls(model)
+            return cls(model_source(model))
         folder = Path(adapter)
         record = read_run(folder) if folder.is_dir() else None
         if record is None:
             named = model or Saved.read(adapter).config.base_model_name_or_path
             if not named:
                 raise HalotuneError(f"{adapter}: names no base model. Name it with --model.")
-            return cls(named, adapter)
+            return cls(model_source(named), adapter)
         if not (folder / "adapter").is_dir():
             raise HalotuneError(
                 f"{folder}: the run has no adapter yet ({record.get('status')}). Let it finish: the same command."
             )
-        return cls(model or record["model"], str(folder / "adapter"), folder)
+        return cls(model_source(model or record["model"]), str(folder / "adapter"), folder)
 
     def default_output(self, suite: str) -> Path:
         name = Path(self.adapter or self.base).name

@@ -51,10 +51,10 @@ def set_template(tokenizer: Any, name: str) -> None:
 def set_pad_token(tokenizer: Any) -> str:
     """See that there is a token to pad with, one that the vocabulary has already: embeddings keep their size.
 
-    It is the tokenizer's own, else a token that stands for nothing else, else the one that ends a text: labels say what
-    counts, so that learning to end is not lost.
+    It is the tokenizer's own, else a token that stands for nothing else, else the one that ends a text. Even then the end is
+    learned: labels say what counts, not the token.
     """
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
         used = {tokenizer.bos_token, tokenizer.eos_token, None}
         vocabulary = tokenizer.get_vocab()
         usual = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", tokenizer.unk_token)
