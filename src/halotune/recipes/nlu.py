@@ -178,6 +178,9 @@ def train_nlu(config: NLUConfig, *, dry_run: bool = False, command: str | None =
         run=run,
         best=task.score,
     )
+    # Classifiers take `num_items_in_batch` and leave it unused: the Trainer, which believes that they have divided by it,
+    # would add up the losses of accumulated batches and of processes instead of averaging them.
+    trainer.model_accepts_loss_kwargs = False
     if dry_run:
         show_dry_run(run, trainer, lambda batch: as_text(batch, tokenizer, task))
         return run.record
