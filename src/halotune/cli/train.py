@@ -30,10 +30,10 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..recipes.common.commandline import parse
-
     recipe = find(args.recipe)
     require(recipe.extra, recipe.packages)
+    from ..recipes.common.commandline import parse
+
     how, rest = _how(args.arguments, f"halotune train {args.recipe}")
     kind = recipe.part(recipe.config)
     if how.sweep:

@@ -53,6 +53,14 @@ RECIPES = {
     ),
 }
 
+# Data sets of `halotune data`, and their modules: PARTS, and get(folder, parts, given) -> the paths that were made.
+DATASETS = {"glue": "glue.download", "vader": "vader"}
+
+
+def dataset(name: str) -> Any:
+    return import_module(f".{DATASETS[name]}", __name__)
+
+
 _PARTS = {name: recipe for recipe in RECIPES.values() for name in (recipe.config, recipe.train, *(recipe.evaluate or ()))}
 
 if TYPE_CHECKING:

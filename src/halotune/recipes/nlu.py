@@ -10,14 +10,25 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, EvalPrediction, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging
 
 from ..cli.loading import loadable
 from ..core.config import TaskType
@@ -167,6 +178,9 @@ def train_nlu(config: NLUConfig, *, dry_run: bool = False, command: str | None =
         run=run,
         best=task.score,
     )
+    # Classifiers take `num_items_in_batch` and leave it unused: the Trainer, which believes that they have divided by it,
+    # would add up the losses of accumulated batches and of processes instead of averaging them.
+    trainer.model_accepts_loss_kwargs = False
     if dry_run:
         show_dry_run(run, trainer, lambda batch: as_text(batch, tokenizer, task))
         return run.record
@@ -219,7 +233,7 @@ def as_text(batch: dict[str, Any], tokenizer: Any, task: Task) -> str:
     return "\n".join(f"  {text.replace(tokenizer.pad_token, '').strip()}  → {y}" for text, y in zip(texts, shown, strict=True))
 
 
-def write_answers(run: Run, name: str, examples: Sequence[Example], predicted: Sequence[Any], task: Task) -> None:
+def write_answers(run: Run, name: str, examples: Sequence[Example], predicted: np.ndarray[Any, Any], task: Task) -> None:
     def named(value: Any) -> Any:
         return float(value) if task.labels is None else task.labels[int(value)]
 
@@ -234,7 +248,7 @@ def write_answers(run: Run, name: str, examples: Sequence[Example], predicted: S
 # -- what is done with a finished run
 
 
-@dataclass(kw_only=True)
+@dataclass
 class NLUEvaluation:
     """Evaluate a finished run, and write its answers to GLUE's test sets in the format of GLUE's server.
 
@@ -248,6 +262,7 @@ class NLUEvaluation:
     """
 
     run: str
+    _: KW_ONLY
     which: Literal["last", "best"] = "last"
     data: str | None = None
     output: str | None = None
@@ -282,7 +297,7 @@ def evaluate_nlu(config: NLUEvaluation) -> dict[str, Any]:
     return found
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Prediction:
     """Let a finished run answer the rows of a table.
 
@@ -297,6 +312,7 @@ class Prediction:
     """
 
     run: str
+    _: KW_ONLY
     data: str
     output: str | None = None
     which: Literal["last", "best"] = "last"
@@ -346,16 +362,24 @@ class TrainedRun:
             raise HalotuneError(
                 f"{folder}: is no finished run of `halotune train nlu`: it has no run.json, or no {adapter.name}/."
             )
-        self.folder, self.batch_size = folder, batch_size
+        self.folder = folder
         self.config = NLUConfig(**record["config"] | {"device": device})
         self.task = TASKS[record["task"]] if record["task"] in TASKS else table_task(self.config.columns, record["labels"])
         self.tokenizer = load_tokenizer(self.config)
+        logging.set_verbosity_error()  # of a head that the base lacks: the adapter has it
         base = load_classifier(self.config, record["labels"], self.tokenizer)
         model: Any = PeftModel.from_pretrained(base, adapter)
-        args = arguments(self.config, Run(self.config), per_device_eval_batch_size=batch_size, report_to=[])
-        self.trainer = RunTrainer(
-            model=model, args=args, data_collator=DataCollatorWithPadding(self.tokenizer), run=Run(self.config)
+        args = TrainingArguments(
+            output_dir=str(folder / "predictions"),
+            per_device_eval_batch_size=batch_size,
+            use_cpu=device == "cpu",
+            bf16_full_eval=self.config.precision == "bf16",
+            fp16_full_eval=self.config.precision == "fp16",
+            dataloader_pin_memory=torch.accelerator.is_available() and device != "cpu",
+            report_to=[],
+            disable_tqdm=not sys.stderr.isatty(),
         )
+        self.trainer = Trainer(model, args, DataCollatorWithPadding(self.tokenizer))
 
     def logits(self, examples: Sequence[Example]) -> np.ndarray[Any, Any]:
         texts = [{k: e[k] for k in "ab" if k in e} for e in examples]

@@ -48,6 +48,8 @@ def arguments(config: RunConfig, run: Run, kind: type[TrainingArguments] = Train
             f"Use a multiple of {micro * processes}, or another micro_batch_size."
         )
 
+    warmup = config.warmup or 0.0
+
     def when(every: int | None) -> dict[str, Any]:
         return {"strategy": "epoch"} if every is None else {"strategy": "steps", "steps": every}
 
@@ -60,7 +62,7 @@ def arguments(config: RunConfig, run: Run, kind: type[TrainingArguments] = Train
             "gradient_accumulation_steps": config.batch_size // (micro * processes),
             "learning_rate": config.learning_rate,
             "lr_scheduler_type": config.schedule,
-            "warmup_steps": int(config.warmup) if config.warmup >= 1 else config.warmup,
+            "warmup_steps": int(warmup) if warmup >= 1 else warmup,
             "weight_decay": config.weight_decay,
             "max_grad_norm": config.max_grad_norm,
             "num_train_epochs": config.epochs,
@@ -166,11 +168,12 @@ class RunTrainerMixin(AdapterTrainerMixin):
         """Write what a finished run has: the adapter, what it changed, the results, the page."""
         self.save_adapter()
         lines = self.run.metrics()
+        model: Any = self.model
         if self.is_world_process_zero():
-            write_changes(self.run, self.model)
+            write_changes(self.run, model)
             self.run.update(
                 status=FINISHED,
-                parameters=count(self.model),
+                parameters=count(model),
                 seconds=lines[-1]["seconds"] if lines else 0.0,
                 memory={"peak_bytes": max((line.get("memory_bytes", 0) for line in lines), default=0)},
                 results=dict(results),
