@@ -21,7 +21,7 @@ from .transformers import AdapterTrainerMixin
 
 try:
     from accelerate.utils import is_peft_model
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
     from trl.trainer.utils import add_fused_lm_head
 except ImportError as e:
     raise HalotuneError('halotune.integrations.trl needs trl. Install it with: pip install "halotune[sft]"') from e
@@ -43,7 +43,8 @@ class AdapterSFTTrainer(AdapterTrainerMixin, SFTTrainer):
         super().__init__(model, *args, **kwargs)
         if isinstance(model, PeftModel) and not is_peft_model(model):  # TRL took the model with adapters for a plain one
             del model.forward
-            add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+            base: Any = model.get_base_model()
+            add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
         for parameter, data in trained:
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
@@ -63,7 +64,7 @@ class AdapterSFTTrainer(AdapterTrainerMixin, SFTTrainer):
         if loss is not None and "labels" in inputs:
             counted = (inputs["labels"][:, 1:] != -100).sum().to(loss.device)
             sums = torch.stack([loss.double() * counted, counted.double()])
-            self._eval_sums.append(self.accelerator.reduce(sums, "sum"))
+            self._eval_sums.append(self.accelerator.reduce(sums, "sum"))  # type: ignore[arg-type]
         return loss, logits, labels
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,7 +91,10 @@ def show_head(base: nn.Module) -> None:
     def get_output_embeddings(self: nn.Module) -> Any:
         head = original()  # type: ignore[operator]
         if isinstance(head, AdaptedLayer):
-            return Head(head.operator().weight().to(head.base.dtype), head.base_layer.bias)
-        return Head(head.current.weight, head.current.bias) if isinstance(head, ModulesToSaveWrapper) else head
+            return Head(head.operator().weight().to(head.base.dtype), getattr(head.base_layer, "bias", None))
+        if isinstance(head, ModulesToSaveWrapper):
+            own: Any = head.current
+            return Head(own.weight, getattr(own, "bias", None))
+        return head
 
     base.get_output_embeddings = MethodType(get_output_embeddings, base)  # type: ignore[assignment]

@@ -18,15 +18,15 @@ class Recipe:
         module: beside this file.
         extra: the packages it needs, as `pip install "halotune[extra]"` has them.
         packages: those of them whose absence is looked for.
-        config, train: the dataclass, and the function that takes one.
+        config, train: the dataclass, and the function that takes one; "" where there is nothing to train.
         evaluate: the dataclass and the function of `halotune eval`, for recipes that have one.
     """
 
     module: str
     extra: str
     packages: tuple[str, ...]
-    config: str
-    train: str
+    config: str = ""
+    train: str = ""
     evaluate: tuple[str, str] | None = None
 
     def part(self, name: str) -> Any:
@@ -51,19 +51,35 @@ RECIPES = {
         "train_math",
         ("MathEvaluation", "evaluate_math"),
     ),
+    "harness": Recipe(
+        "harness",
+        "math",
+        ("transformers", "accelerate", "jsonargparse", "lm_eval"),
+        evaluate=("HarnessEvaluation", "evaluate_harness"),
+    ),
 }
 
 # Data sets of `halotune data`, and their modules: PARTS, and get(folder, parts, given) -> the paths that were made.
-DATASETS = {"glue": "glue.download", "vader": "vader"}
+DATASETS = {
+    "glue": "glue.download",
+    "vader": "vader",
+    "metamath": "problem_sets.metamath",
+    "gsm8k": "problem_sets.gsm8k",
+    "math": "problem_sets.math",
+}
 
 
 def dataset(name: str) -> Any:
     return import_module(f".{DATASETS[name]}", __name__)
 
 
-_PARTS = {name: recipe for recipe in RECIPES.values() for name in (recipe.config, recipe.train, *(recipe.evaluate or ()))}
+_PARTS = {
+    name: recipe for recipe in RECIPES.values() for name in (recipe.config, recipe.train, *(recipe.evaluate or ())) if name
+}
 
 if TYPE_CHECKING:
+    from .harness import HarnessEvaluation as HarnessEvaluation
+    from .harness import evaluate_harness as evaluate_harness
     from .math import MathConfig as MathConfig
     from .math import MathEvaluation as MathEvaluation
     from .math import evaluate_math as evaluate_math

@@ -70,8 +70,9 @@ def evaluate_harness(config: HarnessEvaluation) -> dict[str, Any]:
     folder = Path(config.output) if config.output else subject.default_output("harness")
     tracker = EvaluationTracker(output_path=str(folder))
     named = f"pretrained={subject.base}" + (f",peft={subject.adapter}" if subject.adapter else "")
+    runner: Any = HFLM  # whose metaclass hides its arguments
     found = simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size),
+        runner(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size),
         model_args=named,  # for the names of its files
         tasks=tasks,
         num_fewshot=config.num_fewshot,
@@ -91,9 +92,10 @@ def evaluate_harness(config: HarnessEvaluation) -> dict[str, Any]:
     tracker.save_results_aggregated(results=found, samples=samples)  # type: ignore[arg-type]
     for task, lines in samples.items():
         tracker.save_results_samples(task_name=task, samples=lines)
-    print(make_table(found))
+    said(make_table(found))
     said(f"{folder}: results and samples, as lm-eval writes them")
-    return {task: {k: v.item() if hasattr(v, "item") else v for k, v in m.items()} for task, m in found["results"].items()}
+    results: dict[str, Any] = found["results"]  # type: ignore[typeddict-item]
+    return {task: {k: v.item() if hasattr(v, "item") else v for k, v in m.items()} for task, m in results.items()}
 
 
 def _known(name: str, manager: Any) -> str:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..report.record import write_record
@@ -84,6 +85,7 @@ class MathConfig(SFTConfig):
                 setattr(self, name, value)
         usual = resolve_adapter(self.method, None, self.TARGETS, self.METHOD)[1]
         own = {k: v for k, v in adapter.items() if getattr(self.adapter, k) == getattr(usual, k)}
+        assert isinstance(self.adapter, AdapterConfig)  # __post_init__ has seen to it
         self.adapter = replace(self.adapter, **own)
 
     def example(self, values: dict[str, Any]) -> Example:
@@ -263,27 +265,27 @@ def grade_stored(config: MathEvaluation) -> dict[str, Any]:
 
 
 def show(scores: dict[str, Any]) -> None:
-    """The scores as lines of text."""
+    """The scores as lines of text, for who watches."""
     for rule in ("strict", "paper"):
         found = scores[rule]
         if not found["of"]:
             raise HalotuneError("there is nothing to grade: no answer belongs to a problem. Give the answers' own --data.")
         interval = f"{found['low']:.1%} to {found['high']:.1%}"
-        print(f"{rule}: {found['accuracy']:.2%} of {found['of']} right (95 % interval {interval})")
+        said(f"{rule}: {found['accuracy']:.2%} of {found['of']} right (95 % interval {interval})")
     for name in ("subject", "level"):
         for group, found in scores["strict"][f"by_{name}"].items():
-            print(f"  {name} {group}: {found['accuracy']:.1%} of {found['of']}")
+            said(f"  {name} {group}: {found['accuracy']:.1%} of {found['of']}")
     if scores["samples"] > 1:
-        print(f"  majority of {scores['samples']}; mean {scores['strict']['mean_of_samples']:.2%}")
+        said(f"  majority of {scores['samples']}; mean {scores['strict']['mean_of_samples']:.2%}")
     if scores["not_ended"]:
-        print(f"  {scores['not_ended']} answers were cut at their room (--max-new-tokens)")
+        said(f"  {scores['not_ended']} answers were cut at their room (--max-new-tokens)")
     if scores["not_graded"]:
-        print(f"  {len(scores['not_graded'])} answers could not be graded and count as wrong; scores.json lists them")
+        said(f"  {len(scores['not_graded'])} answers could not be graded and count as wrong; scores.json lists them")
     if "lm_eval" in scores:
         found = scores["lm_eval"]
-        print(f"agrees with lm-eval on {found['agree']:.2%} of {found['of']}")
+        said(f"agrees with lm-eval on {found['agree']:.2%} of {found['of']}")
         for line in found["differ"][:20]:
-            print(f"  {line['id']}: {line['reason']}")
+            said(f"  {line['id']}: {line['reason']}")
 
 
 def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import datasets
-import trl
 from accelerate.utils.other import is_repeated_blocks
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from trl.data_utils import pack_dataset
+from trl.trainer.sft_config import SFTConfig as TRLConfig
 
 from ..cli.loading import loadable, quiet_unless_watched
 from ..core.config import TaskType
@@ -179,7 +180,7 @@ def tokenized(config: SFTConfig, tokenizer: Any, rows: list[Example]) -> tuple[D
     if config.learn == "all":
         examples = [{"input_ids": e["input_ids"], "labels": list(e["input_ids"])} for e in examples]
     dataset = Dataset.from_list(examples)
-    return (trl.pack_dataset(dataset, config.max_length) if config.packing else dataset), cut
+    return (pack_dataset(dataset, config.max_length) if config.packing else dataset), cut
 
 
 def report_data(config: SFTConfig, train: Dataset, held: Dataset | None, cut: int, bad: list[str]) -> None:
@@ -202,7 +203,7 @@ def marked(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> str:
     text, start = "", 0
     for i in range(1, padding + 1):
         if i == padding or (labels[i] == IGNORED) != (labels[start] == IGNORED):
-            piece = tokenizer.decode(ids[start:i])
+            piece = str(tokenizer.decode(ids[start:i]))
             text += piece if labels[start] == IGNORED else f"⟦{piece}⟧"
             start = i
     return text
@@ -242,11 +243,11 @@ def make_trainer(
     args = arguments(
         config,
         run,
-        trl.SFTConfig,
+        TRLConfig,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         padding_free=joined,
-        **({} if config.gradient_checkpointing else dict.fromkeys(checkpointing(trl.SFTConfig), False)),
+        **({} if config.gradient_checkpointing else dict.fromkeys(checkpointing(TRLConfig), False)),
         **({} if held is not None else {"eval_strategy": "no"}),
     )
     collator = None
@@ -266,7 +267,7 @@ def make_trainer(
 
 def compile_blocks(model: PeftModel) -> None:
     """Compile the repeated blocks in place: one compilation serves all of them, and names and hooks stay."""
-    blocks = next((m for m in model.modules() if is_repeated_blocks(m)), None)
+    blocks: Any = next((m for m in model.modules() if is_repeated_blocks(m)), None)
     if blocks is None:
         raise HalotuneError(f"compile: {type(model.get_base_model()).__name__} has no repeated blocks. Leave out --compile.")
     for block in blocks:

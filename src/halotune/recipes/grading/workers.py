@@ -58,7 +58,7 @@ def grade_all(tasks: Iterable[Task], *, workers: int | None = None, seconds: flo
         seconds: that one answer may take.
         gib: of memory that a process may have.
     """
-    from pebble import ProcessExpired, ProcessPool
+    from pebble import ProcessExpired, ProcessPool  # type: ignore[import-not-found]
 
     tasks = list(tasks)
     context = get_context("forkserver" if os.name == "posix" else "spawn")  # fork copies a CUDA context and its locks

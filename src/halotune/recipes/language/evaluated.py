@@ -73,7 +73,7 @@ class Evaluated:
 
         with loadable("the model", self.base):
             dtype = "auto" if precision == "auto" else getattr(torch, precision)
-            model = AutoModelForCausalLM.from_pretrained(self.base, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(self.base, dtype=dtype)
             return model.to(where).eval(), AutoTokenizer.from_pretrained(self.base)
 
     def answer(self, config: MathEvaluation, problems: list[Problem], folder: Path) -> Path:

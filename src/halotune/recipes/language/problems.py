@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,28 +53,33 @@ def read_problems(suite: str, source: str | None, limit: int | None = None) -> l
     """The problems of a file of the suite's own (jsonl; MATH's folder of json files, too), or of the hub."""
     sources = HUB[suite] if source is None else source.split(",")
     rows = (row for part in sources for row in _rows(part.strip()))
-    found, _ = usable(rows, lambda values: _problem(suite, values), skip=False)
+    found, _ = usable(rows, lambda values: checked_problem(suite, values), skip=False)
     return [Problem(i, *p) for i, p in enumerate(found[:limit])]
 
 
 def _rows(source: str) -> Iterator[Row]:
-    if not Path(source).is_dir():
-        yield from find_rows(source)
-        return
-    files = sorted(Path(source).rglob("*.json"), key=lambda f: (f.parent, int(f.stem) if f.stem.isdecimal() else 0, f.stem))
-    if not files:
-        raise HalotuneError(f"{source}: holds no .json file. Give the data set's own folder, such as MATH/test, or a file.")
-    import json
+    yield from folder_rows(Path(source)) if Path(source).is_dir() else find_rows(source)
 
+
+def folder_rows(folder: Path) -> Iterator[Row]:
+    """The problems of MATH's folders, each of which is a file of its own: algebra/1.json."""
+    files = sorted(folder.rglob("*.json"), key=lambda f: (f.parent, int(f.stem) if f.stem.isdecimal() else 0, f.stem))
+    if not files:
+        raise HalotuneError(f"{folder}: holds no .json file. Give the data set's own folder, such as MATH/test, or a file.")
     for file in files:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as e:
             values = {None: f"is no JSON ({e})"}
-        yield Row(file, 1, values)
+        yield Row(file, 1, values if isinstance(values, dict) else {None: "is no JSON object"})
 
 
-def _problem(suite: str, values: dict[str, Any]) -> tuple[str, str, str | None, str | None]:
+def checked_problem(suite: str, values: dict[str, Any]) -> tuple[str, str, str | None, str | None]:
+    """Question, worked solution, subject and level of a row of the suite's.
+
+    Raises:
+        ValueError: it does not say what the answer is.
+    """
     question, gold = (text_of(values, column) for column in SUITES[suite])
     if suite == "gsm8k" and not re.search(r"#### -?[\d,.]+\s*$", gold):
         raise ValueError(f"'answer' does not end with '#### ' and a number; it ends with {gold[-30:]!r}")
@@ -95,11 +101,11 @@ def as_metamath(values: dict[str, Any]) -> dict[str, Any]:
         ValueError: a solution does not say what its answer is.
     """
     if {"question", "answer"} <= values.keys():
-        question, gold, *_ = _problem("gsm8k", values)
+        question, gold, *_ = checked_problem("gsm8k", values)
         work, answer = CALCULATION.sub("", gold).rsplit("#### ", 1)
         answer = answer.strip()
         return {"query": question, "response": f"{work.rstrip()}\n#### {answer}\n{MARKER}{answer}", "type": "GSM8K"}
     if {"problem", "solution"} <= values.keys():
-        question, gold, *_ = _problem("math", values)
+        question, gold, *_ = checked_problem("math", values)
         return {"query": question, "response": f"{gold.rstrip()}\n{MARKER}{boxed(gold)}", "type": "MATH"}
     return values

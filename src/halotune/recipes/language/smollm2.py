@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,7 +46,7 @@ def _make(folder: Path) -> None:
     read = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=FILE, dtype=torch.float32)
     entries = read.config.to_dict()
     entries.pop("quantization_config", None)
-    plain = LlamaForCausalLM(LlamaConfig(**entries))  # the other one takes itself for quantized, and will not be saved
+    plain: Any = LlamaForCausalLM(LlamaConfig(**entries))  # the other one takes itself for quantized, and will not be saved
     plain.load_state_dict(read.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(str(source), gguf_file=FILE)
     plain.generation_config.eos_token_id = tokenizer.eos_token_id
