@@ -63,8 +63,9 @@ def evaluate_harness(config: HarnessEvaluation) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    manager = TaskManager()
-    tasks: list[Any] = [_known(name.strip(), manager) for name in config.tasks.split(",")]
+    names = [name.strip() for name in config.tasks.split(",")]
+    manager = TaskManager(include_defaults=not all(map(_is_file, names)))  # reading its thousands of tasks takes a while
+    tasks: list[Any] = [_known(name, manager) for name in names]
     subject = Evaluated.find(config.model, config.adapter)
     model, tokenizer = subject.load(config.precision, config.device)
     folder = Path(config.output) if config.output else subject.default_output("harness")
@@ -100,7 +101,7 @@ def evaluate_harness(config: HarnessEvaluation) -> dict[str, Any]:
 
 def _known(name: str, manager: Any) -> str:
     """A task as lm-eval takes it, if there is one."""
-    if name.endswith((".yaml", ".yml")):
+    if _is_file(name):
         if not Path(name).is_file():
             raise HalotuneError(f"--tasks {name}: there is no such file. Give a task file, or the name of a task.")
     elif name not in manager.all_tasks:
@@ -108,3 +109,7 @@ def _known(name: str, manager: Any) -> str:
         hint = f"Did you mean {near[0]}?" if near else "Give the name of one, or a task file (.yaml)."
         raise HalotuneError(f"--tasks: lm-eval has no task {name!r}. {hint}")
     return name
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
