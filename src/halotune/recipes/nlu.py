@@ -46,6 +46,7 @@ from .glue.tasks import TASKS, Task, submission
 from .nlu_data import Columns, Data, Example, file_split, hub_split, load_glue, load_table, table_task
 
 MAX_LENGTH = 128
+HEADS = ("classifier", "score", "pooler", "classification_head", "logits_proj", "sequence_summary")
 
 
 @dataclass(kw_only=True)
@@ -129,7 +130,7 @@ def load_classifier(config: NLUConfig, labels: Sequence[str] | None, tokenizer: 
     """The base with a new head: one output for each class, or one for a regression."""
     names = dict(enumerate(labels or ["value"]))
     kind = "regression" if labels is None else "single_label_classification"
-    model = load_base(AutoModelForSequenceClassification, config, num_labels=len(names), problem_type=kind)
+    model = load_base(AutoModelForSequenceClassification, config, HEADS, num_labels=len(names), problem_type=kind)
     model.config.id2label, model.config.label2id = names, {name: number for number, name in names.items()}
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -187,7 +188,7 @@ def train_nlu(config: NLUConfig, *, dry_run: bool = False, command: str | None =
     with run.open():
         run.update(
             task=task.name,
-            labels=task.labels,
+            labels=None if task.labels is None else list(task.labels),
             rows={"train": len(data.train), "evaluation": {k or "validation": len(v) for k, v in evaluations.items()}},
             skipped={"count": len(data.skipped), "rows": data.skipped[:100]},
             substitutes=data.notes,

@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -135,7 +134,7 @@ def _shown(options: Mapping[str, str]) -> list[str]:
 
 def _switches(kind: type, parser: ArgumentParser) -> set[str]:
     """The options that are true or false."""
-    own = {name for name, hint in get_type_hints(kind).items() if hint is bool}
+    own = {name for name, hint in get_type_hints(kind).items() if hint is bool or set(get_args(hint)) == {bool, type(None)}}
     return own | {a.dest for a in parser._actions if isinstance(getattr(a, "default", None), bool)}
 
 
@@ -151,6 +150,3 @@ def _explained(message: str) -> str:
     kinds_of = list(dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", message)))
     expected = f"one of {listed[1]}" if listed else " or ".join(k for k in kinds_of if k != "NoneType") or "another value"
     return f"--{option[1]}: expected {expected}; got {value[1]}. See --help."
-
-
-dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
+import yaml  # transformers needs it
+
 from ...core.config import AdapterConfig, BaseConfig
 from ...core.errors import HalotuneError, closest
 from ...methods.registry import Kind, Method, kinds
@@ -180,3 +182,8 @@ def plain(config: Any) -> dict[str, Any]:
         else:
             out[f.name] = plain(value) if is_dataclass(value) else value
     return out
+
+
+def as_yaml(config: Any) -> str:
+    """A configuration as a file that --config reads."""
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ def dry_run(run: Run, trainer: Trainer, batch_as_text: Callable[[dict[str, Any]]
         args.output_dir, args.max_steps = scratch, STEPS
         args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
         trainer.train()
+    for empty in (run.checkpoints, run.folder):  # the Trainer makes its output_dir when it is made
+        with suppress(OSError):  # there is a run already
+            empty.rmdir()
     parameters = count(trainer.model)  # type: ignore[arg-type]
     share = parameters["trainable"] / parameters["total"]
     print(f"trained parameters: {parameters['trainable']:,} of {parameters['total']:,} ({share:.2%})")

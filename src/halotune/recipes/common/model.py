@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,11 +24,16 @@ MINILM, SMOLLM2 = "minilm", "smollm2"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_base(auto_class: Any, config: RunConfig, **kwargs: Any) -> Any:
-    """The base model, quantized where the configuration says so; `kwargs` are the recipe's own, for `from_pretrained`."""
+def load_base(auto_class: Any, config: RunConfig, heads: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    """The base model, quantized where the configuration says so.
+
+    Args:
+        heads: modules that are drawn anew, and so are not quantized; by default the output layer alone is not.
+        kwargs: the recipe's own, for `from_pretrained`.
+    """
     if config.quant:
         require("quant", ["bitsandbytes"])
-        kwargs = {"quantization_config": quantization(config), "device_map": _placed(config), **kwargs}
+        kwargs = {"quantization_config": quantization(config, heads), "device_map": _placed(config), **kwargs}
     quiet_unless_watched()
     with loadable("the model", config.model):
         return auto_class.from_pretrained(
@@ -47,16 +52,18 @@ def model_source(name: str) -> str:
     return str(folder)
 
 
-def quantization(config: RunConfig) -> Any:
+def quantization(config: RunConfig, heads: Sequence[str] | None) -> Any:
     from transformers import BitsAndBytesConfig
 
+    skipped = None if heads is None else list(heads)
     if config.quant == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=DTYPES[config.precision],
+        llm_int8_skip_modules=skipped,  # of 4 bits too
     )
 
 

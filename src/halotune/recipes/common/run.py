@@ -19,8 +19,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,8 +34,7 @@ from filelock import FileLock, Timeout
 from ...core.errors import HalotuneError
 from ...core.files import write_atomically
 from ...report.record import write_record
-from .commandline import dump
-from .config import RunConfig, plain
+from .config import RunConfig, as_yaml, plain
 
 FINISHED, RUNNING, INTERRUPTED, FAILED = "finished", "running", "interrupted", "failed"
 PACKAGES = (
@@ -62,7 +63,7 @@ class Run:
     def __init__(self, config: RunConfig, command: str | None = None) -> None:
         self.folder = Path(str(config.output))
         self.writer = int(os.environ.get("RANK", "0")) == 0
-        self.config = plain(config)
+        self.config, self.as_yaml = plain(config), as_yaml(config)
         found = read_run(self.folder)
         if found is None:
             self._check_free()
@@ -99,9 +100,10 @@ class Run:
             raise HalotuneError(
                 f"{self.folder}: another process writes this run. Wait for it, or give another --output."
             ) from None
+        main = threading.current_thread() is threading.main_thread()
+        usual = signal.signal(signal.SIGTERM, _interrupt) if main else None
         try:
-            text = dump(self.config)
-            write_atomically(self.folder / "config.yaml", lambda file: file.write_text(text, encoding="utf-8"))
+            write_atomically(self.folder / "config.yaml", lambda file: file.write_text(self.as_yaml, encoding="utf-8"))
             self.update(status=RUNNING, versions=versions(), hardware=hardware(), commit=commit(), error=None)
             yield self
         except KeyboardInterrupt:
@@ -111,6 +113,8 @@ class Run:
             self.update(status=FAILED, error=f"{type(e).__name__}: {e}")
             raise
         finally:
+            if main:
+                signal.signal(signal.SIGTERM, usual)
             lock.release()
 
     def update(self, **entries: Any) -> None:
@@ -180,6 +184,11 @@ class Run:
             raise HalotuneError(
                 f"{self.folder}: holds a run with another configuration ({shown}). Give another --output, or delete the folder."
             )
+
+
+def _interrupt(*_: Any) -> None:
+    """What a scheduler ends a job with is like Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:

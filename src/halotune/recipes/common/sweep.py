@@ -24,8 +24,8 @@ from ...core.errors import HalotuneError
 from ...core.files import write_atomically
 from ...report.record import write_record
 from ...report.table import text_table
-from .commandline import dump, parse
-from .config import RunConfig, plain
+from .commandline import parse
+from .config import RunConfig, as_yaml
 from .run import FINISHED, finite, read_run, said
 
 
@@ -56,7 +56,7 @@ def sweep(kind: type[RunConfig], arguments: Sequence[str], axes: Sequence[str], 
     for point in points:  # all of them are checked before the first is started
         folder = root / ",".join(f"{k}={v}" for k, v in point.items()).replace("/", "_")
         config = _configure(kind, arguments, point | {"output": str(folder)})
-        text = dump(plain(config))
+        text = as_yaml(config)
         write_atomically(folder / "config.yaml", lambda file, text=text: file.write_text(text, encoding="utf-8"))
         runs[folder] = point
     open_ones = [f for f in runs if (read_run(f) or {}).get("status") != FINISHED]

@@ -121,6 +121,8 @@ class RunTrainerMixin(AdapterTrainerMixin):
         """Train, from the last checkpoint where there is one."""
         checkpoint, step = self.run.last_checkpoint()
         self.run.rewind(step)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # of an earlier run in this process
         self.add_callback(RunCallback(self.run, self.best_name, lambda: self.save_adapter("best")))
         if self.run.record["config"]["tracker"] == "tensorboard" and self.is_world_process_zero():
             self.add_callback(TensorBoardCallback(_events(self.run.folder, step)))

@@ -87,9 +87,9 @@ _HEADERS = {"sentence", "sentence1", "#1 String", "question", "question1"}
 
 
 def folder_of(task: Task, data: Path) -> Path:
-    """The folder with a task's files: `data` itself, or the one of the task's name in it."""
+    """The folder with a task's files: the one of its name in `data`, or `data` itself."""
     wanted = [name for names in LAYOUTS[task.name].files.values() for name in names]
-    for folder in (data, data / task.folder, data / task.name):
+    for folder in (data / task.folder, data / task.name, data):
         if any((folder / name).is_file() for name in wanted):
             return folder
     raise HalotuneError(
