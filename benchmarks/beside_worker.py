@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import halotune
-from halotune.bench import BenchConfig, parse_contenders, run_decode, run_layer
-from halotune.bench.benches import Layer, captured
-from halotune.bench.config import DTYPES
+from halotune.bench.benches import Layer, captured, run_decode, run_layer
+from halotune.bench.config import DTYPES, BenchConfig, parse_contenders
 from halotune.bench.contenders import fill, quiet, restored
 from halotune.bench.models import PRESETS, Llama, default_dtype, target_names
 from halotune.bench.rows import hardware, versions

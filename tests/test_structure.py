@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import halotune
+from halotune.engine.adapted import AdaptedModel
 from halotune.engine.model import PeftModel
 from halotune.engine.tuner import AdapterModel
 from halotune.methods.registry import kinds, methods
@@ -153,8 +154,9 @@ NAMED: dict[str, set[str]] = {
     "demo/methods.py": {"hra", "loha", "bone", "bat", "lora"},
     "recipes/common/config.py": {"hra"},  # the default method
     "demo/report.py": {"hra", "loha", "bone", "bat", "lora"},
-    "engine/model.py": {"bone", "miss", "lora"},  # save_pretrained(bone_as_miss=True), export("lora")
-    "engine/tuner.py": {"bone", "miss", "lora"},
+    "engine/adapted.py": {"lora"},  # export("lora")
+    "engine/model.py": {"bone", "miss"},  # save_pretrained(bone_as_miss=True)
+    "engine/tuner.py": {"bone", "miss"},
     "integrations/diffusers/pipeline.py": {"bone", "miss"},
     "integrations/diffusers/models.py": {"lora"},  # diffusers' own methods
     "engine/weights/combine.py": {"lora"},
@@ -204,11 +206,15 @@ def test_the_named_are_still_named():
 
 def test_what_an_adapter_model_has_a_peft_model_has():
     """As methods of its own, which type checkers and editors see."""
-    internal = {"prefix", "tuner_layer_cls", "target_module_mapping"}
-    own = {name for name in vars(AdapterModel) if not name.startswith("_")} - internal
-    missing = [name for name in sorted(own) if name not in vars(PeftModel)]
+    internal = {"prefix", "tuner_layer_cls", "target_module_mapping", "release"}
+    own = {name for c in (AdapterModel, AdaptedModel) for name in vars(c) if not name.startswith("_")} - internal
+    missing = [name for name in sorted(own) if not hasattr(PeftModel, name)]
     assert not missing
-    assert all(getattr(PeftModel, name).__doc__ for name in own if name not in ("peft_config", "active_adapter"))
+    assert all(
+        getattr(PeftModel, name).__doc__
+        for name in own
+        if name not in ("peft_config", "active_adapter", "active_adapters", "tuner")
+    )
 
 
 def test_the_names_in_front_are_few_and_the_others_are_there():

@@ -12,7 +12,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import Tensor, nn
 
 from halotune import HalotuneError, HRAConfig, PeftModel, get_peft_model, hotswap_adapter
-from halotune.core.adapter import Dense
+from halotune.core.kinds import Dense
 
 from ..laws.cases import matrix
 from ..several.models import METHODS, MLP, adapted, config, differ, every_method, layers, randomized, same_state, state

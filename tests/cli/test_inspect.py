@@ -21,8 +21,8 @@ from halotune.core.errors import AdapterFileError, HalotuneError
 from halotune.core.layer import AdaptedLayer
 from halotune.inspect import figures
 from halotune.inspect.figures import Figures, measure
-from halotune.inspect.grid import short, split
 from halotune.methods import registry
+from halotune.report.grid import short, split
 from tests.laws.cases import Case, Model, grid, matrix, some_bases, train, wrap
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

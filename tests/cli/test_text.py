@@ -89,7 +89,9 @@ def test_the_end_of_the_context(model: PeftModel, tokenizer: Any) -> None:
         pytest.param([], io.StringIO(), "the prompt is empty", id="empty"),
         pytest.param(["--prompt", "a", "--temperature", "-1"], None, "expected a number from 0; got '-1'", id="temperature"),
         pytest.param(["--prompt", "a", "--top-p", "1.5"], None, "expected a number from 0 to 1; got '1.5'", id="top-p"),
-        pytest.param(["--prompt", "a", "--max-new-tokens", "0"], None, "expected a whole number from 1; got '0'", id="tokens"),
+        pytest.param(
+            ["--prompt", "a", "--max-new-tokens", "0"], None, "expected a whole number from 1 to 2^63 - 1; got '0'", id="tokens"
+        ),
         pytest.param(["--prompt", "a", "--device", "cuda:99"], None, "--device cuda:99: cannot be used", id="device"),
         pytest.param(["--prompt", "x" * 270], None, "the model's context is 256", id="context"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halotune.core.precision import compute_dtype, exact, exact_dtype
+from halotune.core.prepared import compute_dtype, exact, exact_dtype
 
 F64, F32, F16, B16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 

@@ -164,7 +164,7 @@ def test_sigint_ends_a_real_run(encoder: str) -> None:
 
 @pytest.mark.parametrize("tolerance", ["RELOAD_TOLERANCE", "MERGE_TOLERANCE"])
 def test_a_failed_proof_is_said_and_fails(demo, monkeypatch: pytest.MonkeyPatch, tolerance: str) -> None:
-    monkeypatch.setattr(f"halotune.demo.proof.{tolerance}", -1.0)
+    monkeypatch.setattr(f"halotune.demo.run.{tolerance}", -1.0)
     out, _ = demo("--method", "hra", status=1)
     assert "✗" in out and "off by" in out
 

@@ -95,7 +95,7 @@ def test_peak_memory_sees_what_was_freed() -> None:
 
 
 def test_peak_memory_is_none_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("halotune.demo.memory.STATM", tmp_path / "none")
+    monkeypatch.setattr("halotune.demo.memory.RESET", tmp_path / "none" / "at all")
     with PeakMemory() as memory:
         pass
     assert memory.peak is None

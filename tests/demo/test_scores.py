@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halotune.demo.scores import ranks, sign_accuracy, spearman
+from halotune.demo.train import ranks, sign_accuracy, spearman
 
 
 def test_ties_share_the_mean_of_their_ranks() -> None:

@@ -72,6 +72,13 @@ def test_every_kernel_has_cases():
     import halotune.ops.kernels as product
 
     launchers = {n for m in (product, bone, loha) for n in vars(m) if n.startswith("_launch")}
-    products = {"_launch_build", "_launch_cast", "_launch_tiles", "_launch_few", "_launch_fused", "_launch_transposed"}
+    products = {
+        "_launch_add_parts",
+        "_launch_build",
+        "_launch_tiles",
+        "_launch_few",
+        "_launch_fused",
+        "_launch_transposed",
+    }
     assert launchers == {*products, "_launch_bat", "_launch_pull_bat", "_launch_hadamard", "_launch_pull"}
     assert {type(k) for case in CASES for k in case.op.kernels} == {Kernel}

@@ -10,7 +10,7 @@ from halotune.methods.bone import ops as bone
 from halotune.methods.loha import ops as loha
 from halotune.ops.build import build_low_rank
 from halotune.ops.dispatch import backend
-from halotune.ops.rounding import cast_by_chance, draw_noise, round_stochastically
+from halotune.ops.rounding import Dither, draw_noise, round_stochastically
 
 HALF = [torch.bfloat16, torch.float16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,14 +33,21 @@ def test_what_the_dtype_holds_stays(dtype):
     y = torch.tensor([[0.0, -0.0, 1.0, -2.5, 448.0, float("inf"), -float("inf")]])
     for _ in range(20):
         assert torch.equal(round_stochastically(y, draw_noise(y), dtype).float(), y)
-    assert round_stochastically(torch.full((1, 1), torch.nan), draw_noise(torch.zeros(1, 1)), dtype).isnan().all()
+    for bits in (0x7FC00000, 0x7FFFFFFF, -0x400000):  # a CPU's NaN, a GPU's, a negative one
+        nan = torch.full((1, 1), bits, dtype=torch.int32).view(torch.float32)
+        assert all(round_stochastically(nan, draw_noise(nan), dtype).isnan() for _ in range(20))
 
 
-def test_errors_are_independent_in_pairs():
+@pytest.mark.parametrize("r", [None, 1, 16, 128], ids=lambda r: f"blocks of {r}" if r else "rows and columns")
+def test_errors_are_independent_in_pairs(r):
     """So sums of them vary as if all were drawn apart."""
     torch.manual_seed(0)
     y, x = torch.rand(64, 128) + 1, torch.rand(128)
-    errors = torch.stack([round_stochastically(y, draw_noise(y), torch.bfloat16).float() - y for _ in range(1500)])
+
+    def drawn() -> Tensor:
+        return draw_noise(y) if r is None else bone.noise_of_blocks(draw_noise(y), 128, r)
+
+    errors = torch.stack([round_stochastically(y, drawn(), torch.bfloat16).float() - y for _ in range(1500)])
     sums = errors @ x  # along rows, of a direction that is no noise
     alone = (errors.square().mean(0) @ x.square()).mean()
     assert 0.9 < float(sums.square().mean() / alone) < 1.1
@@ -57,15 +64,14 @@ def test_layers_draw_apart_from_torchs_generator():
 
 @pytest.mark.parametrize("size", [(3, 70, 133), (5, 3), (2, 4, 8, 8)], ids=str)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_factors_are_cast_as_by_plain_torch(dtype, size, monkeypatch):
-    pytest.importorskip("triton", reason="triton is made for Linux alone")
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+def test_a_seed_rounds_factors_alike_and_each_by_its_own_noise(dtype, size):
     t = torch.randn(size, device=DEVICE)
-    noise = draw_noise(t)
-    with torch.no_grad(), backend("triton"):
-        assert cast_by_chance.choice(t, noise, dtype) is cast_by_chance.kernels[0]
-        assert torch.equal(cast_by_chance(t, noise, dtype), round_stochastically(t, noise, dtype))
+    dither = Dither(7)
+    first, second = dither.round([t, t], dtype)
+    assert first.dtype is dtype and not torch.equal(first, second)
+    assert torch.equal(first, round_stochastically(t, dither.noise(1, t), dtype))
+    for again in (dither, Dither(7)):
+        assert all(map(torch.equal, again.round([t, t], dtype), (first, second)))
 
 
 def arguments(dtype: torch.dtype) -> dict[str, tuple]:

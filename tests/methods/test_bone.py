@@ -140,7 +140,7 @@ def test_dropout_acts_on_the_adapters_input(module):
     mean = torch.stack([layer(x).detach() for _ in range(800)]).mean(0)
     spread = (layer(x) - layer.eval()(x)).detach().norm()
     assert (mean - layer(x)).norm() < 5 * spread / 800**0.5
-    adapter.input_dropout = 0.0
+    adapter.dropout = 0.0
     assert torch.equal(layer.train()(x), layer.eval()(x))
 
 

@@ -26,6 +26,26 @@ def matrix_of(U, gram_schmidt):
     return rotate(torch.eye(U.shape[0], dtype=U.dtype), U, gram_schmidt).T
 
 
+def reflect(x, U, gram_schmidt):
+    """The definition, one reflection after the other: `x Qᵀ`.
+
+    Under Gram–Schmidt the columns are orthonormalised in order first, dependent ones dropped.
+    """
+    columns = ops.normalize(U).unbind(-1)
+    if gram_schmidt:
+        basis = []
+        for u in columns:
+            for _ in range(2):  # twice is enough
+                for q in basis:
+                    u = u - (u @ q) * q
+            if u.norm() > 1e-4:
+                basis.append(u / u.norm())
+        columns = tuple(basis)
+    for u in reversed(columns):  # x Qᵀ = x H_r … H_1
+        x = x - 2.0 * (x @ u).unsqueeze(-1) * u
+    return x
+
+
 # -- the compact form
 
 
@@ -33,12 +53,12 @@ def matrix_of(U, gram_schmidt):
 @pytest.mark.parametrize(("n", "r"), [(5, 1), (13, 4), (31, 7), (6, 6)])
 def test_wy_form_is_the_product_of_reflections(n, r, gram_schmidt):
     U, x = torch.randn(n, r, dtype=torch.float64), torch.randn(3, n, dtype=torch.float64)
-    torch.testing.assert_close(rotate(x, U, gram_schmidt), ops.reflect(x, U, gram_schmidt), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(rotate(x, U, gram_schmidt), reflect(x, U, gram_schmidt), rtol=1e-9, atol=1e-9)
 
 
 def test_more_reflections_than_dimensions():
     U, x = torch.randn(4, 9, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
-    torch.testing.assert_close(rotate(x, U, False), ops.reflect(x, U, False), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(rotate(x, U, False), reflect(x, U, False), rtol=1e-10, atol=1e-10)
 
 
 def test_reflect_is_the_definition():
@@ -47,7 +67,7 @@ def test_reflect_is_the_definition():
     Q = eye = torch.eye(5, dtype=torch.float64)
     for u in U.T:
         Q = Q @ (eye - 2 * torch.outer(u, u) / (u @ u))
-    torch.testing.assert_close(ops.reflect(eye, U, False), Q.T)
+    torch.testing.assert_close(reflect(eye, U, False), Q.T)
 
 
 @BOTH
@@ -85,7 +105,7 @@ def test_a_zero_column_is_no_reflection(gram_schmidt):
     U.requires_grad_()
     x = torch.randn(3, 13)
     y = rotate(x, U, gram_schmidt)
-    torch.testing.assert_close(y, ops.reflect(x, U.detach()[:, [0, 1, 3, 4]], gram_schmidt), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y, reflect(x, U.detach()[:, [0, 1, 3, 4]], gram_schmidt), rtol=1e-4, atol=1e-5)
     (gradient,) = torch.autograd.grad((y * torch.randn_like(y)).sum(), U)
     assert gradient.isfinite().all()
     assert gradient[:, 2].count_nonzero() == 0
@@ -104,7 +124,7 @@ def test_zero_columns_alone_are_the_identity(gram_schmidt):
 @pytest.mark.parametrize("r", [8, 9])
 def test_equal_columns_stay_accurate(r):
     u, x = torch.randn(64, 1), torch.randn(5, 64)
-    exact = x.double() if r % 2 == 0 else ops.reflect(x.double(), u.double(), False)
+    exact = x.double() if r % 2 == 0 else reflect(x.double(), u.double(), False)
     error = rotate(x, u.repeat(1, r), False) - exact
     assert error.norm() / exact.norm() < 1e-6
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from halotune import HalotuneError, PeftModel, PeftType, get_peft_model
 from halotune.bench.contenders import PeftApi
-from halotune.core.adapter import LowRank
 from halotune.core.config import CLASSES, AdapterConfig, peft_types
+from halotune.core.kinds import LowRank
 from halotune.core.operator import WeightShape
 from halotune.engine.injection.modules import adapted_layers
 from halotune.engine.tuner import tuner_class

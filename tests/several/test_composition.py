@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from halotune import BoneConfig, HalotuneError, MissConfig, PeftModel
-from halotune.core.adapter import LowRank
 from halotune.core.config import AdapterConfig
+from halotune.core.kinds import LowRank
 from halotune.methods.loha import LoHa
 
 from .models import (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from halotune import HalotuneError, PeftModel
-from halotune.core.adapter import Dense
+from halotune.core.kinds import Dense
 
 from .models import MLP, adapted, close, composed, config, differ, every_method, layers
 

@@ -12,8 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from ..core.errors import HalotuneError
 from . import models
 from .config import BenchConfig
-from .contenders import LIBRARIES, Contender, Unavailable, quiet, restored
+from .contenders import FROZEN, LIBRARIES, Contender, Unavailable, quiet, restored
 from .race import Entry, Turn, Watch, race
 from .rows import Row, hardware, versions
 from .timing import Clock, saved_bytes
@@ -33,16 +32,28 @@ INPUTS = 4  # sets of inputs that take turns, so that no step finds its input in
 SEED = 0
 
 
+class Layer(nn.Module):
+    """A linear layer in a model, so that every library can find it by name."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
 @dataclass(frozen=True)
 class Work:
     """A model, and where the adapters go."""
 
+    config: BenchConfig
     base: nn.Module
     targets: Sequence[str]
-    blocks: Sequence[str]  # names of the classes to be compiled, if any
+    blocks: Sequence[str]  # names of the classes that are compiled with --compile
 
     @classmethod
-    def of(cls, config: BenchConfig) -> Work:
+    def on_model(cls, config: BenchConfig) -> Work:
         torch.manual_seed(SEED)
         family = config.preset.family
         try:
@@ -50,56 +61,112 @@ class Work:
                 base = models.build(config.preset, config.torch_device, config.torch_dtype)
         except Unavailable as e:
             raise HalotuneError(f"model: {config.model} needs a library that {e}. Install it, or take another.") from None
-        return cls(base, models.target_names(base, family, config.targets), family.blocks if config.compile else ())
+        return cls(config, base, models.target_names(base, family, config.targets), family.blocks)
+
+    @classmethod
+    def on_layer(cls, config: BenchConfig) -> Work:
+        torch.manual_seed(SEED)
+        base = Layer(*config.features).to(config.torch_device, config.torch_dtype).requires_grad_(False)
+        return cls(config, base, ["linear"], ["Layer"])
+
+    @property
+    def clock(self) -> Clock:
+        return Clock(self.config.torch_device)
+
+    def setting(self, batch: int | None = None, tokens: int | None = None, **more: Any) -> dict[str, Any]:
+        """Everything one has to know to compare a row with another, or to measure it again."""
+        config, layer = self.config, isinstance(self.base, Layer)
+        return {
+            "device": hardware(config.torch_device),
+            "versions": versions(),
+            "model": "linear layer" if layer else config.model,
+            "shape": dict(zip(("in_features", "out_features"), config.features, strict=True)) if layer else config.preset.shape,
+            "targets": None if layer else config.targets,
+            "adapted_modules": len(self.targets),
+            "dtype": config.dtype,
+            "batch": batch,
+            "tokens": tokens,
+            "compiled": list(self.blocks) if config.compile and not layer else config.compile,
+            "rounds": config.rounds,
+            "steps": config.steps,
+            "warmup": config.warmup,
+            **more,
+        }
 
     @contextmanager
-    def adapted(self, contender: Contender) -> Iterator[nn.Module]:
+    def adapted(self, contender: Contender) -> Iterator[Any]:
+        """Inside, the base has an adapter, and its blocks are compiled without a graph break if they are to be."""
         torch.manual_seed(SEED)  # the same inputs and values in every turn
-        with contender.on(self.base, self.targets) as model, compiled(model, self.blocks):
-            yield model
+        with contender.on(self.base, self.targets) as model:
+            chosen = [m for m in model.modules() if self.config.compile and type(m).__name__ in self.blocks]
+            if chosen:  # others' code would be looked at first, and count against the limit of recompilations
+                torch.compiler.reset()
+            for module in chosen:
+                module.compile(fullgraph=True, dynamic=False)
+            try:
+                yield model
+            finally:
+                for module in chosen:
+                    module._compiled_call_impl = None
 
+    def repeated(self, model: nn.Module, measures: Sequence[str], once: Callable[[int], list[float]], **more: Any) -> Turn:
+        """Warm up, then repeat `once`, which gives the laps of each measure; `more` of the turn."""
+        for i in range(self.config.warmup):
+            once(i)
+        self.start()
+        laps = zip(*(once(self.config.warmup + i) for i in range(self.config.steps)), strict=True)
+        times = {measure: list(of_one) for measure, of_one in zip(measures, laps, strict=True)}
+        return Turn(times, **{"trainable": count(model), "peak": self.clock.peak(), **more})
 
-@contextmanager
-def compiled(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
-    """Inside, every module of these classes is compiled without a graph break."""
-    chosen = [m for m in model.modules() if type(m).__name__ in blocks]
-    if not chosen:
-        yield
-        return
-    torch.compiler.reset()  # others' code would be looked at first, and count against the limit of recompilations
-    for module in chosen:
-        module.compile(fullgraph=True, dynamic=False)
-    try:
-        yield
-    finally:
-        for module in chosen:
-            module._compiled_call_impl = None
+    def start(self) -> None:
+        """What follows is timed."""
+        gc.collect()  # off while timing; what warming up left in cycles is no part of the peak
+        self.clock.forget_peak()
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def count(parameters: Sequence[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters)
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in trained(model))
+
+
+Race = tuple[dict[str, Any], list[Entry], list[str], Callable[[Entry], Turn]]
+
+
+def raced(prepare: Callable[[BenchConfig], Race]) -> Callable[..., list[Row]]:
+    """The benchmark that `prepare` makes ready: what every row says, the entries, the measures, and the turn of an entry."""
+
+    @wraps(prepare)
+    def run(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
+        started = time.monotonic()
+        return race(config, *prepare(config), watch, started)
+
+    return run
+
+
+def everyone(config: BenchConfig) -> list[Entry]:
+    return [Entry(c) for c in config.contenders]
 
 
 # -- a whole training step
 
 
-def run_step(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
+@raced
+def run_step(config: BenchConfig) -> Race:
     """Forward, backward, AdamW and zero_grad, with the model's own loss, step after step as in training.
 
     On a GPU also the time of the kernels alone: where a step takes longer than those, the host launches them too slowly.
     With `cuda_graph` the step is captured once and replayed: the same kernels, which nobody launches one by one.
     """
-    started = time.monotonic()
-    work, clock, family = Work.of(config), Clock(config.torch_device), config.preset.family
-    measures = ["step", KERNELS] if clock.cuda else ["step"]
+    work, family = Work.on_model(config), config.preset.family
+    clock = work.clock
     sizes = config.preset.shape, config.batch, config.sequence, config.torch_device, config.torch_dtype
     batches = [family.batch(*sizes) for _ in range(INPUTS)]
     if config.cuda_graph:
         batches = [family.static(batch) for batch in batches]
+    family.entry(work.base).register_forward_hook(lambda module, args, out: out.requires_grad_(True))
 
     def turn(entry: Entry) -> Turn:
         with work.adapted(entry.contender) as model:
@@ -123,27 +190,15 @@ def run_step(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
             for i in range(config.warmup):
                 step(i)
             if not config.cuda_graph:  # whose memory is taken when it is captured
-                gc.collect()  # off while timing; what the first steps left in cycles is no part of the peak
-                clock.forget_peak()
-            times = clock.laps(*(partial(step, config.warmup + i) for i in range(config.steps)))
-            peak, measured = clock.peak(), {"step": times}
+                work.start()
+            measured = {"step": clock.laps(*(partial(step, config.warmup + i) for i in range(config.steps)))}
+            peak = clock.peak()
             if clock.cuda:
                 measured[KERNELS] = [clock.busy(lambda: step(0))]
-            return Turn(measured, count(parameters), peak)
+            return Turn(measured, count(model), peak)
 
-    flowing = family.entry(work.base).register_forward_hook(lambda module, args, out: out.requires_grad_(True))
-    try:
-        return race(
-            config,
-            {**setting(config, work, config.batch, config.sequence), "cuda_graph": config.cuda_graph},
-            everyone(config),
-            measures,
-            turn,
-            watch,
-            started,
-        )
-    finally:
-        flowing.remove()
+    about = work.setting(config.batch, config.sequence, cuda_graph=config.cuda_graph)
+    return about, everyone(config), ["step", *[KERNELS] * clock.cuda], turn
 
 
 def captured(train: Callable[[models.Batch], None], example: models.Batch) -> Callable[[models.Batch], None]:
@@ -167,65 +222,39 @@ def captured(train: Callable[[models.Batch], None], example: models.Batch) -> Ca
     return replay
 
 
-def repeated(config: BenchConfig, clock: Clock, once: Callable[[int], list[float]]) -> tuple[list[list[float]], int | None]:
-    """Warm up, then repeat; the laps of each repetition, and the peak memory of the timed ones."""
-    for i in range(config.warmup):
-        once(i)
-    gc.collect()  # off while timing; what the first repetitions left in cycles is no part of the peak
-    clock.forget_peak()
-    times = [once(config.warmup + i) for i in range(config.steps)]
-    return times, clock.peak()
-
-
 # -- one layer
-
-
-class Layer(nn.Module):
-    """A linear layer in a model, so that every library can find it by name."""
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(n_in, n_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
 
 
 PASSES = ["forward", "backward", "forward + backward"]
 
 
-def run_layer(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
+@raced
+def run_layer(config: BenchConfig) -> Race:
     """One linear layer: forward, backward, both, and the bytes that are kept between them."""
-    started = time.monotonic()
-    work = layer_work(config)
+    work = Work.on_layer(config)
 
     def turn(entry: Entry) -> Turn:
-        return layer_turn(config, work, entry.contender, config.batch, config.sequence)
+        return layer_turn(work, entry.contender, config.batch, config.sequence)
 
-    return race(config, setting(config, work, config.batch, config.sequence), everyone(config), PASSES, turn, watch, started)
+    return work.setting(config.batch, config.sequence), everyone(config), PASSES, turn
 
 
-def run_scaling(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
+@raced
+def run_scaling(config: BenchConfig) -> Race:
     """Forward and backward of one linear layer: over ranks at one number of tokens, over tokens at one rank."""
-    started = time.monotonic()
-    work, tokens = layer_work(config), config.batch * config.sequence
+    work, tokens = Work.on_layer(config), config.batch * config.sequence
     entries = [Entry(c.with_rank(r), {"rank": r}) for r in config.ranks for c in config.contenders]
     entries += [Entry(c, {"tokens": t}) for t in config.token_counts for c in config.contenders]
 
     def turn(entry: Entry) -> Turn:
-        return layer_turn(config, work, entry.contender, 1, entry.point.get("tokens", tokens))
+        return layer_turn(work, entry.contender, 1, entry.point.get("tokens", tokens))
 
-    return race(config, setting(config, work, config.batch, config.sequence), entries, PASSES[-1:], turn, watch, started)
-
-
-def layer_work(config: BenchConfig) -> Work:
-    torch.manual_seed(SEED)
-    base = Layer(*config.features).to(config.torch_device, config.torch_dtype).requires_grad_(False)
-    return Work(base, ["linear"], ["Layer"] if config.compile else ())
+    return work.setting(config.batch, config.sequence), entries, PASSES[-1:], turn
 
 
-def layer_turn(config: BenchConfig, work: Work, contender: Contender, batch: int, tokens: int) -> Turn:
-    clock, (n_in, n_out) = Clock(config.torch_device), config.features
+def layer_turn(work: Work, contender: Contender, batch: int, tokens: int) -> Turn:
+    config, clock = work.config, work.clock
+    n_in, n_out = config.features
     with work.adapted(contender) as model:
         options: dict[str, Any] = {"device": config.torch_device, "dtype": config.torch_dtype}
         inputs = [torch.randn(batch, tokens, n_in, **options).requires_grad_() for _ in range(INPUTS)]
@@ -238,37 +267,36 @@ def layer_turn(config: BenchConfig, work: Work, contender: Contender, batch: int
             x, dy = inputs[i % INPUTS], gradients[i % INPUTS]
             for leaf in (x, *parameters):
                 leaf.grad = None
-            return clock.laps(lambda: y.append(model(x)), lambda: y.pop().backward(dy))
+            forward, backward = clock.laps(lambda: y.append(model(x)), lambda: y.pop().backward(dy))
+            return [forward, backward, forward + backward]
 
-        times, peak = repeated(config, clock, once)
-        forward, backward = [a for a, _ in times], [b for _, b in times]
-        both = [a + b for a, b in times]
-        saved = saved_bytes(lambda: model(inputs[0]), model.parameters())
-        return Turn(dict(zip(PASSES, (forward, backward, both), strict=True)), count(parameters), peak, saved)
+        turn = work.repeated(model, PASSES, once)
+        turn.saved = saved_bytes(lambda: model(inputs[0]), model.parameters())
+        return turn
 
 
 # -- using an adapter
 
 
-def run_decode(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
+@raced
+def run_decode(config: BenchConfig) -> Race:
     """Greedy decoding with a cache, adapters unmerged: milliseconds for one token of the whole batch.
 
     On a GPU also the time of the kernels alone.
     """
-    started = time.monotonic()
     family = config.preset.family
     if not family.decodes:
         raise HalotuneError(f"decode: {config.model} does not generate text. Use a llama model.")
-    work, clock = Work.of(config), Clock(config.torch_device)
-    measures = ["token", KERNELS] if clock.cuda else ["token"]
+    work = Work.on_model(config)
+    clock = work.clock
     sizes = config.batch, config.prompt, config.torch_device, config.torch_dtype
     prompt = family.batch(config.preset.shape, *sizes)["input_ids"]
 
     def turn(entry: Entry) -> Turn:
         with work.adapted(entry.contender) as model, torch.inference_mode():
             model.eval()
-            LIBRARIES[entry.contender.library].cache(model, config.weight_cache)
-            parameters = trained(model)
+            if entry.contender.library == "ours":
+                model.cache_weights(config.weight_cache)
             state: dict[str, Any] = {"input_ids": prompt, "past_key_values": None}
 
             def token() -> None:
@@ -277,88 +305,55 @@ def run_decode(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
                 state["input_ids"] = out.logits[:, -1:].argmax(-1)
 
             token()  # the prompt
-            times, peak = repeated(config, clock, lambda i: clock.laps(token))
-            measured = {"token": [t for (t,) in times]}
+            turn = work.repeated(model, ["token"], lambda i: clock.laps(token))
             if clock.cuda:
-                measured[KERNELS] = [clock.busy(token)]
-            return Turn(measured, count(parameters), peak)
+                turn.times[KERNELS] = [clock.busy(token)]
+            return turn
 
-    about = {**setting(config, work, config.batch, config.prompt), "weight_cache_gib": config.weight_cache}
-    return race(config, about, everyone(config), measures, turn, watch, started)
+    about = work.setting(config.batch, config.prompt, weight_cache_gib=config.weight_cache)
+    return about, everyone(config), ["token", *[KERNELS] * clock.cuda], turn
 
 
-def run_merge(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
+@raced
+def run_merge(config: BenchConfig) -> Race:
     """Writing the adapter into the weights, and undoing that."""
-    started = time.monotonic()
-    work, clock = Work.of(config), Clock(config.torch_device)
+    work, measures = Work.on_model(config), ["merge", "unmerge"]
 
     def turn(entry: Entry) -> Turn:
-        library = LIBRARIES[entry.contender.library]
+        if entry.contender.library == FROZEN:
+            raise Unavailable("has no adapter to merge")
         with work.adapted(entry.contender) as model:
             model.eval()
-            laps = lambda i: clock.laps(lambda: library.merge(model), lambda: library.unmerge(model))  # noqa: E731
-            times, peak = repeated(config, clock, laps)
-            merge, unmerge = [a for a, _ in times], [b for _, b in times]
-            return Turn({"merge": merge, "unmerge": unmerge}, count(trained(model)), peak)
+            return work.repeated(model, measures, lambda i: work.clock.laps(model.merge_adapter, model.unmerge_adapter))
 
-    return race(config, setting(config, work), everyone(config), ["merge", "unmerge"], turn, watch, started)
+    return work.setting(), everyone(config), measures, turn
 
 
-def run_load(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
+@raced
+def run_load(config: BenchConfig) -> Race:
     """Putting an adapter that was saved onto the model."""
-    started = time.monotonic()
-    work, clock = Work.of(config), Clock(config.torch_device)
+    work = Work.on_model(config)
 
     def turn(entry: Entry) -> Turn:
+        if entry.contender.library == FROZEN:
+            raise Unavailable("has no adapter to load")
         library = LIBRARIES[entry.contender.library]
         with tempfile.TemporaryDirectory() as folder:
             with work.adapted(entry.contender) as model:
-                parameters = count(trained(model))
-                library.save(model, Path(folder))
+                trainable = count(model)
+                model.save_pretrained(folder)
             del model
 
             def once(i: int) -> list[float]:
-                loaded: list[nn.Module] = []
+                loaded: list[Any] = []
                 with restored(work.base), quiet():
-                    times = clock.laps(lambda: loaded.append(library.load(work.base, Path(folder))))
-                    library.unload(loaded[0])
+                    times = work.clock.laps(lambda: loaded.append(library.load(work.base, folder)))
+                    loaded[0].unload()
                 return times
 
-            times, peak = repeated(config, clock, once)
-            return Turn({"load": [t for (t,) in times]}, parameters, peak)
+            return work.repeated(work.base, ["load"], once, trainable=trainable)
 
-    return race(config, setting(config, work), everyone(config), ["load"], turn, watch, started)
-
-
-# -- common parts
-
-
-def everyone(config: BenchConfig) -> list[Entry]:
-    return [Entry(c) for c in config.contenders]
-
-
-def setting(config: BenchConfig, work: Work, batch: int | None = None, tokens: int | None = None) -> dict[str, Any]:
-    """Everything one has to know to compare a row with another, or to measure it again."""
-    layer = isinstance(work.base, Layer)
-    family = config.preset.family
-    shape: dict[str, Any] = dict(config.preset.shape)
-    if layer:
-        shape = {"in_features": config.features[0], "out_features": config.features[1]}
-    return {
-        "device": hardware(config.torch_device),
-        "versions": versions(),
-        "model": "linear layer" if layer else config.model,
-        "shape": shape,
-        "targets": None if layer else config.targets,
-        "adapted_modules": len(work.targets),
-        "dtype": config.dtype,
-        "batch": batch,
-        "tokens": tokens,
-        "compiled": list(family.blocks) if config.compile and not layer else config.compile,
-        "rounds": config.rounds,
-        "steps": config.steps,
-        "warmup": config.warmup,
-    }
+    return work.setting(), everyone(config), ["load"], turn
 
 
 BENCHES: dict[str, Callable[..., list[Row]]] = {

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from argparse import ArgumentTypeError
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
+from ..cli.options import integer, integers
 from ..core.errors import HalotuneError
-from .contenders import Contender
-from .models import TARGETS, Preset, preset_of
+from .contenders import Contender, spelling
+from .models import PRESETS, TARGETS, Preset
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 CONTENDERS = (
@@ -23,56 +26,61 @@ def parse_contenders(text: str) -> tuple[Contender, ...]:
     return tuple(dict.fromkeys(Contender.parse(part.strip()) for part in text.split(",")))
 
 
+def _features(text: str) -> tuple[int, ...]:
+    if text.lower().count("x") != 1:
+        raise ArgumentTypeError(f"expected two sizes such as 4096x11008; got {text!r}")
+    return integers("x")(text.lower())
+
+
+def _option(help: str, **flag: Any) -> Any:
+    """A field that is a flag of `halotune bench` too: `flag` is what argparse is told of it, its default the field's."""
+    default = {"default": flag.pop("default")} if "default" in flag else {}
+    return field(**default, metadata={"help": help, **flag})
+
+
+def _number(help: str, default: int | None, least: int = 1, **flag: Any) -> Any:
+    return _option(help, default=default, type=integer(least), metavar="N", **flag)
+
+
+def _list(help: str, default: tuple[int, ...]) -> Any:
+    return _option(help, default=default, type=integers(","), metavar="LIST")
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """One run.
+    """One run. What a field means is its help on the command line."""
 
-    Args:
-        contenders: who is compared.
-        model: a name in `PRESETS`.
-        layers: a different number of layers than the preset's.
-        targets: which modules get an adapter: `"qv"`, `"all-linear"`, or `"all"`, convolutions included.
-        batch: samples of a batch.
-        tokens: tokens of a sample (for a UNet, pixels of the latent); None is the preset's own number.
-        dtype: of the base model and the activations: a key of `DTYPES`.
-        device: where to run.
-        rounds: how often every contender takes its turn.
-        steps: timed repetitions of a turn; of decoding, new tokens.
-        warmup: repetitions before, not timed.
-        compile: compile each block of the model, in full.
-        cuda_graph: capture a whole training step, and replay it.
-        time_limit: seconds after which no turn starts.
-        features: inputs and outputs of the single layer.
-        prompt: tokens in the cache before decoding starts.
-        weight_cache: GiB in which ours may keep W' while decoding.
-        ranks, token_counts: the points of the curves.
-    """
-
-    contenders: tuple[Contender, ...]
-    model: str = "llama-tiny"
-    layers: int | None = None
-    targets: str = "all-linear"
-    batch: int = 4
-    tokens: int | None = None
-    dtype: str = "bf16"
-    device: str = "cpu"
-    rounds: int = 5
-    steps: int = 5
-    warmup: int = 2
-    compile: bool = False
-    cuda_graph: bool = False
-    time_limit: float | None = None
-    features: tuple[int, int] = (4096, 4096)
-    prompt: int = 16
-    weight_cache: float = 8.0
-    ranks: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256)
-    token_counts: tuple[int, ...] = (64, 256, 1024, 4096, 16384)
+    contenders: tuple[Contender, ...] = _option(f"{spelling()}; with commas (default: %(default)s)", metavar="LIST")
+    model: str = _option("(default: %(default)s)", default="llama-tiny", choices=list(PRESETS))
+    layers: int | None = _number("another number of layers (of a UNet: in each block)", None)
+    targets: str = _option("adapted modules; all: convolutions too", default="all-linear", choices=TARGETS)
+    batch: int = _number("samples of a batch (default: 4; for decode 8)", 4)
+    tokens: int | None = _number("of a sample; for a UNet, pixels of the latent (default: the model's)", None)
+    dtype: str = _option("of weights and activations (default: %(default)s)", default="bf16", choices=list(DTYPES))
+    device: str = _option("cpu or cuda (default: %(default)s)", default="cpu")
+    rounds: int = _number("turns of every contender (default: %(default)s)", 5)
+    steps: int = _number("timed repetitions of a turn (default: 5; for decode 16)", 5, flag="--steps-per-round")
+    warmup: int = _number("repetitions before, not timed (default: %(default)s)", 2, least=0)
+    compile: bool = _option("compile every layer of the model in full", default=False, action="store_true")
+    cuda_graph: bool = _option("of step: capture it once and replay it", default=False, action="store_true")
+    time_limit: float | None = _option(
+        "start no turn after that, and report what was measured", default=None, type=float, metavar="SECONDS"
+    )
+    features: tuple[int, int] = _option(
+        "of the layer (default: 4096x4096)", default=(4096, 4096), type=_features, metavar="INxOUT"
+    )
+    prompt: int = _number("tokens before decoding (default: %(default)s)", 16)
+    weight_cache: float = _option(
+        "for our adapted weights, to decode (default: 8; 0: none)", default=8.0, type=float, metavar="GIB"
+    )
+    ranks: tuple[int, ...] = _list("of scaling (default: 2,4 … 256)", tuple(2**i for i in range(1, 9)))
+    token_counts: tuple[int, ...] = _list("of scaling (default: 64,256 … 16384)", tuple(4**i for i in range(3, 8)))
 
     def __post_init__(self) -> None:
-        for name, choices in {"dtype": tuple(DTYPES), "targets": TARGETS}.items():
-            if getattr(self, name) not in choices:
-                raise HalotuneError(f"{name}: expected one of {', '.join(choices)}; got {getattr(self, name)!r}.")
-        preset_of(self.model)
+        for f in fields(self):
+            choices, value = f.metadata.get("choices"), getattr(self, f.name)
+            if choices and value not in choices:
+                raise HalotuneError(f"{f.name}: expected one of {', '.join(choices)}; got {value!r}.")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise HalotuneError(f"device: expected cpu, cuda or cuda:N; got {self.device!r}.")
         if self.device != "cpu" and not torch.cuda.is_available():
@@ -82,7 +90,7 @@ class BenchConfig:
 
     @property
     def preset(self) -> Preset:
-        return preset_of(self.model).with_layers(self.layers)
+        return PRESETS[self.model].with_layers(self.layers)
 
     @property
     def torch_device(self) -> torch.device:

@@ -6,12 +6,10 @@ import importlib
 import logging
 import re
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,145 +50,84 @@ class Contender:
         return self if self.library == FROZEN else replace(self, r=r)
 
     @contextmanager
-    def on(self, base: nn.Module, targets: Sequence[str]) -> Iterator[nn.Module]:
+    def on(self, base: nn.Module, targets: Sequence[str]) -> Iterator[Any]:
         """Inside, `base` has this adapter, with small random values; afterwards it is as it was."""
+        if self.library == FROZEN:
+            yield base
+            return
         with restored(base), quiet():
             model = LIBRARIES[self.library].wrap(base, self, targets)
             try:
                 fill(model)
                 yield model
             finally:
-                LIBRARIES[self.library].unload(model)
+                model.unload()
 
 
-class Library(ABC):
-    """What a benchmark asks of a library. A model is what `wrap` returned: it is called like its base."""
-
-    methods: tuple[str, ...] = ()
-
-    @abstractmethod
-    def wrap(self, base: nn.Module, contender: Contender, targets: Sequence[str]) -> nn.Module: ...
-
-    def cache(self, model: Any, gib: float) -> None:  # noqa: B027
-        """Let the model keep adapted weights between passes, where the library can."""
-
-    @abstractmethod
-    def unload(self, model: nn.Module) -> None: ...
-
-    @abstractmethod
-    def merge(self, model: nn.Module) -> None: ...
-
-    @abstractmethod
-    def unmerge(self, model: nn.Module) -> None: ...
-
-    @abstractmethod
-    def save(self, model: nn.Module, folder: Path) -> None: ...
-
-    @abstractmethod
-    def load(self, base: nn.Module, folder: Path) -> nn.Module: ...
-
-
-class Frozen(Library):
-    """No adapter: what an adapted model cannot be faster than."""
-
-    def wrap(self, base: nn.Module, contender: Contender, targets: Sequence[str]) -> nn.Module:
-        return base
-
-    def unload(self, model: nn.Module) -> None: ...
-
-    def merge(self, model: nn.Module) -> None:
-        raise Unavailable("has no adapter to merge")
-
-    unmerge = merge
-
-    def save(self, model: nn.Module, folder: Path) -> None:
-        raise Unavailable("has no adapter to load")
-
-    def load(self, base: nn.Module, folder: Path) -> nn.Module:
-        raise Unavailable("has no adapter to load")
-
-
-class PeftApi(Library):
+class PeftApi:
     """halotune and peft, which have one API."""
 
     def __init__(self, package: str) -> None:
         self.package = package
         self.methods = tuple(name.lower() for name in kinds())
 
-    @property
-    def api(self) -> Any:
-        return imported(self.package)
-
-    def wrap(self, base: nn.Module, contender: Contender, targets: Sequence[str]) -> nn.Module:
+    def wrap(self, base: nn.Module, contender: Contender, targets: Sequence[str]) -> Any:
+        api = imported(self.package)
         method, kind = kinds()[contender.method.upper()]
         named = [m.config.__name__ for m in (method, *map(method_of, method.aliases))]
-        config = next((getattr(self.api, name) for name in named if hasattr(self.api, name)), None)
+        config = next((getattr(api, name) for name in named if hasattr(api, name)), None)
         if config is None:
             raise Unavailable(f"has no {named[0]}")
-        return self.api.get_peft_model(base, config(target_modules=list(targets), **kind.fields(contender.r)))
+        return api.get_peft_model(base, config(target_modules=list(targets), **kind.fields(contender.r)))
 
-    def cache(self, model: Any, gib: float) -> None:
-        if self.package == "halotune":
-            model.cache_weights(gib)
-
-    def unload(self, model: Any) -> None:
-        model.unload()
-
-    def merge(self, model: Any) -> None:
-        model.merge_adapter()
-
-    def unmerge(self, model: Any) -> None:
-        model.unmerge_adapter()
-
-    def save(self, model: Any, folder: Path) -> None:
-        model.save_pretrained(folder)
-
-    def load(self, base: nn.Module, folder: Path) -> nn.Module:
-        return self.api.PeftModel.from_pretrained(base, str(folder))
+    def load(self, base: nn.Module, folder: str) -> Any:
+        return imported(self.package).PeftModel.from_pretrained(base, folder)
 
 
-class Lycoris(Library):
+class LycorisModel(nn.Module):
+    """A base and lycoris-lora's network for it, with as much of PEFT's API as is measured."""
+
+    FILE = "lycoris.safetensors"
+
+    def __init__(self, base: nn.Module, network: Any) -> None:
+        super().__init__()
+        self.base, self.network = base, network
+        network.to(next(base.parameters()).device)
+        network.apply_to()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base(*args, **kwargs)
+
+    def unload(self) -> None:
+        self.network.restore()
+
+    def merge_adapter(self) -> None:
+        self.network.onfly_merge()
+
+    def unmerge_adapter(self) -> None:
+        self.network.onfly_restore()
+
+    def save_pretrained(self, folder: str) -> None:
+        self.network.save_weights(f"{folder}/{self.FILE}", None, None)
+
+
+class Lycoris:
     """lycoris-lora, which replaces the `forward` of the layers and keeps its parameters in a module of their own."""
 
     methods = tuple(name.lower() for name, (method, _) in kinds().items() if method.lycoris)
-    FILE: ClassVar[str] = "lycoris.safetensors"
 
-    class Model(nn.Module):
-        """The base, with the network's parameters beside it."""
-
-        def __init__(self, base: nn.Module, network: Any) -> None:
-            super().__init__()
-            self.base, self.network = base, network
-            network.to(next(base.parameters()).device)
-            network.apply_to()
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return self.base(*args, **kwargs)
-
-    def wrap(self, base: nn.Module, contender: Contender, targets: Sequence[str]) -> nn.Module:
+    def wrap(self, base: nn.Module, contender: Contender, targets: Sequence[str]) -> LycorisModel:
         network = imported("lycoris.wrapper").LycorisNetwork
         names = [f"{re.escape(name)}$" for name in targets]
         network.apply_preset({"target_module": [], "target_name": names, "exclude_name": [], "enable_conv": True})
         r = contender.r
-        return self.Model(base, network(base, 1.0, r, r, r, r, network_module=contender.method, warn_on_unmatched=False))
+        return LycorisModel(base, network(base, 1.0, r, r, r, r, network_module=contender.method, warn_on_unmatched=False))
 
-    def unload(self, model: Any) -> None:
-        model.network.restore()
-
-    def merge(self, model: Any) -> None:
-        model.network.onfly_merge()
-
-    def unmerge(self, model: Any) -> None:
-        model.network.onfly_restore()
-
-    def save(self, model: Any, folder: Path) -> None:
-        model.network.save_weights(str(folder / self.FILE), None, None)
-
-    def load(self, base: nn.Module, folder: Path) -> nn.Module:
+    def load(self, base: nn.Module, folder: str) -> LycorisModel:
         read = imported("lycoris.wrapper").create_lycoris_from_weights
         with torch.no_grad():  # its reader writes into parameters in place
-            network, _ = read(1.0, str(folder / self.FILE), base)
-        return self.Model(base, network)
+            network, _ = read(1.0, f"{folder}/{LycorisModel.FILE}", base)
+        return LycorisModel(base, network)
 
 
 def imported(module: str) -> Any:
@@ -201,8 +138,7 @@ def imported(module: str) -> Any:
         raise Unavailable(f"cannot be imported: {e}") from None
 
 
-LIBRARIES: dict[str, Library] = {
-    FROZEN: Frozen(),
+LIBRARIES: dict[str, PeftApi | Lycoris] = {
     "ours": PeftApi(__name__.partition(".")[0]),
     "peft": PeftApi("peft"),
     "lycoris": Lycoris(),
@@ -211,7 +147,7 @@ LIBRARIES: dict[str, Library] = {
 
 def spelling() -> str:
     """How contenders are written."""
-    every = [f"{name}:{{{','.join(library.methods)}}}-rN" for name, library in LIBRARIES.items() if library.methods]
+    every = [f"{name}:{{{','.join(library.methods)}}}-rN" for name, library in LIBRARIES.items()]
     return ", ".join([FROZEN, *every])
 
 

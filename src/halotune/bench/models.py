@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,34 +11,35 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import HalotuneError
 from .contenders import imported
 
 Batch = dict[str, Tensor]
 TARGETS = ("qv", "all-linear", "all")
 
 
-class Family(ABC):
-    """What the models of one architecture share."""
+class Family:
+    """What the models of one architecture share; these methods are those of transformers' models of text."""
 
+    model: ClassVar[str]  # its class
     qv: ClassVar[tuple[str, str]]  # the query's and the value's projections
     blocks: ClassVar[tuple[str, ...]]  # classes of the repeated blocks, which --compile compiles
     layers: ClassVar[str] = "num_hidden_layers"  # the configuration's field that --layers changes
     decodes: ClassVar[bool] = False
 
-    @abstractmethod
-    def build(self, shape: dict[str, Any]) -> nn.Module: ...
+    def build(self, shape: dict[str, Any]) -> nn.Module:
+        model = getattr(imported("transformers"), self.model)
+        return model(model.config_class(**shape))
 
-    @abstractmethod
     def batch(self, shape: dict[str, Any], batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Batch:
         """One random batch."""
+        return {"input_ids": torch.randint(shape["vocab_size"], (batch, tokens), device=device)}
 
     def static(self, batch: Batch) -> Batch:
         """The batch for a step that is captured: with all that the model would otherwise make in another way then."""
         return batch
 
-    @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor: ...
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(**batch, labels=batch["input_ids"]).loss
 
     def entry(self, model: Any) -> nn.Module:
         """The module whose output gradients have to reach."""
@@ -51,16 +51,13 @@ class Family(ABC):
 
 
 class Llama(Family):
+    model = "LlamaForCausalLM"
     qv = "q_proj", "v_proj"
     blocks = ("LlamaDecoderLayer",)
     decodes = True
 
     def build(self, shape: dict[str, Any]) -> nn.Module:
-        transformers = imported("transformers")
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{"tie_word_embeddings": False, **shape}))
-
-    def batch(self, shape: dict[str, Any], batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> Batch:
-        return {"input_ids": torch.randint(shape["vocab_size"], (batch, tokens), device=device)}
+        return super().build({"tie_word_embeddings": False, **shape})
 
     def static(self, batch: Batch) -> Batch:
         tokens = batch["input_ids"].shape[1]
@@ -72,17 +69,9 @@ class Llama(Family):
 
 
 class Bert(Family):
+    model = "BertForMaskedLM"
     qv = "query", "value"
     blocks = ("BertLayer",)
-
-    def build(self, shape: dict[str, Any]) -> nn.Module:
-        transformers = imported("transformers")
-        return transformers.BertForMaskedLM(transformers.BertConfig(**shape))
-
-    batch = Llama.batch
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(**batch, labels=batch["input_ids"]).loss
 
 
 class UNet(Family):
@@ -119,42 +108,29 @@ class UNet(Family):
 
 @dataclass(frozen=True)
 class Preset:
-    """A shape by name.
-
-    Attributes:
-        family: its architecture.
-        shape: the configuration's fields.
-        tokens: how many a sample has, unless asked otherwise.
-    """
+    """A published shape."""
 
     family: Family
-    shape: dict[str, Any]
-    tokens: int
+    shape: dict[str, Any]  # the configuration's fields
+    tokens: int  # of a sample, unless asked otherwise
 
     def with_layers(self, layers: int | None) -> Preset:
         return self if layers is None else replace(self, shape={**self.shape, self.family.layers: layers})
 
 
-def _llama(hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, mlp: int, vocab: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "intermediate_size": mlp,
-        "vocab_size": vocab,
-    }
+_LLAMA = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"),
+    "vocab_size",
+)
+_BERT = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"
 
 
-def _bert(hidden: int, layers: int, heads: int, mlp: int, vocab: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": mlp,
-        "vocab_size": vocab,
-    }
+def _llama(*sizes: int) -> dict[str, Any]:
+    return dict(zip(_LLAMA, sizes, strict=True))
+
+
+def _bert(*sizes: int) -> dict[str, Any]:
+    return dict(zip(_BERT, sizes, strict=True))
 
 
 def _unet(channels: tuple[int, ...], cross: int, heads: int, layers: int) -> dict[str, Any]:
@@ -196,12 +172,6 @@ def target_names(model: nn.Module, family: Family, targets: str) -> list[str]:
         return [name for name, _ in named if name.rsplit(".", 1)[-1] in family.qv]
     kinds = (nn.Linear,) if targets == "all-linear" else (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return [name for name, m in named if isinstance(m, kinds)]
-
-
-def preset_of(name: str) -> Preset:
-    if name not in PRESETS:
-        raise HalotuneError(f"model: expected one of {', '.join(PRESETS)}; got {name!r}.")
-    return PRESETS[name]
 
 
 @contextmanager

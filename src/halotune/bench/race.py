@@ -20,14 +20,9 @@ OUT_OF_TIME = "time limit"
 
 @dataclass
 class Turn:
-    """What one contender gave in one round.
+    """What one contender gave in one round; all but the times as in `Row`."""
 
-    Attributes:
-        times: measure -> milliseconds of each repetition.
-        trainable, peak, saved: as in `Row`.
-    """
-
-    times: dict[str, list[float]] = field(default_factory=dict)
+    times: dict[str, list[float]] = field(default_factory=dict)  # measure -> milliseconds of each repetition
     trainable: int | None = None
     peak: int | None = None
     saved: int | None = None
@@ -82,10 +77,16 @@ def race(
                 break
             result, problem = attempt(turn, entries[i], clock)
             for measure in measures:
-                _add(rows[i, measure], number, measure, result, problem)
+                row = rows[i, measure]
+                row.problem = problem
+                if not problem:
+                    row.rounds[number] = result.times[measure]
+                    row.trainable, row.saved = result.trainable, result.saved
+                    row.peak = max((p for p in (row.peak, result.peak) if p is not None), default=None)
             if problem:
                 failed.add(i)
-            watch.say(f"round {number + 1}/{config.rounds}  {entries[i]}: {problem or _shown(result)}")
+            shown = ", ".join(f"{measure} {short(median(times))} ms" for measure, times in result.times.items())
+            watch.say(f"round {number + 1}/{config.rounds}  {entries[i]}: {problem or shown}")
             compare(out)
             watch.keep(out)
     for row in out:
@@ -109,15 +110,3 @@ def attempt(turn: Callable[[Entry], Turn], entry: Entry, clock: Clock) -> tuple[
         problem = f"{type(e).__name__}: {' '.join(str(e).split())}"[:500]
     clock.clean()  # after the exception is gone, and with it the frames that held the tensors
     return result, problem
-
-
-def _add(row: Row, number: int, measure: str, result: Turn, problem: str | None) -> None:
-    row.problem = problem
-    if problem is None:
-        row.rounds[number] = result.times[measure]
-        row.trainable, row.saved = result.trainable, result.saved
-        row.peak = max(row.peak or 0, result.peak) if result.peak is not None else None
-
-
-def _shown(result: Turn) -> str:
-    return ", ".join(f"{measure} {short(median(times))} ms" for measure, times in result.times.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -45,8 +44,8 @@ def heading(kind: str, setting: dict[str, Any]) -> str:
     )
 
 
-def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells; columns that would be the same or empty all the way down are left out."""
+def table(rows: Sequence[Row]) -> str:
+    """One line a row; columns that would be the same or empty all the way down are left out."""
     columns: list[tuple[str, Callable[[Row], str]]] = [("contender", lambda r: str(r.contender))]
     if any(r.point for r in rows):
         columns.append(("at", lambda r: " ".join(f"{k} {v}" for k, v in r.point.items())))
@@ -61,38 +60,14 @@ def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     columns.append(("peak GiB", lambda r: NONE if r.peak is None else f"{r.peak / GIB:.2f}"))
     columns.append(("× memory", lambda r: NONE if r.memory_ratio is None else f"{r.memory_ratio:.2f}"))
     columns.append(("status", lambda r: textwrap.shorten(r.status, 70, placeholder=" …")))
-    return [title for title, _ in columns], [[cell(row) for _, cell in columns] for row in rows]
+    body = [[cell(row) for _, cell in columns] for row in rows]
+    return text_table([title for title, _ in columns], body, left={"contender", "at", "measure", "status"})
 
 
 def _time(row: Row) -> str:
     if row.median is None:
         return NONE
     return f"{short(row.median)} [{short(min(row.times))}–{short(max(row.times))}]"
-
-
-def table(rows: Sequence[Row]) -> str:
-    """With rich where it is installed, else plain; numbers stand to the right."""
-    headers, body = cells(rows)
-    words = {"contender", "at", "measure", "status"}
-    if find_spec("rich"):
-        return _rich(headers, body, words)
-    return text_table(headers, body, left=words)
-
-
-def _rich(headers: list[str], body: list[list[str]], words: set[str]) -> str:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    out = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for header in headers:
-        out.add_column(Text(header), justify="left" if header in words else "right", no_wrap=True)
-    for line in body:
-        out.add_row(*map(Text, line))
-    text = io.StringIO()
-    Console(file=text, width=400, highlight=False).print(out)  # lines as long as they are: a terminal may scroll
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 # -- the file
@@ -108,12 +83,9 @@ def read_runs(file: Path) -> list[dict[str, Any]]:
     raise HalotuneError(f"{file}: is not a file of this benchmark, so no run can be added. Choose another --output-dir.")
 
 
-def run_record(kind: str, date: str, rows: Sequence[Row]) -> dict[str, Any]:
-    return {"kind": kind, "date": date, "rows": [row.to_dict() for row in rows]}
-
-
-def as_document(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {"format": FORMAT, "runs": list(runs)}
+def as_document(earlier: Sequence[dict[str, Any]], kind: str, date: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """The earlier runs and this one."""
+    return {"format": FORMAT, "runs": [*earlier, {"kind": kind, "date": date, "rows": [row.to_dict() for row in rows]}]}
 
 
 # -- the chart
@@ -133,7 +105,6 @@ def plot(file: Path, kind: str, rows: Sequence[Row]) -> bool:
     measured = [row for row in rows if row.rounds]
     if not measured or not find_spec("matplotlib"):
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     panels: dict[str, list[Row]] = {}
@@ -143,7 +114,6 @@ def plot(file: Path, kind: str, rows: Sequence[Row]) -> bool:
     tallest = max(map(len, panels.values()))
     size = (5.5 * len(panels), 1.6 + 0.32 * tallest if bars else 4.8)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a display
     for axes, (name, panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         (_bars if bars else _curves)(axes, name, panel)
         axes.spines[["top", "right"]].set_visible(False)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
+import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,11 +19,7 @@ OK, NOT_MEASURED = "ok", "not measured"
 PACKAGES = ("torch", "transformers", "diffusers", "peft", "lycoris-lora", "triton")
 
 # What rows are compared with: the first contender of the same measure and point that is one of these.
-REFERENCES: dict[str, Callable[[Contender], bool]] = {
-    "frozen": lambda c: c.library == FROZEN,
-    "lora": lambda c: (c.library, c.method) == ("ours", "lora"),
-    "peft_lora": lambda c: (c.library, c.method) == ("peft", "lora"),
-}
+REFERENCES = {"frozen": (FROZEN, ""), "lora": ("ours", "lora"), "peft_lora": ("peft", "lora")}  # library and method
 
 
 @dataclass(frozen=True)
@@ -48,33 +45,19 @@ class Ratio:
 
 @dataclass
 class Row:
-    """One contender, one measure.
-
-    Attributes:
-        contender: who.
-        measure: what was timed, such as "step" or "backward".
-        setting: where and on what: device, versions, model, shape, dtype, batch …
-        point: where a curve is measured: the swept size and its value.
-        rounds: round -> milliseconds of each repetition.
-        trainable: the number of trainable parameters.
-        peak: the most memory that was allocated, in bytes, weights included.
-        saved: what one forward pass keeps for backward, in bytes.
-        problem: why it could not be measured, or not to the end.
-        ratios: name of the reference -> ratio of the times.
-        memory_ratio: `peak` over the frozen model's.
-    """
+    """One contender, one measure."""
 
     contender: Contender
-    measure: str
-    setting: dict[str, Any]
-    point: dict[str, int] = field(default_factory=dict)
-    rounds: dict[int, list[float]] = field(default_factory=dict)
-    trainable: int | None = None
-    peak: int | None = None
-    saved: int | None = None
-    problem: str | None = None
-    ratios: dict[str, Ratio] = field(default_factory=dict)
-    memory_ratio: float | None = None
+    measure: str  # what was timed, such as "step" or "backward"
+    setting: dict[str, Any]  # where and on what: device, versions, model, shape, dtype, batch …
+    point: dict[str, int] = field(default_factory=dict)  # where a curve is measured: the swept size and its value
+    rounds: dict[int, list[float]] = field(default_factory=dict)  # round -> milliseconds of each repetition
+    trainable: int | None = None  # number of parameters
+    peak: int | None = None  # the most memory that was allocated, in bytes, weights included
+    saved: int | None = None  # what one forward pass keeps for backward, in bytes
+    problem: str | None = None  # why it could not be measured, or not to the end
+    ratios: dict[str, Ratio] = field(default_factory=dict)  # of the times, by the name of the reference
+    memory_ratio: float | None = None  # of the peak, to the frozen model's
 
     @property
     def times(self) -> list[float]:
@@ -111,12 +94,13 @@ def compare(rows: Sequence[Row]) -> None:
     for row in rows:
         groups.setdefault((row.measure, *row.point.items()), []).append(row)
     for group in groups.values():
-        for name, is_reference in REFERENCES.items():
-            reference = next((r for r in group if is_reference(r.contender) and r.rounds), None)
-            for row in group if reference else ():
-                assert reference is not None
-                ratio = Ratio.between(row, reference)
-                if ratio:
+        for name, (library, method) in REFERENCES.items():
+            measured = (r for r in group if (r.contender.library, r.contender.method) == (library, method) and r.rounds)
+            reference = next(measured, None)
+            if reference is None:
+                continue
+            for row in group:
+                if ratio := Ratio.between(row, reference):
                     row.ratios[name] = ratio
                 if name == "frozen" and row.peak and reference.peak:
                     row.memory_ratio = row.peak / reference.peak
@@ -150,8 +134,8 @@ def hardware(device: torch.device) -> str:
 
 def _processor() -> str:
     try:
-        lines: Iterable[str] = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        known = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        lines = ()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, None) or platform.processor() or platform.machine()
+        known = ""
+    names = re.findall(r"^model name\s*: (.+)$", known, re.MULTILINE)
+    return names[0] if names else platform.processor() or platform.machine()

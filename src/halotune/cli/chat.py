@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import HalotuneError
 from .main import INTERRUPTED
-from .options import add_model_flags, add_parser, add_sampling_flags
+from .options import Commands, add_model_flags, add_parser, add_sampling_flags
 
 if TYPE_CHECKING:
     from ..engine.model import PeftModel
-    from .main import Commands
     from .text import Sampling
 
 EXAMPLES = """
@@ -31,23 +30,17 @@ HELP = """/reset            forget the conversation
 
 def add(commands: Commands) -> None:
     text = "Talk to a model with an adapter, through the tokenizer's chat template.\n\nin the conversation:\n"
-    parser = add_parser(commands, "chat", text + textwrap.indent(HELP, "  "), EXAMPLES)
+    parser = add_parser(commands, "chat", text + textwrap.indent(HELP, "  "), EXAMPLES, _run)
     add_model_flags(parser, device="auto")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     add_sampling_flags(parser, temperature=0.7, max_new_tokens=512)
-    parser.set_defaults(run=_run, prog=parser.prog)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from .loading import BaseModel, Saved, find_device, load_tokenizer
-    from .text import Sampling, check_generates
+    from .text import load
 
-    device = find_device(args.device)
-    saved = Saved.read(args.adapter)
-    base = BaseModel.load(saved, args.base, args.dtype, device)
-    check_generates(base.model, base.name)
-    tokenizer = load_tokenizer(saved, base.name)
-    chat = Chat(saved.on(base), tokenizer, Sampling.of(args), args.system)
+    saved, base, tokenizer, sampling = load(args)
+    chat = Chat(saved.on(base), tokenizer, sampling, args.system)
     if not tokenizer.chat_template:
         say("The tokenizer has no chat template: messages go to the model as plain lines, for it to continue.")
     say("/help lists the commands; /exit or Ctrl-D leaves.")

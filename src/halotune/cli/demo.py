@@ -6,12 +6,9 @@ import argparse
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..demo.methods import METHODS
-
-if TYPE_CHECKING:
-    from .main import Commands
+from .options import Commands, integer, names, number
 
 
 def add(commands: Commands) -> None:
@@ -20,21 +17,20 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--method",
         action="append",
-        type=_methods,
+        type=names(METHODS, "method"),
         metavar="NAME[,NAME]",
         help=f"only these of {', '.join(METHODS)}; can be repeated (default: all)",
     )
     parser.add_argument(
-        "--model",
-        help="folder of a text encoder, or a hub id that is in the local cache (default: MiniLM, from its package)",
+        "--model", help="folder of a text encoder, or a hub id that is in the local cache (default: MiniLM, from its package)"
     )
-    parser.add_argument("--epochs", type=_positive, default=1.0, help="may be a fraction (default: 1)")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the head, the adapters and the batches (default: 0)")
+    parser.add_argument("--epochs", type=number(0, math.inf, above=True), default=1.0, help="may be a fraction (default: 1)")
+    parser.add_argument("--seed", type=integer(0), default=0, help="of the head, the adapters and the batches (default: 0)")
     parser.add_argument(
         "--output-dir", type=Path, default=Path("halotune-demo"), metavar="DIR", help="(default: ./halotune-demo)"
     )
     parser.add_argument("--json", action="store_true", help="print metrics.json alone to stdout; all else to stderr")
-    parser.set_defaults(run=_run, prog=parser.prog)
+    parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -46,35 +42,4 @@ def _run(args: argparse.Namespace) -> int:
     from ..demo.run import demo
 
     methods = [name for names in args.method or [list(METHODS)] for name in names]
-    return demo(
-        list(dict.fromkeys(methods)),
-        model=args.model,
-        epochs=args.epochs,
-        seed=args.seed,
-        output_dir=args.output_dir,
-        as_json=args.json,
-    )
-
-
-def _methods(text: str) -> list[str]:
-    names = [name.strip().lower() for name in text.split(",")]
-    for name in names:
-        if name not in METHODS:
-            raise argparse.ArgumentTypeError(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
-    return names
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0; got {text!r}")
-    return value
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63 - 1; got {text!r}")
-    return int(text)
+    return demo(list(dict.fromkeys(methods)), args.model, args.epochs, args.seed, args.output_dir, as_json=args.json)

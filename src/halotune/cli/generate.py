@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 from ..core.errors import HalotuneError
-from .options import add_model_flags, add_parser, add_sampling_flags
-
-if TYPE_CHECKING:
-    from .main import Commands
+from .options import Commands, add_model_flags, add_parser, add_sampling_flags
 
 DESCRIPTION = """
 Print the continuation of a prompt as the model writes it. The prompt goes to
@@ -25,25 +21,18 @@ halotune generate my-adapter --temperature 0.8 --top-p 0.95 --seed 0 < prompt.tx
 
 
 def add(commands: Commands) -> None:
-    parser = add_parser(commands, "generate", DESCRIPTION, EXAMPLES)
+    parser = add_parser(commands, "generate", DESCRIPTION, EXAMPLES, _run)
     add_model_flags(parser, device="auto")
     parser.add_argument("--prompt", metavar="TEXT", help="the text to continue; without it, or with -, stdin is read")
     add_sampling_flags(parser, temperature=0.0, max_new_tokens=128)
     parser.add_argument("--no-adapter", action="store_true", help="let the base model answer alone, to compare")
-    parser.set_defaults(run=_run, prog=parser.prog)
 
 
 def _run(args: argparse.Namespace) -> int:
     prompt = _prompt(args.prompt)
-    from .loading import BaseModel, Saved, find_device, load_tokenizer
-    from .text import Sampling, check_generates, stream
+    from .text import load, stream
 
-    device = find_device(args.device)
-    saved = Saved.read(args.adapter)
-    base = BaseModel.load(saved, args.base, args.dtype, device)
-    check_generates(base.model, base.name)
-    tokenizer = load_tokenizer(saved, base.name)
-    sampling = Sampling.of(args)
+    saved, base, tokenizer, sampling = load(args)
     model = base.model if args.no_adapter else saved.on(base)
     with closing(stream(model, tokenizer, tokenizer(prompt, return_tensors="pt"), sampling)) as pieces:
         for piece in pieces:

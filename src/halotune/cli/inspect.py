@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..core.errors import HalotuneError
-from .options import add_parser
-
-if TYPE_CHECKING:
-    from .main import Commands
+from .options import Commands, add_parser
 
 DESCRIPTION = """
 Show what a saved adapter does, layer by layer: norms, the largest singular
@@ -28,7 +24,7 @@ NAMED = ""  # --base without a value: the base that the adapter names
 
 
 def add(commands: Commands) -> None:
-    parser = add_parser(commands, "inspect", DESCRIPTION, EXAMPLES)
+    parser = add_parser(commands, "inspect", DESCRIPTION, EXAMPLES, _run)
     flag = parser.add_argument
     flag("adapter", metavar="ADAPTER", help="an adapter's folder, or its id on the hub")
     flag(
@@ -40,7 +36,6 @@ def add(commands: Commands) -> None:
     )
     flag("--plot", type=Path, metavar="FILE.png", help="draw heat maps over layers and modules")
     flag("--json", metavar="FILE", help="write all figures; - is stdout, and the table then goes to stderr")
-    parser.set_defaults(run=_run, prog=parser.prog)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,11 @@ from .main import require
 
 @dataclass(frozen=True)
 class Saved:
-    """A saved adapter, as read.
+    """A saved adapter, as read."""
 
-    Attributes:
-        source: the folder or hub id.
-        file: of the tensors.
-    """
-
-    source: str
+    source: str  # the folder or hub id
     config: AdapterConfig
-    file: Path
+    file: Path  # of the tensors
     tensors: dict[str, Tensor]
 
     @classmethod
@@ -54,16 +50,11 @@ class Saved:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model.
+    """A base model."""
 
-    Attributes:
-        name: the folder or hub id.
-        component: which part of a diffusers pipeline the model is; None where it is no pipeline.
-    """
-
-    name: str
+    name: str  # the folder or hub id
     model: nn.Module
-    component: str | None = None
+    component: str | None = None  # which part of a diffusers pipeline the model is, if any
 
     @classmethod
     def load(cls, saved: Saved, name: str | None, dtype: str = "auto", device: torch.device | str = "cpu") -> BaseModel:
@@ -78,7 +69,8 @@ class BaseModel:
         require("transformers", ["transformers"])
         if name.startswith((".", "/", "~")) and not Path(name).is_dir():
             raise HalotuneError(f"the base model {name!r} cannot be loaded: there is no such folder. Give one with --base.")
-        quiet_unless_watched()
+        if not sys.stderr.isatty():  # progress bars are for terminals, not for log files
+            import_module("transformers.utils.logging").disable_progress_bar()
         number = None if dtype == "auto" else getattr(torch, dtype)
         with loadable("the base model", name):
             kind = _model_class(saved.config, name, revision)
@@ -108,14 +100,6 @@ def loadable(what: str, name: str) -> Iterator[None]:
             f"{what} {name!r} cannot be loaded: {reason.rstrip('.')}. Give a model's folder or its id on the hub; gated models "
             "need `hf auth login`."
         ) from e
-
-
-def quiet_unless_watched() -> None:
-    """Progress bars are for terminals, not for log files."""
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
 
 def _model_class(config: AdapterConfig, name: str, revision: str | None) -> Any:

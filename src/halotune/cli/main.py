@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import io
 import os
@@ -10,16 +9,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, NoReturn
 
 from .. import __version__
 from ..core.errors import HalotuneError
+from .options import BAD_INPUT, Parser
+from .options import Commands as Commands  # for type checkers
 
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction["Parser"]
-
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-
+FAILED, INTERRUPTED = 1, 130
 
 # A command is a module here with `add(commands)` -> its line in `halotune --help`.
 COMMANDS = {
@@ -34,15 +30,9 @@ COMMANDS = {
     "generate": "continue a prompt with an adapter",
     "chat": "talk to a model with an adapter",
     "demo": "compare all methods on a real model, in minutes",
+    "report": "compare runs in one page: table, learning curves, costs, what the adapters changed",
     "bench": "compare speed and memory with peft and lycoris-lora",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors take one line; the usage is under --help."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,30 +65,22 @@ def _run(argv: Sequence[str]) -> int:
     if not hasattr(args, "run"):
         parser.print_help(sys.stderr)
         return BAD_INPUT
-    prog = getattr(args, "prog", parser.prog)
+    prog = f"{parser.prog} {argv[0]}"
     usual = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"{prog}: warning: {message}\n"
     try:
         return args.run(args)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except HalotuneError as e:
-        return _fail(prog, e, BAD_INPUT)
     except BrokenPipeError:
         raise
-    except OSError as e:  # a full disk, a file that is gone: nothing that a traceback would explain
-        return _fail(prog, e, FAILED)
-    except RuntimeError as e:
-        if type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here for its name
+    except (HalotuneError, OSError, RuntimeError) as e:  # a full disk, a file that is gone: no traceback would explain it
+        if isinstance(e, RuntimeError) and type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
-        return _fail(prog, e, FAILED)
+        print(f"{prog}: error: {' '.join(str(e).split())}", file=sys.stderr)
+        return BAD_INPUT if isinstance(e, HalotuneError) else FAILED
     finally:
         warnings.formatwarning = usual
-
-
-def _fail(prog: str, error: Exception, status: int) -> int:
-    print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return status
 
 
 def require(extra: str, packages: Sequence[str]) -> None:

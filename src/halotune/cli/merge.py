@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import HalotuneError
-from .options import add_model_flags, add_parser
+from .options import Commands, add_model_flags, add_parser
 
 if TYPE_CHECKING:
     from .loading import BaseModel, Saved
-    from .main import Commands
 
 DESCRIPTION = """
 Write an adapter into the weights of its base model, and save the model, with
@@ -33,14 +32,13 @@ MARKS = ("config.json", "model_index.json")  # a folder with one of these holds 
 
 
 def add(commands: Commands) -> None:
-    parser = add_parser(commands, "merge", DESCRIPTION, EXAMPLES)
+    parser = add_parser(commands, "merge", DESCRIPTION, EXAMPLES, _run)
     add_model_flags(parser, device="cpu")
     flag = parser.add_argument
     flag("--output", type=Path, required=True, metavar="DIR", help="the new folder")
     flag("--force", action="store_true", help="replace a model that is there already")
     flag("--no-safe-merge", action="store_true", help="do not check first that all merged weights are finite")
     flag("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="of one file of weights (default: 5GB)")
-    parser.set_defaults(run=_run, prog=parser.prog)
 
 
 def _run(args: argparse.Namespace) -> int:

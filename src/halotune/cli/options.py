@@ -1,26 +1,39 @@
-"""Flags that several commands have."""
+"""What the commands' parsers share."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import textwrap
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection
+from typing import Any, NoReturn, TypeAlias
 
-if TYPE_CHECKING:
-    from .main import Commands, Parser
-
+BAD_INPUT = 2
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def add_parser(commands: Commands, name: str, description: str, examples: str) -> Parser:
-    """A command's parser; its description is shown as it is, and examples under the flags."""
-    return commands.add_parser(
+class Parser(argparse.ArgumentParser):
+    """Errors take one line; the usage is under --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+def add_parser(
+    commands: Commands, name: str, description: str, examples: str, run: Callable[[argparse.Namespace], int] | None = None
+) -> Parser:
+    """The parser of a command that `run` runs; its description is shown as it is, and examples under the flags."""
+    parser = commands.add_parser(
         name,
         description=description.strip(),
         epilog="examples:\n" + textwrap.indent(examples.strip(), "  "),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(run=run)
+    return parser
 
 
 def add_model_flags(parser: Parser, *, device: str) -> None:
@@ -50,23 +63,41 @@ def integer(least: int) -> Any:
 
     def parse(text: str) -> int:
         if not text.isdecimal() or not least <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least}; got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to 2^63 - 1; got {text!r}")
         return int(text)
 
     return parse
 
 
-def number(least: float, most: float) -> Any:
-    """The type of a flag: a finite number in a range, ends included."""
+def integers(separator: str) -> Any:
+    """The type of a flag: whole numbers from 1."""
+    return lambda text: tuple(integer(1)(part.strip()) for part in text.split(separator))
+
+
+def names(known: Collection[str], what: str) -> Any:
+    """The type of a flag: some of the known names, with commas."""
+
+    def parse(text: str) -> list[str]:
+        found = [name.strip().lower() for name in text.split(",")]
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"unknown {what} {name!r}; choose from {', '.join(known)}")
+        return found
+
+    return parse
+
+
+def number(least: float, most: float, *, above: bool = False) -> Any:
+    """The type of a flag: a finite number in a range, ends included; or, with `above`, without the least."""
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not least <= value <= most or math.isinf(value):
+        if not least <= value <= most or math.isinf(value) or (above and value == least):
             upper = "" if math.isinf(most) else f" to {most:g}"
-            raise argparse.ArgumentTypeError(f"expected a number from {least:g}{upper}; got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected a number {'above' if above else 'from'} {least:g}{upper}; got {text!r}")
         return value
 
     return parse

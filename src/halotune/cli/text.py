@@ -13,20 +13,27 @@ import torch
 from torch import Tensor
 
 from ..core.errors import HalotuneError
+from .loading import BaseModel, Saved, find_device, load_tokenizer
+
+
+def load(args: argparse.Namespace) -> tuple[Saved, BaseModel, Any, Sampling]:
+    """What the flags name: the adapter, its base, the tokenizer, and how tokens are chosen."""
+    device = find_device(args.device)
+    saved = Saved.read(args.adapter)
+    base = BaseModel.load(saved, args.base, args.dtype, device)
+    if not (hasattr(base.model, "can_generate") and base.model.can_generate()):  # type: ignore[operator]
+        kind = type(base.model).__name__
+        raise HalotuneError(f"{base.name}: a {kind} cannot generate text. Give an adapter of a language model.")
+    return saved, base, load_tokenizer(saved, base.name), Sampling.of(args)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
-
-    Attributes:
-        temperature: 0 takes the likeliest token each time.
-        top_p: sample from the likeliest tokens that together have this probability.
-    """
+    """How tokens are chosen."""
 
     max_new_tokens: int
-    temperature: float
-    top_p: float
+    temperature: float  # 0 takes the likeliest token each time
+    top_p: float  # sample from the likeliest tokens that together have this probability
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Sampling:
@@ -40,11 +47,6 @@ class Sampling:
         chosen = {"temperature": self.temperature, "top_p": self.top_p} if self.temperature else {}
         silent = {"temperature": None, "top_p": None, "top_k": None}
         return {"max_new_tokens": int(most), "do_sample": bool(self.temperature), **silent, **chosen}
-
-
-def check_generates(model: Any, name: str) -> None:
-    if not (hasattr(model, "can_generate") and model.can_generate()):
-        raise HalotuneError(f"{name}: a {type(model).__name__} cannot generate text. Give an adapter of a language model.")
 
 
 def stream(model: Any, tokenizer: Any, inputs: Mapping[str, Tensor], sampling: Sampling) -> Generator[str, None, None]:

@@ -1,15 +1,7 @@
 """What an adapter is: a map on the weight matrix of one linear operator, `W (out, in) -> W' (out, in)`.
 
 A method says what depends on its parameters alone (`prepare`), and what the map is, given that (`adapt`). `weight(W)` is the
-definition; `forward(x, op)` applies the adapted operator, and each of the three kinds below does so at its own price.
-
-| kind | map | price of a forward pass |
-|---|---|---|
-| `Rotation` | `W' = W Q` | one low-rank product on x (or one of small blocks), base untouched |
-| `LowRank` | `W' = W + B A` | two low-rank products, base untouched |
-| `Dense` | any `W' = f(W, θ)` | W' is built, used and dropped; built again in backward |
-
-Any of them may be applied as a weight instead: W' of all layers of one shape is then prepared together.
+definition; `forward(x, op)` applies the adapted operator, and each of three kinds does so at its own price (`core/kinds.py`).
 """
 
 from __future__ import annotations
@@ -23,15 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..ops.build import build_low_rank
 from ..ops.rounding import DROPPED, Dither, rounded
-from .forms import Form, is_weight
-from .frozen_linear import low_rank_linear
 from .operator import Operator, WeightShape
-from .precision import compute_dtype, exact
-from .prepared import Prepared, Slot, is_transformed, pass_of
-from .recompute import Preparation, Tensors, prepare
-from .weight_form import Defined, weight_form, weight_form_linear
+from .prepared import (
+    Form,
+    Preparation,
+    Prepared,
+    Slot,
+    Tensors,
+    compute_dtype,
+    exact,
+    is_transformed,
+    is_weight,
+    pass_of,
+    prepare,
+)
+from .weight_form import Defined
 
 if TYPE_CHECKING:
     from .config import AdapterConfig
@@ -48,6 +47,7 @@ class Adapter(nn.Module, ABC):
         self.slot = Slot()
         self.paths: tuple[tuple[list[str], str], ...] = ()  # of the parameters: modules, and a name
         self.form: Form = "activations"
+        self.dropout = 0.0  # the largest chance of any dropout in it; at 0 the forward pass is deterministic
 
     @classmethod
     @abstractmethod
@@ -142,11 +142,6 @@ class Adapter(nn.Module, ABC):
     def loading_warning(self) -> str | None:
         """What is wrong with parameters just read from a file though they fit, or None."""
         return None
-
-    @property
-    def dropout(self) -> float:
-        """The largest chance of any dropout in it; 0 where the forward pass is deterministic."""
-        return 0.0
 
     # -- forward
 
@@ -282,104 +277,51 @@ class Weights(Preparation):
         return torch.autograd.grad(factors, leaves, pulled, allow_unused=True)
 
 
-class Rotation(Adapter):
-    """`W' = W Q`: the input is rotated, then meets the base as it is."""
+class Adapted(Operator):
+    """An operator with one adapter on it. Chains of these are several adapters: `W -> F2(F1(W))`."""
 
-    module_dropout: float = 0.0
+    def __init__(self, inner: Operator, adapter: Adapter, scale: float = 1.0) -> None:
+        self.inner, self.adapter, self.scale = inner, adapter, scale
+        self.shape = inner.shape
 
-    @abstractmethod
-    def rotate(self, x: Tensor, *factors: Tensor) -> Tensor:
-        """`x Qᵀ` over the last dimension, in the dtype of `x`."""
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.adapter.forward(x, self.inner, self.scale)
 
-    def drop(self, *factors: Tensor) -> Tensors:
-        """The factors of a rotation of which each part is left out with the chance `module_dropout`."""
-        return factors
-
-    @property
-    def dropout(self) -> float:
-        return self.module_dropout
-
-    def reads_weight(self, op: Operator) -> bool:
-        return not op.shape.is_linear
-
-    def replaces_weight(self, op: Operator) -> bool:
-        return not op.shape.is_linear
-
-    def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
-        if self.training and self.module_dropout:
-            factors = self.drop(*factors)
-        if not op.shape.is_linear:  # patches of an image cannot be rotated before they are cut
-            return self.run_on_patches(x, op, factors, scale)
-        rotated = self.rotate(x, *factors)
-        return op(rotated if scale == 1.0 else torch.lerp(x, rotated, scale))
-
-    def run_on_patches(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
-        """`run` for a convolution. Where `Q − I` is of low rank there may be a cheaper way than W'."""
-        return weight_form(x, op, self, factors, scale, self.dither(x.dtype))
-
-
-class LowRank(Adapter):
-    """`W' = W + B A` with low-rank factors that do not depend on `W`."""
-
-    input_dropout: float = 0.0
-
-    @abstractmethod
-    def prepare(self, *parameters: Tensor) -> Tensors:
-        """`Bᵀ (…, k, out)` and `A (…, k, in)`; without A, x is folded to k numbers."""
-
-    def low_rank(self, *factors: Tensor) -> tuple[Tensor, Tensor]:
-        """`B (…, out, k)`, `A (…, k, in)` from what was prepared, in its dtype."""
-        Bt, A = factors
-        return Bt.mT, A
-
-    def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
-        return build_low_rank(W, *self.low_rank(*factors), noise)
-
-    def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-        B, A = self.low_rank(*factors)
-        return (A @ G.mT, B.mT @ G)[: len(factors)]
-
-    def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
-        return self.low_rank(*self.factors_now())
-
-    def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
-        B, A = self.low_rank(*factors)
-        return (W + B @ A).to(W.dtype)
+    def weight(self) -> Tensor:
+        W = self.inner.weight().to(next(self.adapter.parameters()).device)  # offloaded weights may be elsewhere
+        adapted = self.adapter.weight(W)
+        return adapted if self.scale == 1.0 else torch.lerp(W, adapted, self.scale)
 
     @property
-    def dropout(self) -> float:
-        return self.input_dropout
-
-    def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.input_dropout) if self.training and self.input_dropout else x
-
-    def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
-        return add_low_rank(x, self.drop(x), op, self.low_rank(*factors), scale)
-
-    def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        Q, *A = factors
-        return low_rank_linear(x, W, bias, Q, A[0] if A else None)
-
-
-class Dense(Adapter):
-    """Any other map. `W'` is of full size, so it never outlives the product it is built for."""
-
-    makes_weight = True
-
-    def reads_weight(self, op: Operator) -> bool:
+    def transient(self) -> bool:
         return True
 
-    def replaces_weight(self, op: Operator) -> bool:
-        return True
+    @property
+    def opaque(self) -> bool:
+        return self.inner.opaque
 
-    def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
-        return weight_form(x, op, self, factors, scale, self.dither(x.dtype))
+    @property
+    def takes_weight(self) -> bool:
+        return self.inner.takes_weight
 
-    def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        return weight_form_linear(x, W, bias, self, *factors, dither=self.dither(W.dtype))
+    def pad(self, x: Tensor) -> Tensor:
+        return self.inner.pad(x)
 
+    def contract(self, x: Tensor, W: Tensor) -> Tensor:
+        return self.inner.contract(x, W)
 
-def add_low_rank(x: Tensor, dropped: Tensor, op: Operator, factors: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:
-    """`op(x) + scale · (B A) dropped`, for x in its compute dtype."""
-    B, A = (t.to(x.dtype) for t in factors)
-    return op.add_low_rank(op(x), dropped, B if scale == 1.0 else B * scale, A)
+    def contract_backward(self, x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
+        return self.inner.contract_backward(x, W, dy, need_x)
+
+    def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        return self.inner.add_low_rank(y, x, B, A)
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        return self.inner.add_bias(y)
+
+    @property
+    def hooked(self) -> bool:
+        return self.inner.hooked
+
+    def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
+        return self.inner.with_weight(x, W)

@@ -16,27 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.product import add_product, add_unfolded, transposed_products
+from ..ops.product import add_product, add_unfolded, flattened, gradients_of, no_view, transposed_products
 
 Make = Callable[..., tuple[Tensor, Tensor | None]]
-
-
-def flattened(x: Tensor) -> Tensor:
-    """`(…, k) -> (n, k)`."""
-    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-
-
-def no_view(y: Tensor) -> Tensor:
-    """y, so that whoever gets it from an autograd function may write to it in place."""
-    if torch.compiler.is_compiling() or not y._is_view():
-        return y
-    return torch.ops.aten._unsafe_view(y, y.shape)
-
-
-def gradients_of(grad_outputs: Any) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of y and z: that of z is a second derivative's. A compiler, which records none, makes up zeros for it."""
-    dy, dz = grad_outputs
-    return dy, None if torch.compiler.is_compiling() else dz
 
 
 def _linear(x: Tensor, W: Tensor, bias: Tensor | None, Q: Tensor | None, A: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter
+from .adapter import Adapted, Adapter
 from .base import Base, base_for
 from .errors import HalotuneError
 from .merge_record import MergeRecord
-from .operator import Adapted, Operator
-from .precision import exact_dtype
+from .operator import Operator
+from .prepared import exact_dtype
 from .rows import Rows
 from .tunerlayer import TunerLayer
 from .wrapper import Wrapper

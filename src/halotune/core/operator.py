@@ -5,13 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -98,56 +94,6 @@ class Operator(ABC):
     def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
         """Apply the operator with `W` `(out, in)` instead of its weight; its own bias is added."""
         return self.add_bias(self.contract(self.pad(x), W))
-
-
-class Adapted(Operator):
-    """An operator with one adapter on it. Chains of these are several adapters: `W -> F2(F1(W))`."""
-
-    def __init__(self, inner: Operator, adapter: Adapter, scale: float = 1.0) -> None:
-        self.inner, self.adapter, self.scale = inner, adapter, scale
-        self.shape = inner.shape
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.adapter.forward(x, self.inner, self.scale)
-
-    def weight(self) -> Tensor:
-        W = self.inner.weight().to(next(self.adapter.parameters()).device)  # offloaded weights may be elsewhere
-        adapted = self.adapter.weight(W)
-        return adapted if self.scale == 1.0 else torch.lerp(W, adapted, self.scale)
-
-    @property
-    def transient(self) -> bool:
-        return True
-
-    @property
-    def opaque(self) -> bool:
-        return self.inner.opaque
-
-    @property
-    def takes_weight(self) -> bool:
-        return self.inner.takes_weight
-
-    def pad(self, x: Tensor) -> Tensor:
-        return self.inner.pad(x)
-
-    def contract(self, x: Tensor, W: Tensor) -> Tensor:
-        return self.inner.contract(x, W)
-
-    def contract_backward(self, x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
-        return self.inner.contract_backward(x, W, dy, need_x)
-
-    def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        return self.inner.add_low_rank(y, x, B, A)
-
-    def add_bias(self, y: Tensor) -> Tensor:
-        return self.inner.add_bias(y)
-
-    @property
-    def hooked(self) -> bool:
-        return self.inner.hooked
-
-    def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
-        return self.inner.with_weight(x, W)
 
 
 def add_to(y: Tensor, z: Tensor, Bt: Tensor) -> Tensor:

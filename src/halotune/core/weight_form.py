@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.product import flattened, no_view
 from ..ops.rounding import Dither
-from .frozen_linear import flattened, no_view
-from .precision import compute_dtype
-from .prepared import is_transformed
-from .recompute import Preparation, Tensors
+from .prepared import Preparation, Tensors, compute_dtype, is_transformed
 
 if TYPE_CHECKING:
     from .operator import Operator

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,23 +11,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preset:
-    """A method as the demo runs it.
+    """A kind of adapter as the demo runs it. The library is imported late: the command line lists these without torch."""
 
-    Args:
-        title: its name in tables.
-        config: the name of its configuration class in `halotune`.
-        options: arguments of the configuration, beside its targets.
-    """
+    title: str  # its name in tables
+    r: int
 
-    title: str
-    config: str
-    options: dict[str, Any] = field(default_factory=dict)
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of the configuration, beside its targets."""
+        from ..methods.registry import kinds
 
-    def configure(self, targets: str | Collection[str], modules_to_save: list[str]) -> AdapterConfig:
+        return dict(kinds()[self.title.upper()][1].fields(self.r))
+
+    def configure(self, targets: str | list[str], modules_to_save: list[str]) -> AdapterConfig:
         """The configuration for these target modules, with these modules fully fine-tuned."""
-        import halotune  # here, so that the command line can list the methods without importing torch
+        from ..methods.registry import kinds
 
-        return getattr(halotune, self.config)(target_modules=targets, modules_to_save=modules_to_save, **self.options)
+        config = kinds()[self.title.upper()][0].config
+        return config(target_modules=targets, modules_to_save=modules_to_save, **self.options)
 
     @property
     def learning_rate(self) -> float:
@@ -38,10 +38,5 @@ class Preset:
         return DEFAULT_LEARNING_RATES[self.title.upper()]
 
 
-METHODS: dict[str, Preset] = {
-    "hra": Preset("HRA", "HRAConfig", {"r": 8}),
-    "loha": Preset("LoHa", "LoHaConfig", {"r": 8, "alpha": 8}),
-    "bone": Preset("Bone", "BoneConfig", {"r": 32}),
-    "bat": Preset("BAT", "BoneConfig", {"r": 32, "init_weights": "bat"}),
-    "lora": Preset("LoRA", "LoraConfig", {"r": 8, "lora_alpha": 8}),
-}
+PRESETS = Preset("HRA", 8), Preset("LoHa", 8), Preset("Bone", 32), Preset("BAT", 32), Preset("LoRA", 8)
+METHODS = {preset.title.lower(): preset for preset in PRESETS}

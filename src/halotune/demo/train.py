@@ -1,4 +1,4 @@
-"""The training loop: plain PyTorch, the same for every method."""
+"""The training loop, plain PyTorch and the same for every method, and how well predictions agree with ratings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..core.errors import HalotuneError
 from .data import RatedWords
-from .scores import sign_accuracy, spearman
 
 BATCH = 64
 WARM_UP = 0.1  # share of the steps in which the learning rate rises; then it falls to 0, linearly
@@ -48,6 +47,24 @@ def predict(model: nn.Module, words: RatedWords) -> Tensor:
     return predictions
 
 
+def ranks(x: Tensor) -> Tensor:
+    """1 … n by size; equal values share the mean of their ranks."""
+    _, group, count = torch.unique(x, return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count - 1) / 2.0)[group]
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """The correlation of the ranks, in [−1, 1]; 0 where one side is constant, as it then orders nothing."""
+    a, b = (r.double() - r.double().mean() for r in (ranks(a), ranks(b)))
+    norm = a.norm() * b.norm()
+    return float(a @ b / norm) if norm > 0 else 0.0
+
+
+def sign_accuracy(predictions: Tensor, ratings: Tensor) -> float:
+    """The share of words whose prediction is on the right side of neutral."""
+    return float(((predictions > 0) == (ratings > 0)).float().mean())
+
+
 def score(predictions: Tensor, words: RatedWords, seen: int) -> Score:
     return Score(seen, spearman(predictions, words.ratings), sign_accuracy(predictions, words.ratings))
 
@@ -60,11 +77,10 @@ def train(
     model: nn.Module,
     words: RatedWords,
     held_out: RatedWords,
-    *,
     learning_rate: float,
     epochs: float,
     seed: int,
-    on_step: Callable[[float], object] = lambda loss: None,
+    on_step: Callable[[float], object],
 ) -> Run:
     """Fit the ratings by least squares. Scoring on the way is not counted into the seconds."""
     steps = steps_in(epochs, words)

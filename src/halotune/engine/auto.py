@@ -19,6 +19,7 @@ class AutoPeftModel:
     """Loads the base model that an adapter names, then the adapter. The subclasses fix the base's class."""
 
     auto_class: ClassVar[str | None] = None
+    task: ClassVar[str | None] = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise HalotuneError(f"{type(self).__name__} is not made itself: use {type(self).__name__}.from_pretrained(folder).")
@@ -71,8 +72,8 @@ class AutoPeftModel:
         if cls.auto_class is not None:
             return getattr(transformers, cls.auto_class)
         mapping = config.auto_mapping or {}
-        task = {c.task: c.auto_class for c in _AUTO_CLASSES}.get(str(getattr(config.task_type, "value", config.task_type)))
-        if task is not None:
+        by_task = {c.task: c.auto_class for c in AutoPeftModel.__subclasses__() if c.auto_class}
+        if (task := by_task.get(getattr(config.task_type, "value", config.task_type))) is not None:
             return getattr(transformers, task)
         name, library = mapping.get("base_model_class"), str(mapping.get("parent_library", ""))
         if not name or library.split(".")[0] not in ("transformers", "diffusers"):
@@ -93,46 +94,24 @@ def fit_vocabulary(model: nn.Module, rows: dict[str, int]) -> None:
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):
-    """For causal language models."""
-
     auto_class, task = "AutoModelForCausalLM", "CAUSAL_LM"
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    """For encoder-decoder language models."""
-
     auto_class, task = "AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """For sequence classifiers."""
-
     auto_class, task = "AutoModelForSequenceClassification", "SEQ_CLS"
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """For token classifiers."""
-
     auto_class, task = "AutoModelForTokenClassification", "TOKEN_CLS"
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    """For extractive question answering."""
-
     auto_class, task = "AutoModelForQuestionAnswering", "QUESTION_ANS"
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """For encoders."""
-
     auto_class, task = "AutoModel", "FEATURE_EXTRACTION"
-
-
-_AUTO_CLASSES = (
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    AutoPeftModelForTokenClassification,
-    AutoPeftModelForQuestionAnswering,
-    AutoPeftModelForFeatureExtraction,
-)

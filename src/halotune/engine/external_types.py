@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-Types = tuple[type, ...]
-
-_functions: list[Callable[[], Types]] = []
-
-
-def external_types(function: Callable[[], Types]) -> Callable[[], Types]:
-    """Have `function` called before a model is wrapped: it makes our layers known to a library, where that is in use.
-
-    It returns the library's types that the wrapped model's class must derive from.
-    """
-    _functions.append(function)
-    return function
+# Called before a model is wrapped: each makes our layers known to a library, where that is in use, and returns the library's
+# types that the wrapped model's class must derive from.
+external_types: list[Callable[[], tuple[type, ...]]] = []
 
 
-def register_external_types() -> Types:
+def register_external_types() -> tuple[type, ...]:
     """Make our layers known, and return the types that a wrapper must take on."""
-    return tuple(t for function in _functions for t in function())
+    return tuple(t for function in external_types for t in function())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from types import FunctionType
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,8 @@ from typing_extensions import Self
 
 from ..core.config import CLASSES, AdapterConfig, TaskType
 from ..core.errors import HalotuneError
-from ..core.forms import Form
-from ..core.wrapper import Wrapper
 from ..methods.registry import method_of
+from .adapted import AdaptedModel
 from .external_types import register_external_types
 from .files.card import CARD_NAME, mark_card
 from .files.hotswap import require_same
@@ -35,13 +35,9 @@ from .injection.modules import adapted_layers, paths_in_state_dict
 from .injection.resolve import task_heads
 from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .tuner import AdapterModel, tuner_class
-from .weights.merge import MergeReport, Requantize
-
-if TYPE_CHECKING:
-    from ..export.lora import ExportReport
 
 
-class PeftModel(Wrapper):
+class PeftModel(AdaptedModel):
     """A base model with adapters. The base's own attributes and methods are reached through it.
 
     Args:
@@ -105,19 +101,6 @@ class PeftModel(Wrapper):
             config.modules_to_save = list(dict.fromkeys([*named, *self.heads, *found]))
         return config
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The base's own arguments; and `adapter_names`, one per sample of the batch, `"__base__"` for none."""
-        if adapter_names is None:
-            return self.base_model(*args, **kwargs)
-        with per_sample(self, adapter_names, self._batch_size(args, kwargs)):
-            return self.base_model(*args, **kwargs)
-
-    def _batch_size(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-        """The number of samples of an input that we know by name; None else."""
-        main = getattr(self.get_base_model(), "main_input_name", "input_ids")
-        inputs = (*args, *(kwargs.get(name) for name in (main, "inputs", "inputs_embeds")))
-        return next((t.shape[0] for t in inputs if isinstance(t, Tensor) and t.dim()), None)
-
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class with the base's signature is made at run time
         return _blank, (_public(type(self)), type(self.get_base_model())), self.__dict__
 
@@ -144,21 +127,9 @@ class PeftModel(Wrapper):
 
     # -- the parts
 
-    def get_base_model(self) -> nn.Module:
-        """The base model, with the adapters in its layers."""
-        return self.base_model.model
-
     @property
-    def peft_config(self) -> dict[str, AdapterConfig]:
-        return self.base_model.peft_config
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return self.base_model.active_adapters
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        return self.base_model.active_adapter
+    def tuner(self) -> AdapterModel:
+        return self.base_model
 
     @property
     def active_peft_config(self) -> AdapterConfig:
@@ -184,113 +155,6 @@ class PeftModel(Wrapper):
             low_cpu_mem_usage=low_cpu_mem_usage,
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make this adapter, or these in this order, the active ones, and train them (unless `inference_mode`)."""
-        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take one adapter out."""
-        self.base_model.delete_adapter(adapter_name)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Inside, the model is the base model. Merged adapters are taken out, and merged again afterwards."""
-        with self.base_model.disable_adapter():
-            yield
-
-    def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
-    ) -> None:
-        """A new adapter that equals a combination of others exactly: see `AdapterModel.add_weighted_adapter`."""
-        self.base_model.add_weighted_adapter(adapters, weights, adapter_name, combination_type)
-
-    def set_scale(self, adapter_name: str, scale: float) -> None:
-        """The scale of one adapter, everywhere: `W + scale (F(W) − W)`; 1 is its own, 0 is the base."""
-        self.base_model.set_scale(adapter_name, scale)
-
-    def enable_adapter_layers(self) -> None:
-        """Let the active adapters apply again, after `disable_adapter_layers`."""
-        self.base_model.enable_adapter_layers()
-
-    def disable_adapter_layers(self) -> None:
-        """Run as the base model; merged adapters are taken out of the weights."""
-        self.base_model.disable_adapter_layers()
-
-    # -- speed and memory
-
-    def cache_weights(self, gib: float) -> None:
-        """In eval mode and without gradients, keep each layer's `W'` beside its W, up to this much memory.
-
-        Decoding then costs what the bare model costs, with the base untouched and adapters still to be switched. What is
-        kept is dropped when a parameter changes, in training, and with `gib=0`, which is the default.
-        """
-        self.base_model.cache_weights(gib)
-
-    @property
-    def cached_weights(self) -> tuple[int, int]:
-        """How many layers' `W'` are kept now, and their bytes."""
-        return self.base_model.cached_weights
-
-    def set_adapter_form(self, form: Form, budget_gib: float = 2.0) -> None:
-        """In which form adapters are trained on plain linear layers; `get_layer_status` shows it.
-
-        Args:
-            form: "activations": the input or the output of a layer is changed (adapters that have no such form build W' layer
-                by layer); "weights": W' of all layers of one shape is built together at the beginning of a pass, and a layer is
-                one product with it; "auto": whichever costs less for the sizes at hand.
-            budget_gib: where W' of all layers and their gradients would take more memory, it is "activations".
-        """
-        self.base_model.set_adapter_form(form, budget_gib)
-
-    # -- training
-
-    def penalty(self) -> Tensor | float:
-        """The sum of the active adapters' penalties, to be added to the loss; 0.0 where none has one."""
-        return self.base_model.penalty()
-
-    def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = True, quantized: Requantize = "requantize"
-    ) -> MergeReport:
-        """Write adapters (the active ones) into the weights; `unmerge_adapter` restores them bit for bit.
-
-        Args:
-            adapter_names: which, in the order in which they apply.
-            safe_merge: check all values before any weight changes.
-            quantized: quantized weights are requantized, at a price that the report names, or replaced by floats.
-        """
-        return self.base_model.merge_adapter(adapter_names, safe_merge, quantized)
-
-    @property
-    def merged_adapters(self) -> list[str]:
-        """The merged adapters, in the order in which they were merged."""
-        return self.base_model.merged_adapters
-
-    @property
-    def merge_report(self) -> MergeReport | None:
-        """The report of the last merge; None before the first."""
-        return self.base_model.merge_report
-
-    def unmerge_adapter(self) -> None:
-        """Restore the base weights, bit for bit."""
-        self.base_model.unmerge_adapter()
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = True,
-        adapter_names: list[str] | None = None,
-        quantized: Requantize = "requantize",
-    ) -> Any:
-        """Write adapters (the active ones) into the weights for good, and return the plain model.
-
-        The arguments are those of `merge_adapter`.
-        """
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names, quantized)
-
-    def unload(self) -> Any:
-        """Take all adapters out and return the plain model as it was."""
-        return self.base_model.unload()
 
     # -- counting
 
@@ -351,42 +215,6 @@ class PeftModel(Wrapper):
             state_dict=None if state_dict is None else {k.removeprefix("base_model."): t for k, t in state_dict.items()},
             peft_type=peft_type,
             bone_as_miss=bone_as_miss,
-        )
-
-    def export(
-        self,
-        to: Literal["lora"],
-        folder: str | PathLike[str],
-        *,
-        adapter_name: str | Sequence[str] | None = None,
-        runtime: str = "peft",
-        rank: int | None = None,
-        component: str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> ExportReport:
-        """Write adapters as a LoRA that gives the same outputs, for programs that read nothing else.
-
-        HRA and Bone become a LoRA of their own rank, LoHa one of rank r²: exactly. One rank for all layers, `lora_alpha`
-        equal to it, the scale in B. BAT has full rank, so it needs `rank`.
-
-        Args:
-            to: "lora".
-            folder: made where it is missing.
-            adapter_name: an adapter, or several that apply in this order; None is the active ones. Their scales count.
-            runtime: the target runtime: "peft", "halotune", "vllm", "sglang", "llama.cpp", "diffusers" or "comfyui". It decides
-                names and files, and which layers can be represented at all.
-            rank: truncate every layer to this rank, at the least error; smaller ones are filled up with zeros.
-            component: for diffusers and ComfyUI, the model's name in the pipeline; None tells it from the model's class.
-            dtype: of the tensors; None is the adapter's.
-
-        Returns:
-            a report: rank and error of each layer; `print` it.
-
-        Raises:
-            HalotuneError: the runtime cannot represent the adapter; it names the layers and says why. Nothing is written.
-        """
-        return self.base_model.export(
-            to, folder, adapter_name=adapter_name, runtime=runtime, rank=rank, component=component, dtype=dtype
         )
 
     def push_to_hub(
@@ -550,12 +378,12 @@ def _let_checkpointing_reach(model: nn.Module) -> None:
 
 @cache
 def _class_for(cls: type[PeftModel], base: type[nn.Module], types: tuple[type, ...]) -> type[PeftModel]:
-    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        return PeftModel.forward(self, *args, **kwargs)
-
+    shared: Any = PeftModel.forward
+    forward: Any = FunctionType(shared.__code__, shared.__globals__, "forward", shared.__defaults__, shared.__closure__)
+    forward.__kwdefaults__ = shared.__kwdefaults__
     own: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_public": cls}
     with suppress(TypeError, ValueError):  # a forward without a signature
-        forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+        forward.__signature__ = inspect.signature(base.forward)
         forward.__doc__ = base.forward.__doc__
         own["forward"] = forward
     return type(cls.__name__, (cls, *types), own)

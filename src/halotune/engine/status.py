@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from ..core.forms import Form
 from ..core.layer import AdaptedLayer
+from ..core.prepared import Form
 from ..methods.registry import method_of
 from .injection.modules import adapted_layers, modules_to_save_wrappers
 
@@ -67,10 +67,6 @@ def _trained(module: nn.Module) -> bool | Literal["irregular"]:
     return _one(flags) if flags else False
 
 
-def _devices(module: nn.Module) -> list[str]:
-    return sorted({str(p.device) for p in module.parameters()})
-
-
 def layer_status(model: PeftModel) -> list[LayerStatus]:
     base, scope, out = model.get_base_model(), model.base_model.scope, []
     scope.look(base)  # forms are settled then, at the latest in the next pass
@@ -86,7 +82,7 @@ def layer_status(model: PeftModel) -> list[LayerStatus]:
                 merged_adapters=list(module.merged_adapters) if is_layer else [],
                 requires_grad={n: _trained(m) for n, m in copies.items()},
                 available_adapters=sorted(copies),
-                devices={n: _devices(m) for n, m in copies.items()},
+                devices={n: sorted({str(p.device) for p in m.parameters()}) for n, m in copies.items()},
                 quantization_backend=module.base.quantization if is_layer else None,
                 form={n: a.form for n, a in module.adapters.items()} if is_layer else {},  # type: ignore[misc]
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,8 +45,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             free |= {id(adapter.get_parameter(n)) for n in adapter.scale_free}  # type: ignore[operator, union-attr]
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
-    for p in _trained(model.parameters()):
-        (kept if id(p) in free or p.dim() < 2 else decayed).append(p)
+    for p in model.parameters():
+        if p.requires_grad:
+            (kept if id(p) in free or p.dim() < 2 else decayed).append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [g for g in groups if g["params"]]
 
@@ -79,7 +79,3 @@ def warn_if_penalty_unused(model: nn.Module) -> None:
                 "(AdapterTrainerMixin for other trainers), which does."
             )
             return
-
-
-def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    return [p for p in parameters if p.requires_grad]

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,29 +26,18 @@ NOISE = 1e-12  # of ‖W‖: a delta under it is rounding, in the fp64 that all 
 
 @dataclass(frozen=True)
 class Figures:
-    """What is known of one layer; None is not known (often, without the base).
+    """What is known of one layer; None is not known (often, without the base)."""
 
-    Attributes:
-        path: of the module in the base model.
-        kind: the module's class.
-        shape: of the weight W as a matrix (out, in), with 0 for what is not known.
-        weight_norm: ‖W‖, Frobenius.
-        delta_norm: ‖ΔW‖, Frobenius, of ΔW = W' − W.
-        spectral_norm: the largest singular value of ΔW.
-        effective_rank: of ΔW.
-        own: the method's own.
-    """
-
-    path: str
-    kind: str | None
-    shape: tuple[int, int]
+    path: str  # of the module in the base model
+    kind: str | None  # the module's class
+    shape: tuple[int, int]  # of the weight W as a matrix (out, in), with 0 for what is not known
     rank: int
     parameters: int
-    weight_norm: float | None = None
-    delta_norm: float | None = None
-    spectral_norm: float | None = None
-    effective_rank: float | None = None
-    own: Mapping[str, float | list[float]] = field(default_factory=dict)
+    weight_norm: float | None = None  # ‖W‖, Frobenius
+    delta_norm: float | None = None  # ‖ΔW‖, Frobenius, of ΔW = W' − W
+    spectral_norm: float | None = None  # the largest singular value of ΔW
+    effective_rank: float | None = None  # of ΔW
+    own: Mapping[str, float | list[float]] = field(default_factory=dict)  # the method's own
 
     @property
     def relative(self) -> float | None:
@@ -88,7 +76,14 @@ def _in_file(saved: Saved, measures: Measures | None) -> Iterator[tuple[str, Ada
     if measures is None:
         raise HalotuneError(f"{method.peft_type} adapters are inspected with their base model. Give it with --base.")
     for path, tensors in _by_layer(saved).items():
-        _check_finite(saved.file, path, tensors)
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise AdapterFileError(
+                    saved.file,
+                    "expected finite numbers, found NaN or infinity.",
+                    key=f"{path}.{name}",
+                    remedy="Get the file again: it is damaged, or its training diverged.",
+                )
         try:
             with torch.device("meta"):
                 adapter = method.create(measures.shape(tensors, saved.config), saved.config.at(path))
@@ -118,17 +113,6 @@ def _by_layer(saved: Saved) -> dict[str, dict[str, Tensor]]:
             remedy="Use the adapter_config.json of the same adapter.",
         )
     return layers
-
-
-def _check_finite(file: Path, path: str, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterFileError(
-                file,
-                "expected finite numbers, found NaN or infinity.",
-                key=f"{path}.{name}",
-                remedy="Get the file again: it is damaged, or its training diverged.",
-            )
 
 
 def _natural(key: str) -> list[tuple[int, str]]:

@@ -14,8 +14,8 @@ from ..cli.loading import Saved
 from ..core.files import write_atomically
 from ..methods.measures import Column
 from ..methods.registry import method_of
+from ..report.grid import short, split
 from .figures import Figures
-from .grid import short, split
 from .report import COMMON, known_columns, value_of
 
 
@@ -33,7 +33,6 @@ NUMBERED = 32  # layers: with more, numbers in the cells would not be legible
 
 def plot(file: Path, saved: Saved, layers: Sequence[Figures]) -> None:
     """Write a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     where = split([layer.path for layer in layers])
@@ -45,7 +44,6 @@ def plot(file: Path, saved: Saved, layers: Sequence[Figures]) -> None:
     height = min(0.9 + len(shown) * (0.8 + 0.3 * len(rows)), 60.0)
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)  # draws without a display
         figure.suptitle(_title(saved), x=0.01, ha="left", fontsize=11, fontweight="bold")
         axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
         for ax, column, colours in zip(axes, shown, COLOURS, strict=False):

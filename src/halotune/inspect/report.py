@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from typing import Any
 
 from ..cli.loading import BaseModel, Saved
 from ..core.config import AdapterConfig
 from ..methods.measures import Column
 from ..methods.registry import method_of
+from ..report.grid import split
 from ..report.table import text_table
 from .figures import Figures
-from .grid import modules
 
 FORMAT = 1
 UNKNOWN = "–"
@@ -63,16 +63,9 @@ def heading(saved: Saved, base: BaseModel | None, layers: Sequence[Figures]) -> 
 
 def options(config: AdapterConfig) -> dict[str, Any]:
     """The method's own fields that are set to something else than their default."""
-    common = {f.name for f in fields(AdapterConfig)} - {"bias"}
-    return {
-        f.name: getattr(config, f.name)
-        for f in fields(config)
-        if f.name not in common and getattr(config, f.name) != _default(f)
-    }
-
-
-def _default(f: Field[Any]) -> Any:
-    return f.default if f.default_factory is MISSING else f.default_factory()
+    own = [f.name for f in fields(config) if f.name == "bias" or f.name not in AdapterConfig.__dataclass_fields__]
+    default = type(config)()
+    return {name: getattr(config, name) for name in own if getattr(config, name) != getattr(default, name)}
 
 
 def _base_line(named: str | None, base: BaseModel | None) -> str:
@@ -96,23 +89,16 @@ def _listed(names: list[str]) -> str:
 def table(saved: Saved, layers: Sequence[Figures]) -> str:
     """One line a layer, then the means of each kind of module."""
     columns = known_columns(saved, layers)
-    kinds = any(layer.kind for layer in layers)
-    head = ["layer", *(["kind"] if kinds else []), "weight", "r", *(c.head for c in columns)]
-    body = [
-        [
-            layer.path,
-            *([layer.kind or ""] if kinds else []),
-            "×".join(str(side or "?") for side in layer.shape),
-            str(layer.rank),
-            *(_written(value_of(layer, c), c) for c in columns),
-        ]
-        for layer in layers
-    ]
-    means = [
-        [f"mean of {len(group)} {name}", *([""] if kinds else []), "", "", *(_written(_mean(group, c), c) for c in columns)]
-        for name, group in modules(layers).items()
-        if len(group) > 1
-    ]
+    kinds = ["kind"] if any(layer.kind for layer in layers) else []
+    body, means = [], []
+    for layer in layers:
+        about = [layer.kind or "" for _ in kinds] + ["×".join(str(side or "?") for side in layer.shape), str(layer.rank)]
+        body.append([layer.path, *about, *(_written(value_of(layer, c), c) for c in columns)])
+    for name, group in modules(layers).items():
+        if len(group) > 1:
+            blank = ["" for _ in (*kinds, "weight", "r")]
+            means.append([f"mean of {len(group)} {name}", *blank, *(_written(_mean(group, c), c) for c in columns)])
+    head = ["layer", *kinds, "weight", "r", *(c.head for c in columns)]
     return text_table(head, body, means, left={"layer", "kind"})
 
 
@@ -155,3 +141,15 @@ def as_document(saved: Saved, base: BaseModel | None, layers: Sequence[Figures])
         "total": total(layers),
         "layers": {layer.path: layer.to_dict() for layer in layers},
     }
+
+
+# -- paths of modules as a grid: which layer of the model, and which module of it
+
+
+def modules(layers: Sequence[Figures]) -> dict[str, list[Figures]]:
+    """Layers by the name of their module."""
+    out: dict[str, list[Figures]] = {}
+    where = split([layer.path for layer in layers])
+    for layer in layers:
+        out.setdefault(where[layer.path][1], []).append(layer)
+    return out

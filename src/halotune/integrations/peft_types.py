@@ -16,7 +16,6 @@ from ..engine.external_types import external_types
 _READERS = ("peft", "transformers", "accelerate", "diffusers")  # the others load one of these
 
 
-@external_types
 def peft_types() -> tuple[type, ...]:
     """`(peft.PeftModel,)`; empty where PEFT is not installed, or nothing is loaded that would ask."""
     if not any(sys.modules.get(name) for name in _READERS) or find_spec("peft") is None:
@@ -28,3 +27,6 @@ def peft_types() -> tuple[type, ...]:
         return ()
     BaseTunerLayer.register(AdaptedLayer)
     return (PeftModel,)
+
+
+external_types.append(peft_types)

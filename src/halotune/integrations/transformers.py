@@ -111,10 +111,9 @@ class AdapterTrainerMixin(Trainer if TYPE_CHECKING else object):
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        model = self._adapted
-        if model is None:
+        if self._adapted is None:
             return super()._load_from_checkpoint(checkpoint, *args, **kwargs)
-        load_checkpoint(model, checkpoint)
+        load_checkpoint(self._adapted, checkpoint)
 
     def _load_best_model(self) -> None:
         model, best = self._adapted, self.state.best_model_checkpoint

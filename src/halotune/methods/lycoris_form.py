@@ -14,24 +14,16 @@ from ..core.operator import WeightShape
 
 @dataclass(frozen=True)
 class LycorisForm:
-    """One module of a method in a LyCORIS file, where its tensors stand as `{prefix}_{path with _ for .}.{name}`.
+    """One module of a method in a LyCORIS file, where its tensors stand as `{prefix}_{path with _ for .}.{name}`."""
 
-    Attributes:
-        required: the names of the tensors that every module has.
-        optional: the names of those that it may have.
-        by_row: those of them whose first dimension is the layer's output. Layers whose outputs one file stacks into one
-            module differ in these alone.
-        read: their tensors and the layer's shape -> fields of the configuration, and our tensors.
-        write: a configuration resolved for the layer, our tensors, and the layer's shape where it is known -> their tensors.
-        alpha: the configuration's field for the numerator of the scale.
-    """
-
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-    by_row: tuple[str, ...]
+    required: tuple[str, ...]  # names of the tensors that every module has
+    optional: tuple[str, ...]  # of those that it may have
+    by_row: tuple[str, ...]  # of those whose first dimension is the output: what one file stacks differs in these alone
+    # their tensors and the layer's shape -> fields of the configuration, and our tensors
     read: Callable[[Mapping[str, Tensor], WeightShape], tuple[dict[str, Any], dict[str, Tensor]]]
+    # a configuration resolved for the layer, our tensors, and the layer's shape where it is known -> their tensors
     write: Callable[[Any, Mapping[str, Tensor], WeightShape | None], dict[str, Tensor]]
-    alpha: str = "alpha"
+    alpha: str = "alpha"  # the configuration's field for the numerator of the scale
 
 
 def read_alpha(tensors: Mapping[str, Tensor], r: int) -> int | float:

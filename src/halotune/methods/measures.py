@@ -14,35 +14,22 @@ from ..core.operator import WeightShape
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of a layer, as it is shown.
+    """One figure of a layer, as it is shown."""
 
-    Attributes:
-        key: its name in JSON.
-        head: its name in tables.
-        meaning: its name in full, for charts.
-        form: how a number is written, as in a format string.
-    """
-
-    key: str
-    head: str
-    meaning: str
+    key: str  # its name in JSON
+    head: str  # in tables
+    meaning: str  # in charts, in full
     form: str = "#.3g"
 
 
 @dataclass(frozen=True)
 class Measures:
-    """How adapters of one method are looked at.
+    """How adapters of one method are looked at."""
 
-    Attributes:
-        shape: the shape of the adapted weight, as the adapter's tensors (under their names in files) and its configuration tell
-            it; a side that they do not tell is 0.
-        of: figures of one adapter, from its parameters alone.
-        columns: those of the figures that tables show; a chart shows the first.
-    """
-
+    # of the adapted weight, as tensors (under their names in files) and configuration tell it: a side they do not tell is 0
     shape: Callable[[Mapping[str, Tensor], Any], WeightShape]
-    of: Callable[[Any], Mapping[str, float | list[float]]] = lambda adapter: {}
-    columns: tuple[Column, ...] = ()
+    of: Callable[[Any], Mapping[str, float | list[float]]] = lambda adapter: {}  # figures, from an adapter's parameters alone
+    columns: tuple[Column, ...] = ()  # those of the figures that tables show; a chart shows the first
 
 
 def singular_values(B: Tensor, A: Tensor) -> Tensor:

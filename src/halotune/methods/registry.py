@@ -21,62 +21,39 @@ Rewrite = Callable[[Any, dict[str, Tensor]], tuple[AdapterConfig, dict[str, Tens
 
 @dataclass(frozen=True)
 class FromPeft:
-    """What makes a live layer of peft's one of ours. Nothing of peft is imported for it.
+    """What makes a live layer of peft's one of ours. Nothing of peft is imported for it."""
 
-    Attributes:
-        adapter: (peft's layer, the adapter's name, the weight's shape) -> our adapter, whose parameters peft's will replace.
-        differs: (peft's layer, the adapter's name, the base) -> what peft itself gets wrong on this layer, a phrase each.
-        several: what it gets wrong where several adapters of a layer are active, a phrase; None for nothing.
-    """
-
+    # peft's layer, the adapter's name, the weight's shape -> our adapter, whose parameters peft's will replace
     adapter: Callable[[Any, str, WeightShape], Adapter]
+    # peft's layer, the adapter's name, the base -> what peft itself gets wrong on this layer, a phrase each
     differs: Callable[[Any, str, Base], list[str]]
-    several: str | None = None
+    several: str | None = None  # what it gets wrong where several adapters of a layer are active, a phrase
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of a method's adapters, as benchmarks and the default learning rates tell them apart.
+    """One kind of a method's adapters, as benchmarks and the default learning rates tell them apart."""
 
-    Attributes:
-        learning_rate: the default.
-        fields: an r -> the fields of a configuration of this kind and size, whose scale is 1.
-    """
-
-    learning_rate: float
-    fields: Callable[[int], Mapping[str, Any]] = lambda r: {"r": r}
+    learning_rate: float  # the default
+    fields: Callable[[int], Mapping[str, Any]] = lambda r: {"r": r}  # of a configuration of this size, whose scale is 1
 
 
 @dataclass(frozen=True)
 class Method:
-    """One entry of the registry.
+    """One entry of the registry."""
 
-    Attributes:
-        peft_type: the name in files, e.g. "HRA".
-        prefix: what the names of its parameters begin with, e.g. "hra_".
-        config: the configuration's class.
-        adapters: every adapter class that `create` may return.
-        create: a new adapter for a weight's shape and a configuration already resolved for that module.
-        kinds: the kinds of its adapters, by name in capitals.
-        aliases: other names of this method in files -> rewrites a configuration and its tensors under that name.
-        low_rank: for the method that represents every low-rank delta: an r -> a configuration whose scale is 1. Its adapters
-            have `set_factors(B, A)`.
-        lycoris: how LyCORIS writes it, for methods that LyCORIS has.
-        from_peft: how a live layer of peft's is run as one of ours, for methods that gain by it.
-        measures: how its saved adapters are looked at; without it, with their base model only.
-    """
-
-    peft_type: str
-    prefix: str
+    peft_type: str  # the name in files, e.g. "HRA"
+    prefix: str  # what the names of its parameters begin with, e.g. "hra_"
     config: type[AdapterConfig]
-    adapters: tuple[type[Adapter], ...]
-    create: Callable[[WeightShape, AdapterConfig], Adapter]
-    kinds: Mapping[str, Kind] = field(default_factory=dict)
-    aliases: Mapping[str, Rewrite] = field(default_factory=dict)
+    adapters: tuple[type[Adapter], ...]  # every class that `create` may return
+    create: Callable[[WeightShape, AdapterConfig], Adapter]  # from a configuration already resolved for the module
+    kinds: Mapping[str, Kind] = field(default_factory=dict)  # by name in capitals
+    aliases: Mapping[str, Rewrite] = field(default_factory=dict)  # its other names in files -> what rewrites under that name
+    # for the method that represents every low-rank delta, whose adapters have `set_factors(B, A)`: with a scale of 1
     low_rank: Callable[[int], AdapterConfig] | None = None
     lycoris: LycorisForm | None = None
-    from_peft: FromPeft | None = None
-    measures: Measures | None = None
+    from_peft: FromPeft | None = None  # for methods that gain by it
+    measures: Measures | None = None  # without it, saved adapters are looked at with their base model only
 
 
 _METHODS: dict[str, Method] = {}

@@ -13,19 +13,14 @@ from .dispatch import Op, triton_kernel
 from .rounding import rounded
 
 
-def split(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two tensors of this dtype whose sum is t, to twice its digits."""
-    high = t.to(dtype)
-    return high, (t - high).to(dtype)
-
-
 def wide_product(W: Tensor, X: Tensor) -> Tensor:
     """`W X (…, out, r)` in the dtype of X, which may be finer than that of `W (…, out, in)`."""
     if X.dtype is W.dtype:
         return W @ X
     if not W.is_cuda:
         return W.to(X.dtype) @ X
-    high, low = split(X, W.dtype)
+    high = X.to(W.dtype)
+    low = (X - high).to(W.dtype)  # high + low is X to twice the digits
     both = torch.bmm(W.reshape(-1, *W.shape[-2:]), torch.cat([high, low], -1).reshape(-1, X.shape[-2], 2 * X.shape[-1]),
                      out_dtype=X.dtype)  # fmt: skip
     high, low = both.chunk(2, -1)

@@ -22,19 +22,12 @@ MOST = 4096  # prepared calls of one op: sequence lengths vary, so not every one
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation.
+    """One implementation; each field takes the arguments of the reference."""
 
-    Attributes:
-        backend: its name.
-        prepare: from the arguments of the reference, what runs on those and on all that are `alike`.
-        refuses: why it cannot run on these arguments, or None.
-        wins: whether it can, and is faster there than the reference.
-    """
-
-    backend: str
-    prepare: Callable[..., Callable[..., Any]]
-    refuses: Callable[..., str | None]
-    wins: Callable[..., bool]
+    backend: str  # its name
+    prepare: Callable[..., Callable[..., Any]]  # -> what runs on these arguments and on all that are `alike`
+    refuses: Callable[..., str | None]  # -> why it cannot run on these
+    wins: Callable[..., bool]  # -> whether it can, and is faster there than the reference
 
 
 @dataclass
@@ -43,20 +36,14 @@ class Op:
 
     Kernels know no derivatives, so with gradients enabled it is the reference: inside an autograd function they are not.
     Under `torch.compile` the compiler sees into it, and launches kernels itself.
-
-    Attributes:
-        name: for messages, and in `torch.ops.halotune`.
-        reference: plain torch; the definition. An argument `inplace` comes last, and is False in compiled graphs.
-        like: from the arguments, empty tensors like the result.
-        kernels: tried in order.
-        repeats: it is called `again` in backward. The compiler, which sees both calls, then must not see into plain torch:
-            it would keep the first result for the second call.
     """
 
-    name: str
-    reference: Callable[..., Any]
-    like: Callable[..., Any]
-    kernels: list[Kernel] = field(default_factory=list)
+    name: str  # for messages, and in `torch.ops.halotune`
+    reference: Callable[..., Any]  # plain torch; an argument `inplace` comes last, and is False in compiled graphs
+    like: Callable[..., Any]  # from the arguments, empty tensors like the result
+    kernels: list[Kernel] = field(default_factory=list)  # tried in order
+    # Called `again` in backward: the compiler, which sees both calls, then must not see into plain torch, or it would keep the
+    # first result for the second call.
     repeats: bool = False
     prepared: dict[Any, Callable[..., Any]] = field(default_factory=dict, init=False, repr=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import triton
@@ -19,6 +20,7 @@ FEW_ROWS, FUSED_ROWS, FUSED_DEPTH = 64, 2048, 4096
 PROGRAMS = 132  # multiprocessors of an H100
 COLS = 128  # of a tile of `add_product`
 COLUMNS = 64  # of one program of `transposed_products`
+LARGE = 1 << 23  # numbers to be summed, beyond which a GPU that is not full loses more than a launch takes the host
 
 
 def filled(r: int) -> int:
@@ -26,15 +28,10 @@ def filled(r: int) -> int:
     return 16 if r <= 16 else 1 << (r - 1).bit_length()
 
 
-def shares(n: int, programs: int, tile: int) -> tuple[int, int]:
+def shares(n: int, programs: int, tile: int, full: int = 2 * PROGRAMS) -> tuple[int, int]:
     """Into how many parts a long sum over n is cut, so that a GPU is full, and the length of a part, in whole tiles."""
-    parts = max(1, min(n // 512, 2 * PROGRAMS // programs))
-    return parts, tiles(tiles(n, parts), tile) * tile
-
-
-def added(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the parts of a sum add up to."""
-    return (parts.sum(0) if len(parts) > 1 else parts[0]).to(dtype)
+    share = tiles(tiles(n, max(1, min(n // 512, full // programs))), tile) * tile
+    return tiles(n, share), share
 
 
 @triton.jit
@@ -55,14 +52,49 @@ def rounded(x, to: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def _add_parts(parts_ptr, out_ptr, size, parts, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.full((BLOCK,), 0.0, tl.float32)
+    for part in range(parts):
+        total += tl.load(parts_ptr + part * size + at, at < size, other=0.0)
+    tl.store(out_ptr + at, rounded(total, out_ptr.dtype.element_ty, INTERPRETED), at < size)
+
+
+_launch_add_parts = Launcher(_add_parts, num_warps=4)
+
+
+@lru_cache(4096)
+def _adding(size: int, parts: int, like: tuple[torch.dtype, torch.device]) -> Launch:
+    return _launch_add_parts.prepare((tiles(size, 512), 1, 1), size, parts, 512)
+
+
+def empty_parts(parts: int, *size: int, like: Tensor) -> Tensor:
+    """Room for the parts of a sum: `(parts, …)` in fp32, or in the dtype of `like` where there is but one."""
+    return torch.empty(parts, *size, dtype=like.dtype if parts == 1 else torch.float32, device=like.device)
+
+
+def added(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the parts `(parts, …)` of a sum add up to, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+    _adding(out.numel(), len(parts), (dtype, parts.device))(parts, out)
+    return out
+
+
+@triton.jit
+def noise(ptr, at, inside, to: tl.constexpr):
+    """Some of the noise of rows or columns (`ops/rounding.py`): as many bits as fp32 has more than the other dtype."""
+    return tl.load(ptr + at, inside, other=0).to(tl.int32) & (0xFFFF if to == tl.bfloat16 else 0x1FFF)
+
+
+@triton.jit
 def by_chance(y, noise, to: tl.constexpr):
-    """y in fp32, rounded to numbers of another dtype by the noise (`ops/rounding.py`)."""
-    noise = noise.to(tl.int32)
+    """y in fp32, rounded to another dtype by the noise. A NaN stays one: with all bits set it would become a zero."""
+    bits = tl.minimum(y.to(tl.int32, bitcast=True), 0x7FFF0000) + noise
     if to == tl.bfloat16:
-        bits = (y.to(tl.int32, bitcast=True) + (noise & 0xFFFF)) & -0x10000
-    else:
-        bits = (y.to(tl.int32, bitcast=True) + (noise & 0x1FFF)) & -0x2000
-    return bits.to(tl.float32, bitcast=True)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return (bits & -0x2000).to(tl.float32, bitcast=True).to(to)
 
 
 @triton.jit
@@ -93,42 +125,12 @@ def _build_low_rank(
     y = w.to(tl.float32) + delta
     if NOISY:
         noise_ptr += layer * (m + n)
-        own = tl.load(noise_ptr + rows[:, None], rows[:, None] < m, other=0).to(tl.int32)
-        y = by_chance(y, own + tl.load(noise_ptr + m + cols[None], cols[None] < n, other=0), w.dtype)
-    tl.store(out_ptr + at, rounded(y, w.dtype, INTERPRETED), inside)
-
-
-@triton.jit
-def _cast_by_chance(t_ptr, noise_ptr, out_ptr, m, n, ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """One tile of one matrix, rounded."""
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(2) * COLS + tl.arange(0, COLS)
-    matrix = tl.program_id(0).to(tl.int64)
-    inside = (rows[:, None] < m) & (cols[None] < n)
-    at = matrix * m * n + rows[:, None].to(tl.int64) * n + cols[None]
-    y = tl.load(t_ptr + at, inside, other=0.0)
-    noise_ptr += matrix * (m + n)
-    own = tl.load(noise_ptr + rows[:, None], rows[:, None] < m, other=0).to(tl.int32)
-    y = by_chance(y, own + tl.load(noise_ptr + m + cols[None], cols[None] < n, other=0), out_ptr.dtype.element_ty)
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), inside)
-
-
-_launch_cast = Launcher(_cast_by_chance, num_warps=4)
-
-
-def cast_by_chance(t: Tensor, noise: Tensor, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """Matrices `(…, m, n)` in fp32 in another dtype."""
-    m, n = t.shape[-2:]
-    rows, cols = min(64, filled(m)), min(128, filled(n))
-    grid = t.shape[:-2].numel(), tiles(m, rows), tiles(n, cols)
-    launch = _launch_cast.prepare(grid, m, n, rows, cols)
-
-    def run(t: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
-        out = torch.empty_like(t, dtype=dtype)
-        launch(t, noise, out)
-        return out
-
-    return run
+        u = noise(noise_ptr, rows[:, None], rows[:, None] < m, w.dtype) ^ noise(
+            noise_ptr + m, cols[None], cols[None] < n, w.dtype
+        )
+        tl.store(out_ptr + at, by_chance(y, u, w.dtype), inside)
+    else:
+        tl.store(out_ptr + at, rounded(y, w.dtype, INTERPRETED), inside)
 
 
 _launch_build = Launcher(_build_low_rank, num_warps=4)
@@ -244,18 +246,18 @@ def add_product(
 
 
 @triton.jit
-def _product(left_ptr, right_ptr, out_ptr, tile, n, p, left_row, right_row, R: tl.constexpr, RANK: tl.constexpr,
+def _product(left_ptr, right_ptr, out_ptr, tile, first, end, p, left_row, right_row, R: tl.constexpr, RANK: tl.constexpr,
              ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """Some columns of `leftᵀ right`."""
+    """Some columns of `leftᵀ right`, summed over some rows."""
     cols = tile * COLS + tl.arange(0, COLS)
     ranks = tl.arange(0, RANK)
     total = tl.full((RANK, COLS), 0.0, tl.float32)
-    for start in range(0, n, ROWS):
+    for start in range(first, end, ROWS):
         rows = start + tl.arange(0, ROWS)
         at = rows[None].to(tl.int64) * left_row + ranks[:, None]
-        left = tl.load(left_ptr + at, (rows[None] < n) & (ranks[:, None] < R), other=0.0)
+        left = tl.load(left_ptr + at, (rows[None] < end) & (ranks[:, None] < R), other=0.0)
         at = rows[:, None].to(tl.int64) * right_row + cols[None]
-        right = tl.load(right_ptr + at, (rows[:, None] < n) & (cols[None] < p), other=0.0)
+        right = tl.load(right_ptr + at, (rows[:, None] < end) & (cols[None] < p), other=0.0)
         total += dot(left, right, INTERPRETED)
     inside = (ranks[:, None] < R) & (cols[None] < p)
     tl.store(out_ptr + ranks[:, None] * p + cols[None], rounded(total, out_ptr.dtype.element_ty, INTERPRETED), inside)
@@ -263,34 +265,41 @@ def _product(left_ptr, right_ptr, out_ptr, tile, n, p, left_row, right_row, R: t
 
 @triton.jit
 def _transposed_products(
-    z_ptr, d_ptr, w_ptr, x_ptr, zd_ptr, wx_ptr, n, p, q, first, z_row, d_row, w_row, x_row,
+    z_ptr, d_ptr, w_ptr, x_ptr, out_ptr, n, p, q, share, z_row, d_row, w_row, x_row,
     R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """The first programs make `zᵀ d`, the others `wᵀ x`."""
+    """A share of the rows of `zᵀ d`, by the first programs, and of `wᵀ x`, by the others."""
     tile = tl.program_id(0)
-    if tile < first:
-        _product(z_ptr, d_ptr, zd_ptr, tile, n, p, z_row, d_row, R, RANK, ROWS, COLS, INTERPRETED)
+    part = tl.program_id(1)
+    of_d = (p + COLS - 1) // COLS
+    out_ptr += part.to(tl.int64) * R * (p + q)
+    first = part * share
+    end = tl.minimum(first + share, n)
+    if tile < of_d:
+        _product(z_ptr, d_ptr, out_ptr, tile, first, end, p, z_row, d_row, R, RANK, ROWS, COLS, INTERPRETED)
     else:
-        _product(w_ptr, x_ptr, wx_ptr, tile - first, n, q, w_row, x_row, R, RANK, ROWS, COLS, INTERPRETED)
+        _product(w_ptr, x_ptr, out_ptr + R * p, tile - of_d, first, end, q, w_row, x_row, R, RANK, ROWS, COLS, INTERPRETED)
 
 
-_launch_transposed = Launcher(_transposed_products, num_warps=4, num_stages=4)
+_launch_transposed = Launcher(_transposed_products, num_warps=8, num_stages=2)
 
 
 def transposed_products(z: Tensor, d: Tensor, w: Tensor, x: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`zᵀ d` and `wᵀ x`: two products in one launch, and in the time that the library takes for them."""
+    """`zᵀ d` and `wᵀ x` in one launch; where that would leave a GPU idle, of parts that another adds up."""
     n, r = z.shape
     p, q = d.shape[1], x.shape[1]
-    first = tiles(p, COLUMNS)
+    programs, rows = tiles(p, COLUMNS) + tiles(q, COLUMNS), 128 if r <= 32 else 64
+    worth_a_launch = n * (p + q) >= LARGE
+    parts, share = shares(n, programs, rows, 4 * PROGRAMS) if worth_a_launch else (1, n)
     strides = z.stride(0), d.stride(0), w.stride(0), x.stride(0)
-    rows = 128 if r <= 32 else 64
     launch = _launch_transposed.prepare(
-        (first + tiles(q, COLUMNS), 1, 1), n, p, q, first, *strides, r, filled(r), rows, COLUMNS
-    )
+        (programs, parts, 1), n, p, q, share, *strides, r, filled(r), rows, COLUMNS
+    )  # fmt: skip
 
     def run(z: Tensor, d: Tensor, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        zd, wx = d.new_empty((r, p)), d.new_empty((r, q))
-        launch(z, d, w, x, zd, wx)
-        return zd, wx
+        out = empty_parts(parts, r * (p + q), like=d)
+        launch(z, d, w, x, out)
+        zd, wx = added(out, d.dtype).split([r * p, r * q])
+        return zd.view(r, p), wx.view(r, q)
 
     return run

@@ -71,18 +71,8 @@ class Launch:
         if compiled is not None and not address & 15:
             stream = torch._C._cuda_getCurrentRawStream(device)
             # what `compiled[grid]` does, without looking for tools that want to see every launch
-            compiled.run(
-                *self.grid,
-                stream,
-                compiled.function,
-                compiled.packed_metadata,
-                None,
-                None,
-                None,
-                *tensors,
-                *self.numbers,
-                False,
-            )
+            known = stream, compiled.function, compiled.packed_metadata, None, None, None
+            compiled.run(*self.grid, *known, *tensors, *self.numbers, False)
             return
         compiled = self.launcher.compile(self.grid, (*tensors, *self.numbers, device < 0))
         if not address & 15:

@@ -6,11 +6,31 @@ by it is `fold`, up by it is `unfold`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import Op, triton_kernel
+
+
+def flattened(x: Tensor) -> Tensor:
+    """`(…, k) -> (n, k)`."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+
+
+def no_view(y: Tensor) -> Tensor:
+    """y, so that whoever gets it from an autograd function may write to it in place."""
+    if torch.compiler.is_compiling() or not y._is_view():
+        return y
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
+def gradients_of(grad_outputs: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of y and z: that of z is a second derivative's. A compiler, which records none, makes up zeros for it."""
+    dy, dz = grad_outputs
+    return dy, None if torch.compiler.is_compiling() else dz
 
 
 def fold(x: Tensor, r: int) -> Tensor:
@@ -63,14 +83,6 @@ def _refusal(r: int, x: Tensor, *others: Tensor | None) -> str | None:
     return None
 
 
-def _add_product_refuses(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inplace: bool) -> str | None:
-    return _refusal((Q if A is None else A).shape[0], b, a, A, Q)  # type: ignore[union-attr]
-
-
-def _transposed_refuses(z: Tensor, d: Tensor, w: Tensor, x: Tensor) -> str | None:
-    return _refusal(z.shape[-1], z, d, w, x)
-
-
 def _wins(t: Tensor, *_: object) -> bool:
     # One launch instead of two or three is what counts up to some thousand rows, the bytes beyond that. Rows that are not
     # aligned cannot be read in wide words.
@@ -90,7 +102,11 @@ add_product = Op(
     "add_product",
     _add_product,
     like=lambda b, a, A, Q, inplace: (b.new_empty(b.shape), b.new_empty(b.shape[0], (Q if A is None else A).shape[0])),
-    kernels=[triton_kernel(_KERNELS, "add_product", _add_product_refuses, _wins)],
+    kernels=[
+        triton_kernel(
+            _KERNELS, "add_product", lambda b, a, A, Q, _: _refusal((Q if A is None else A).shape[0], b, a, A, Q), _wins
+        )
+    ],
 )
 
 # `zᵀ d` and `wᵀ x`: z, w `(n, r)`, d `(n, p)`, x `(n, q)`.
@@ -98,5 +114,7 @@ transposed_products = Op(
     "transposed_products",
     _transposed_products,
     like=lambda z, d, w, x: (d.new_empty(z.shape[1], d.shape[1]), x.new_empty(w.shape[1], x.shape[1])),
-    kernels=[triton_kernel(_KERNELS, "transposed_products", _transposed_refuses, _transposed_wins)],
+    kernels=[
+        triton_kernel(_KERNELS, "transposed_products", lambda z, *others: _refusal(z.shape[-1], z, *others), _transposed_wins)
+    ],
 )

@@ -3,7 +3,7 @@
 A fine-tuning changes a weight by 1e-3 to 1e-2 of itself, half a unit of bf16 is 2e-3 of it: rounded to nearest, most of it is
 lost. Where W' is stored in half precision in training, it is rounded up or down by chance, so that its mean is W'.
 
-The chances are `u_ij = (a_i + b_j) mod 2^k` with a and b drawn uniformly: uniform each, and independent in pairs, so that any
+The chances are `u_ij = a_i ⊕ b_j` with the bits of a and b drawn uniformly: uniform each, and independent in pairs, so that any
 sum of rounding errors has the variance of independent ones, for `out + in` random numbers instead of `out · in`.
 """
 
@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-
-from .dispatch import Op, triton_kernel
 
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # bits that fp32 has more
 
@@ -30,9 +28,10 @@ def round_stochastically(y: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor
     """`y (…, out, in)` in fp32, in `dtype`: up or down with the chances that make its mean y."""
     k = DROPPED[dtype]
     n_out = y.shape[-2]
-    noise = noise.int()
-    u = (noise[..., :n_out, None] + noise[..., None, n_out:]) & ((1 << k) - 1)
-    return ((y.contiguous().view(torch.int32) + u) & -(1 << k)).view(torch.float32).to(dtype)
+    noise = noise.int() & ((1 << k) - 1)
+    u = noise[..., :n_out, None] ^ noise[..., None, n_out:]
+    bits = y.contiguous().view(torch.int32).clamp(max=0x7FFF0000)  # a NaN of all bits would become a zero
+    return ((bits + u) & -(1 << k)).view(torch.float32).to(dtype)
 
 
 def rounded(define: Callable[..., Tensor], noise: Tensor | None, W: Tensor, *factors: Tensor) -> Tensor:
@@ -40,26 +39,6 @@ def rounded(define: Callable[..., Tensor], noise: Tensor | None, W: Tensor, *fac
     if noise is None:
         return define(W, *factors)
     return round_stochastically(define(W.float(), *(t.float() for t in factors)), noise, W.dtype)
-
-
-def _cast_by_chance(t: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
-    return round_stochastically(t.float(), noise, dtype)
-
-
-# `round_stochastically` of factors: read once, written once.
-cast_by_chance = Op(
-    "cast_by_chance",
-    _cast_by_chance,
-    like=lambda t, noise, dtype: t.new_empty(t.shape, dtype=dtype),
-    kernels=[
-        triton_kernel(
-            "halotune.ops.kernels",
-            "cast_by_chance",
-            lambda t, *_: None if t.dtype is torch.float32 and t.is_contiguous() else "it must be contiguous, in fp32",
-            lambda t, *_: t.is_cuda,
-        )
-    ],
-)
 
 
 class Dither:
@@ -81,4 +60,4 @@ class Dither:
 
     def round(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Factors in this dtype by chance, so that their small changes are not lost either."""
-        return tuple([cast_by_chance(t, self.noise(i, t), dtype) for i, t in enumerate(tensors, 1)])
+        return tuple([round_stochastically(t.float(), self.noise(i, t), dtype) for i, t in enumerate(tensors, 1)])

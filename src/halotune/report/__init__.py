@@ -1,1 +1,1 @@
-"""What reports are made of, whatever they report: tables in text, records in JSON."""
+"""What reports are made of, whatever they report: tables in text, records in JSON; and the page that compares runs."""

@@ -14,6 +14,7 @@ from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.files import WEIGHTS_NAME
 from ...methods.registry import method_of, under_alias
+from ..injection.offloading import bring_adapters
 from .card import CARD_NAME, write_card
 from .state_dict import get_peft_model_state_dict, write_tensors
 
@@ -64,7 +65,7 @@ def save_adapter(
     peft_type: str | None = None,
 ) -> None:
     """Write one adapter into the folder itself, under the alias `peft_type` of its method if it has that one."""
-    tuner.staying.bring()
+    bring_adapters(tuner.model)
     found = get_peft_model_state_dict(tuner, state_dict, name, save_embedding_layers=save_embedding_layers)
     tensors = {f"base_model.{key}": t for key, t in found.items()}
     config = written_config(tuner, name)

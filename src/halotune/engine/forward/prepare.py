@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...core.adapter import Adapter, Weights
-from ...core.forms import Form
 from ...core.layer import AdaptedLayer
-from ...core.prepared import LOCAL, SCOPES, Prepared, is_transformed, seen, stream_of
-from ...core.recompute import Tensors, prepare
+from ...core.prepared import LOCAL, SCOPES, Form, Prepared, Tensors, is_transformed, prepare, seen, stream_of
 from ...ops.rounding import DROPPED
+from ..injection.offloading import bring_adapters
+from ..training import warn_if_penalty_unused
 from .weight_cache import WeightCache
 
 SEEDS = 16  # of the noises of one adapter
+PATIENCE = 32  # training passes, of which several may make one optimizer step, before a penalty is missed
 BUDGET = 2 * 2**30  # bytes for W' of all layers and its gradients, if nothing else is asked for
 
 
@@ -72,6 +73,7 @@ class Scope:
         self.form: Form = "auto"
         self.budget = BUDGET
         self.seed: int | None = None
+        self.training_passes = 0
         self._reset()
         self.handles = [
             model.register_forward_pre_hook(self._begin),
@@ -81,6 +83,7 @@ class Scope:
     def _reset(self) -> None:
         self.layers: list[AdaptedLayer] | None = None
         self.parents: list[nn.Module] = []
+        self.parts: list[nn.Module] = []  # of the adapters
         self.local = _Recomputing()
         self.known: dict[Adapter, Known] = {}
         self.order: dict[Adapter, int] = {}
@@ -98,6 +101,7 @@ class Scope:
         matrices = [p for layer in self.layers if (p := getattr(layer.base_layer, "weight", None)) is not None]
         fits = 2 * sum([p.numel() * p.itemsize for p in matrices]) <= self.budget  # W', and the gradients that wait for it
         for layer in self.layers:
+            self.parts += [m for m in layer.adapters.modules() if m._parameters]
             adapters: Any = layer.adapters.values()
             for adapter in adapters:
                 SCOPES[adapter] = ref(self)
@@ -111,6 +115,12 @@ class Scope:
         if is_transformed():  # nothing is shared, and a tracer would write down that weights were looked at
             return
         self.look(model)
+        if any(["forward" in part.__dict__ for part in self.parts]):  # offloaded since
+            bring_adapters(model)
+        if model.training and torch.is_grad_enabled():
+            self.training_passes += 1
+            if self.training_passes == PATIENCE:
+                warn_if_penalty_unused(model)
         self.close()  # an earlier pass may have been interrupted past all hooks,
         if torch._C._current_graph_task_id() == -1:
             self.local.clear()  # and an earlier backward
@@ -182,7 +192,7 @@ class Scope:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.seed = None
+        self.seed, self.training_passes = None, 0
         self._reset()
 
 

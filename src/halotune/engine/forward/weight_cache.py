@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.adapter import Adapter
-from ...core.prepared import Seen, seen, unchanged
-from ...core.recompute import Tensors
+from ...core.prepared import Seen, Tensors, seen, unchanged
 
 
 class _Kept(NamedTuple):

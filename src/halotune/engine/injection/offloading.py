@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-import torch
 from torch import nn
 
 from ...core.attention import AdaptedAttention
@@ -63,37 +61,15 @@ def _holds(outer: str, inner: str) -> bool:
     return inner == outer or not outer or inner.startswith(f"{outer}.")
 
 
-class StayingAdapters:
-    """Lets adapters stay where they run, in a model that was offloaded layer by layer after they were put in.
+def bring_adapters(model: nn.Module) -> None:
+    """Let adapters stay where they run, in a model that was offloaded layer by layer after they were put in.
 
     They are small, and read outside their own calls: in a merge, into a file, by the adapter after them.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.parts: list[nn.Module] | None = None
-        self.handle = model.register_forward_pre_hook(self.before)
-
-    def before(self, model: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.bring()
-
-    def bring(self) -> None:
-        """Take offloading off the adapters' parameters; at each call of the model, so it must cost nothing."""
-        if self.parts is None:
-            layers = [m for m in self.model.modules() if isinstance(m, AdaptedLayer)]
-            self.parts = [m for layer in layers for m in layer.adapters.modules() if m._parameters]
-        for part in self.parts:
-            if "forward" in part.__dict__:
+    for layer in [m for m in model.modules() if isinstance(m, AdaptedLayer)]:
+        for part in layer.adapters.modules():
+            if part._parameters and "forward" in part.__dict__:
                 _release(part)
-
-    def reset(self) -> None:
-        """Layers were put in or taken out."""
-        self.parts = None
-
-    def remove(self) -> None:
-        self.handle.remove()
-        self.reset()
 
 
 def _release(part: nn.Module) -> None:

@@ -13,7 +13,7 @@ from ...core.adapter import Adapter
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
-from ...core.precision import exact_dtype
+from ...core.prepared import exact_dtype
 from ...methods.registry import low_rank_method, method_of
 from ..injection.modules import adapted_layers, public_path, visible_modules
 from ..injection.targets import shortest_suffixes

@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from ...core.adapter import LowRank
 from ...core.base import is_parametrized
 from ...core.errors import HalotuneError, warn
+from ...core.kinds import LowRank
 from ...core.layer import AdaptedLayer
 from ...core.merge_record import MergeRecord
 from ..injection.modules import adapted_layers, tied_parameters

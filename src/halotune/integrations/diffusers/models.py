@@ -30,7 +30,7 @@ def follow(model: nn.Module, tuner: AdapterModel) -> None:
     for name in [n for n in tuner.peft_config if n not in left]:
         remove(model, name)
         del tuner.peft_config[name]
-    tuner.active_adapters = in_order(layer.active_adapters for layer in layers)
+    tuner.active = in_order(layer.active_adapters for layer in layers)
     if not tuner.peft_config:
         forget(model)
         tidy(model)
@@ -98,11 +98,7 @@ def _fuse_lora(model: nn.Module, original: Callable[..., Any], *args: Any, **kwa
     return original(model, *args, **kwargs)
 
 
-_REPLACED = {
-    "save_pretrained": _save_pretrained,
-    "fuse_qkv_projections": _fuse_qkv_projections,
-    "fuse_lora": _fuse_lora,
-}
+_REPLACED = {"save_pretrained": _save_pretrained, "fuse_qkv_projections": _fuse_qkv_projections, "fuse_lora": _fuse_lora}
 
 
 def check_alone(model: nn.Module, what: str) -> None:

@@ -158,11 +158,11 @@ class PipelineAdapters:
             name: the adapter; it can be left out where there is only one.
             peft_type, bone_as_miss: as in `PeftModel.save_pretrained`.
         """
-        there = self.names
-        if name is None and len(there) != 1:
-            raise HalotuneError(f"save: the pipeline has the adapters {sorted(there)}. Name one; each has a folder of its own.")
-        name = next(iter(there)) if name is None else name
-        self._check_known([name], there)
+        if name is None and len(self.names) != 1:
+            raise HalotuneError(
+                f"save: the pipeline has the adapters {sorted(self.names)}. Name one; each has a folder of its own."
+            )
+        (name,) = self._known(list(self.names) if name is None else name)
         folder = Path(folder)
         if folder.is_file():
             raise HalotuneError(f"save: {folder} is a file. Give a folder.")
@@ -225,9 +225,7 @@ class PipelineAdapters:
 
         Of scale s an adapter maps `W -> W + s (F(W) − W)`. Adapters that were fused are taken out of the weights.
         """
-        names = [names] if isinstance(names, str) else list(names)
-        there = self.names
-        self._check_known(names, there)
+        names, there = self._known(names), self.names
         given = list(weights) if isinstance(weights, Sequence) else [weights] * len(names)
         if len(given) != len(names):
             raise HalotuneError(f"set: {len(names)} adapters, but {len(given)} weights. Give one weight, or one per adapter.")
@@ -273,8 +271,7 @@ class PipelineAdapters:
         Returns:
             for each model what it did.
         """
-        wanted = self.active if names is None else [names] if isinstance(names, str) else list(names)
-        self._check_known(wanted, self.names)
+        wanted = self._known(self.active if names is None else names)
         tuners = {c: tuner for c, tuner in self._changeable() if any(n in tuner.peft_config for n in wanted)}
         for tuner in tuners.values():
             check_alone(tuner.model, "fuse")
@@ -297,8 +294,7 @@ class PipelineAdapters:
 
     def delete(self, names: str | Sequence[str]) -> None:
         """Take adapters out. Where one was the only active one of a model, the first of its others becomes active."""
-        names = [names] if isinstance(names, str) else list(names)
-        self._check_known(names, self.names)
+        names = self._known(names)
         self._changeable()
         for name in names:
             self._remove(name, self.names[name])
@@ -340,10 +336,13 @@ class PipelineAdapters:
                 stack.enter_context(taken_out(tuner.model))
             yield
 
-    def _check_known(self, names: Sequence[str], there: Mapping[str, Any]) -> None:
-        unknown = [n for n in names if n not in there]
+    def _known(self, names: str | Sequence[str]) -> list[str]:
+        """One or several names, which are those of adapters."""
+        names = [names] if isinstance(names, str) else list(names)
+        unknown = [n for n in names if n not in self.names]
         if unknown:
-            raise HalotuneError(f"there is no adapter named {unknown[0]!r}; the pipeline has {sorted(there)}.")
+            raise HalotuneError(f"there is no adapter named {unknown[0]!r}; the pipeline has {sorted(self.names)}.")
+        return names
 
 
 def _scales(name: str, weight: Weight | None, components: Sequence[str]) -> dict[str, float]:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from ...core.base import base_for
 from ...core.errors import HalotuneError, warn
 from ...core.layer import AdaptedLayer
-from ...core.precision import compute_dtype
-from ...core.prepared import is_transformed
+from ...core.prepared import compute_dtype, is_transformed
 from ...engine.weights.merge import check_order, check_storage
 from ...methods.registry import Method, method_of, methods
 from .classes import InFront
@@ -41,21 +40,19 @@ class PeftAdaptedLayer(AdaptedLayer):
     It is no submodule of peft's layer and owns nothing, so names, files and optimizers do not see it. `follow` takes over
     whatever has changed in peft's layer since: parameters may be replaced by loading, sharding, conversions. That is looked
     up once for each layer and forward pass, so it compares objects, and goes past nn.Module's slow ways to get and set them.
-
-    Attributes:
-        path: the name of peft's layer in the model, for messages.
-        tied: the base's weight is some other module's too.
-        state: what was seen of peft's layer last: whether it is disabled, its active and its merged adapters.
-        sources: for each adapter, where peft keeps its parts, and the objects that were there.
-        notes: what peft itself gets wrong here, and has not been said yet.
     """
 
     def __init__(self, layer: Any, method: Method, path: str) -> None:
         super().__init__(layer.base_layer, path)
-        self.peft_type, self.path, self.tied = method.peft_type, path, False
-        self.state: tuple[Any, ...] | None = None
-        self.sources: dict[str, list[tuple[dict[str, Any], str, Any]]] = {}
-        self.notes: list[str] = []
+        self.peft_type, self.path = method.peft_type, path
+        self.tied = False  # the base's weight is some other module's too
+        self.state: tuple[Any, ...] | None = (
+            None  # seen of peft's layer last: whether it is disabled, active and merged adapters
+        )
+        self.sources: dict[
+            str, list[tuple[dict[str, Any], str, Any]]
+        ] = {}  # where peft keeps an adapter's parts, and the parts
+        self.notes: list[str] = []  # what peft itself gets wrong here, and has not been said yet
 
     def follow(self, layer: Any, names: Iterable[str] = ()) -> None:
         """Be as peft's layer is now.
@@ -90,12 +87,7 @@ class PeftAdaptedLayer(AdaptedLayer):
         self.state = None
 
     def _is_current(self, name: str) -> bool:
-        if name not in self.sources:
-            return False
-        for kept, key, value in self.sources[name]:
-            if kept.get(key) is not value:
-                return False
-        return True
+        return name in self.sources and all([kept.get(key) is value for kept, key, value in self.sources[name]])
 
     def _take_over(self, layer: Any, name: str) -> None:
         """Make the adapter anew, on peft's parameters."""

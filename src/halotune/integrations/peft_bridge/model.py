@@ -24,7 +24,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def speed_up(model: M) -> M:
-    """Let halotune compute the HRA, LoHa, MiSS / BAT (and Bone) layers of a live peft model, in place.
+    """Let halotune compute the HRA, OFT, LoHa and MiSS / BAT layers of a live peft model, in place.
 
     Parameters, their names, files, optimizer states and peft's API stay as they are: layers get a class of ours in front of
     their own. Adapters that are added, loaded, switched or deleted later are covered. Where peft is wrong the result is
@@ -105,16 +105,12 @@ class Bridge(Scope):
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
-            if not self._knows(_configs(model)):
+            if list(map(id, self.configs or ())) != list(map(id, _configs(model))):
                 self.take_in(model)
             for layer in self.fast.values():
                 follow(layer)
             self._tell()
         super()._begin(model, args)
-
-    def _knows(self, configs: list[Any]) -> bool:
-        known = self.configs
-        return known is not None and len(known) == len(configs) and all(a is b for a, b in zip(known, configs, strict=True))
 
     def take_in(self, host: nn.Module) -> None:
         """Speed up the layers that are new since the last time."""

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ...core.adapter import Adapter, Dense, LowRank
+from ...core.adapter import Adapter
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
+from ...core.kinds import Dense, LowRank
 from ...core.operator import Operator, WeightShape, add_to
-from ...core.precision import exact_dtype
-from ...core.recompute import Tensors
+from ...core.prepared import Tensors, exact_dtype
 from ...ops.product import fold
 from . import ops
 from .config import BlockConfig, MissConfig
@@ -48,7 +48,7 @@ class Bone(LowRank):
                 )
         adapter = cls(shape, config.r, columns)
         if isinstance(config, MissConfig):
-            adapter.input_dropout = config.miss_dropout
+            adapter.dropout = config.miss_dropout
         adapter.reset(identity=config.init_weights is not False)
         return adapter
 
@@ -173,13 +173,8 @@ class MissBat(Bat):
     block = "miss_block"
 
 
-def create_bone(shape: WeightShape, config: AdapterConfig) -> Adapter:
-    return (Bat if _is_bat(config) else Bone).create(shape, config)
-
-
-def create_miss(shape: WeightShape, config: AdapterConfig) -> Adapter:
-    return (MissBat if _is_bat(config) else Miss).create(shape, config)
-
-
-def _is_bat(config: Any) -> bool:
-    return config.init_weights == "bat"
+def create(shape: WeightShape, config: AdapterConfig) -> Adapter:
+    """The kind and the name that the configuration asks for."""
+    assert isinstance(config, BlockConfig)
+    affine, bat = (Miss, MissBat) if isinstance(config, MissConfig) else (Bone, Bat)
+    return (bat if config.init_weights == "bat" else affine).create(shape, config)

@@ -13,13 +13,7 @@ from ...core.errors import HalotuneError
 
 @dataclass(kw_only=True)
 class BlockConfig(AdapterConfig):
-    """What Bone and MiSS share.
-
-    Args:
-        r: the number of rows of the block (Bone), or the side of the blocks (BAT).
-        init_weights: True is Bone, starting as the identity; False the same, at random; `"bat"` is BAT.
-        bias: which biases are trained: `"none"`, `"all"`, or those of the adapted layers.
-    """
+    """What Bone and MiSS share."""
 
     r: int = 64
     init_weights: bool | Literal["bat"] | str = True
@@ -74,17 +68,11 @@ class MissConfig(BlockConfig):
         super().check()
         self.require_share("miss_dropout")
         if self.mini_r < 1:
-            raise self.error(
-                "mini_r",
-                f"must be at least 1; got {self.mini_r}",
-                "Use a number of columns that divides the outputs, such as 1.",
-            )
+            remedy = "Use a number of columns that divides the outputs, such as 1."
+            raise self.error("mini_r", f"must be at least 1; got {self.mini_r}", remedy)
         if self.init_weights == "bat" and self.miss_dropout:
-            raise self.error(
-                "miss_dropout",
-                f'is not defined for init_weights="bat", which acts on the weight; got {self.miss_dropout}',
-                "Set it to 0, or use init_weights=True.",
-            )
+            found = f'is not defined for init_weights="bat", which acts on the weight; got {self.miss_dropout}'
+            raise self.error("miss_dropout", found, "Set it to 0, or use init_weights=True.")
 
 
 def as_miss(config: BoneConfig, tensors: dict[str, Tensor]) -> tuple[MissConfig, dict[str, Tensor]]:

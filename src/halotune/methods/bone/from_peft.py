@@ -1,39 +1,36 @@
-"""A live MiSS layer of peft's, or Bone layer of older versions, as ours.
+"""A live MiSS layer of peft's, as ours.
 
 The block's own shape tells its kind: peft keeps one kind per layer, which is wrong for a second adapter of another kind.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from ...core.base import Base
 from ...core.operator import WeightShape
 from ..registry import FromPeft
-from .adapter import Bat, Bone, Miss, MissBat
+from .adapter import Miss, MissBat
 
 
-def _adapter(layer: Any, name: str, shape: WeightShape, *, affine: type[Bone], bat: type[Bat]) -> Bone | Bat:
-    block = getattr(layer, affine.block)[name]
+def _adapter(layer: Any, name: str, shape: WeightShape) -> Miss | MissBat:
+    block = layer.miss_block[name]
     if block.dim() == 3:
-        return bat(shape, block.shape[-1])
-    adapter = affine(shape, *block.shape)
-    adapter.input_dropout = _dropout(layer, name)
+        return MissBat(shape, block.shape[-1])
+    adapter = Miss(shape, *block.shape)
+    adapter.dropout = _dropout(layer, name)
     return adapter
 
 
 def _dropout(layer: Any, name: str) -> float:
-    """The chance; peft holds a module, `nn.Identity` for none, and Bone knew no dropout."""
-    dropouts = getattr(layer, "miss_dropout", None)
-    return 0.0 if dropouts is None else getattr(dropouts[name], "p", 0.0)
+    """The chance; peft holds a module, `nn.Identity` for none."""
+    return getattr(layer.miss_dropout[name], "p", 0.0)
 
 
-def _differs(layer: Any, name: str, base: Base, *, block: str) -> list[str]:
-    if getattr(layer, block)[name].dim() == 3 and _dropout(layer, name):
+def _differs(layer: Any, name: str, base: Base) -> list[str]:
+    if layer.miss_block[name].dim() == 3 and _dropout(layer, name):
         return ["miss_dropout is not defined for BAT, which acts on the weight; neither peft nor halotune applies it"]
     return []
 
 
-BONE_FROM_PEFT = FromPeft(partial(_adapter, affine=Bone, bat=Bat), partial(_differs, block=Bone.block))
-MISS_FROM_PEFT = FromPeft(partial(_adapter, affine=Miss, bat=MissBat), partial(_differs, block=Miss.block))
+FROM_PEFT = FromPeft(_adapter, _differs)

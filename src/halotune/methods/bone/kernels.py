@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.kernels import added, by_chance, dot, filled, rounded, shares
+from ...ops.kernels import added, by_chance, dot, empty_parts, filled, noise, rounded, shares
 from ...ops.launch import Launcher, tiles
 
-ROWS = 128
+ROWS = 64
 PULL_ROWS = 64
 
 
@@ -30,16 +30,17 @@ def _bat(w_ptr, b_ptr, noise_ptr, out_ptr, n_in, blocks, R: tl.constexpr, SIDE: 
     b = tl.load(block + cols[:, None] * R + cols[None], (cols[:, None] < R) & (cols[None] < R), other=0.0)
     own = tl.load(block + (rows // (n_in // R))[:, None] * R + cols[None], inside, other=0.0)
     new = w.to(tl.float32) + dot(w, b, INTERPRETED) + own.to(tl.float32)
-    if NOISY:
+    if NOISY:  # see `ops.noise_of_blocks`
         width = n_in // R  # blocks in a row of W
-        layer = i // blocks
-        noise_ptr += layer.to(tl.int64) * (blocks * R + n_in)
-        row = (i % blocks) * R + rows // width
-        a = tl.load(noise_ptr + row[:, None], rows[:, None] < n_in, other=0).to(tl.int32)
-        col = (rows % width)[:, None] * R + cols[None]
-        b = tl.load(noise_ptr + blocks * R + col, inside, other=0)
-        new = by_chance(new, a + b, w.dtype)
-    tl.store(out_ptr + at, rounded(new, w.dtype, INTERPRETED), inside)
+        noise_ptr += (i // blocks) * (blocks * R + n_in)
+        in_rows = rows[:, None] < n_in
+        u = noise(noise_ptr, ((i % blocks) * R + rows // width)[:, None], in_rows, w.dtype)
+        noise_ptr += blocks * R
+        u ^= noise(noise_ptr, (rows % width)[:, None] * R, in_rows, w.dtype)
+        u = u ^ noise(noise_ptr, cols[None], (cols[None] > 0) & (cols[None] < R), w.dtype)
+        tl.store(out_ptr + at, by_chance(new, u, w.dtype), inside)
+    else:
+        tl.store(out_ptr + at, rounded(new, w.dtype, INTERPRETED), inside)
 
 
 _launch_bat = Launcher(_bat, num_warps=4)
@@ -78,6 +79,7 @@ def _pull_bat(w_ptr, g_ptr, out_ptr, n_in, share, R: tl.constexpr, SIDE: tl.cons
         own = ((rows // (n_in // R))[None] == ranks[:, None]).to(tl.float32).to(g.dtype)  # the row of its block
         total += dot(tl.trans(w), g, INTERPRETED) + dot(own, g, INTERPRETED)
     at = (part.to(tl.int64) * tl.num_programs(0) + i) * R * R + ranks[:, None] * R + ranks[None]
+    total = rounded(total, out_ptr.dtype.element_ty, INTERPRETED)
     tl.store(out_ptr + at, total, (ranks[:, None] < R) & (ranks[None] < R))
 
 
@@ -92,7 +94,7 @@ def pull_bat(G: Tensor, W: Tensor, blocks: Tensor) -> Callable[..., Tensor]:
     launch = _launch_pull_bat.prepare((n, parts, 1), n_in, share, r, filled(r), PULL_ROWS)
 
     def run(G: Tensor, W: Tensor, blocks: Tensor) -> Tensor:
-        out = torch.empty(parts, n, r, r, dtype=torch.float32, device=G.device)
+        out = empty_parts(parts, n, r, r, like=blocks)
         launch(W, G, out)
         return added(out, blocks.dtype).view(blocks.shape)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...core.precision import exact
+from ...core.prepared import exact
 from ...ops.dispatch import Op, triton_kernel
 from ...ops.rounding import rounded
 
@@ -31,8 +31,17 @@ def bat(W: Tensor, blocks: Tensor) -> Tensor:
         return (product + B.unsqueeze(2)).view(W.shape)
 
 
+def noise_of_blocks(noise: Tensor, n_in: int, r: int) -> Tensor:
+    """The noise `(…, out + in)` by which BAT's kernel rounds: that of column (j, c), the c-th of the j-th block, is that of
+    `(j, 0)` ⊕ that of `(0, c)`, so that a tile needs few numbers of it. It is uniform and independent in pairs as before."""
+    of_rows, of_columns = noise.split([noise.shape[-1] - n_in, n_in], -1)
+    place = torch.arange(n_in, device=noise.device) % r
+    of_places = torch.where(place > 0, of_columns[..., place], 0)
+    return torch.cat([of_rows, of_columns[..., ::r].repeat_interleave(r, -1) ^ of_places], -1)
+
+
 def _build_bat(W: Tensor, blocks: Tensor, noise: Tensor | None) -> Tensor:
-    return rounded(bat, noise, W, blocks)
+    return rounded(bat, None if noise is None else noise_of_blocks(noise, W.shape[-1], blocks.shape[-1]), W, blocks)
 
 
 def _pull_bat(G: Tensor, W: Tensor, blocks: Tensor) -> Tensor:

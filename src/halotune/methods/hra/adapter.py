@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ...core.adapter import Rotation, add_low_rank
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
+from ...core.kinds import Rotation, add_low_rank
 from ...core.operator import Operator, WeightShape
-from ...core.recompute import Tensors
+from ...core.prepared import Tensors
 from ...ops.build import build_low_rank, wide_product
 from . import ops
 from .config import HRAConfig
@@ -66,8 +66,7 @@ class HRA(Rotation):
 
     def loading_warning(self) -> str | None:
         if self.gram_schmidt and not self.hra_u.is_meta:
-            rank = int(torch.linalg.matrix_rank(ops.normalize(self.hra_u), atol=1e-3))
-            if rank < self.hra_u.shape[1]:
+            if int(torch.linalg.matrix_rank(ops.normalize(self.hra_u), atol=1e-3)) < self.rank:
                 return (
                     "the vectors are linearly dependent, as peft's own start under apply_GS leaves them; dependent "
                     "ones count as no reflection here, so outputs differ from peft's, which are rounding noise"

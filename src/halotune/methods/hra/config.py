@@ -39,11 +39,8 @@ class HRAConfig(AdapterConfig):
         super().check()
         self.require_choice("orthogonality_norm", ("squared", "unsquared"))
         if self.orthogonality_weight < 0:
-            raise self.error(
-                "orthogonality_weight",
-                f"must not be negative; got {self.orthogonality_weight}",
-                "Use 0 for no penalty, or 1e-5 to 1e-3.",
-            )
+            found = f"must not be negative; got {self.orthogonality_weight}"
+            raise self.error("orthogonality_weight", found, "Use 0 for no penalty, or 1e-5 to 1e-3.")
 
     def notices(self) -> list[str]:
         if not self.init_weights:

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.frozen_linear import flattened, gradients_of, no_view
 from ...core.operator import add_to
-from ...core.precision import exact, exact_dtype
-from ...ops.product import add_product, transposed_products
+from ...core.prepared import exact, exact_dtype
+from ...ops.product import add_product, flattened, gradients_of, no_view, transposed_products
 
 
 def normalize(U: Tensor) -> Tensor:
@@ -153,23 +152,3 @@ def orthogonality(U: Tensor, squared: bool) -> Tensor:
         Û = normalize(U)
         gap = torch.eye(U.shape[-1], dtype=Û.dtype, device=U.device) - Û.mT @ Û
         return gap.square().sum() if squared else torch.linalg.matrix_norm(gap)
-
-
-def reflect(x: Tensor, U: Tensor, gram_schmidt: bool) -> Tensor:
-    """The definition, one reflection after the other: `x Qᵀ`. The reference for all that is faster.
-
-    Under Gram–Schmidt the columns are orthonormalised in order first, dependent ones dropped.
-    """
-    columns = normalize(U).unbind(-1)
-    if gram_schmidt:
-        basis: list[Tensor] = []
-        for u in columns:
-            for _ in range(2):  # twice is enough
-                for q in basis:
-                    u = u - (u @ q) * q
-            if u.norm() > 1e-4:
-                basis.append(u / u.norm())
-        columns = tuple(basis)
-    for u in reversed(columns):  # x Qᵀ = x H_r … H_1
-        x = x - 2.0 * (x @ u).unsqueeze(-1) * u
-    return x

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ...core.adapter import Adapter, Dense, add_low_rank
+from ...core.adapter import Adapter
 from ...core.config import AdapterConfig
 from ...core.frozen_linear import low_rank_linear
+from ...core.kinds import Dense, add_low_rank
 from ...core.operator import Operator, WeightShape
-from ...core.precision import exact_dtype
-from ...core.recompute import Tensors
+from ...core.prepared import Tensors, exact_dtype
 from ...core.weight_form import weight_form
 from . import ops
 from .config import LoHaConfig
 
 
-class LoHa(Dense):
-    """`W' = W + (alpha / r) (A1 B1) ∘ (A2 B2)`.
+class Hadamard(Dense):
+    """What has the parameters of `ΔW = (alpha / r) (A1 B1) ∘ (A2 B2)`. Source: FedPara, arXiv 2108.06098.
 
-    Parameters `hada_w1_a (out, r)`, `hada_w1_b (r, in)`, the same for `w2`. The Tucker form of a convolution has
-    `hada_w1_a (r, out)`, `hada_w1_b (r, channels)` and a core `hada_t1 (r, r, k…)`, the same for 2; the core and `w_b`
-    together are a flat half's B.
-
+    `hada_w1_a (out, r)`, `hada_w1_b (r, in)`, the same for `w2`. The Tucker form of a convolution has `hada_w1_a (r, out)`,
+    `hada_w1_b (r, channels)` and a core `hada_t1 (r, r, k…)`, the same for 2; the core and `w_b` together are a flat half's B.
     With `use_scalar` ΔW has one more factor, `hada_scalar ()`.
-
-    Small ranks are applied as low-rank factors of rank r², large ones as `W + ΔW`, whichever costs less for the shapes at
-    hand. Source: FedPara, arXiv 2108.06098.
     """
 
     hada_w1_a: nn.Parameter
@@ -57,9 +52,12 @@ class LoHa(Dense):
         assert isinstance(config, LoHaConfig)
         tucker = config.use_effective_conv2d and math.prod(shape.kernel) > 1
         adapter = cls(shape, config.r, config.scaling, tucker, config.use_scalar)
-        adapter.rank_dropout, adapter.module_dropout = config.rank_dropout, config.module_dropout
+        adapter.set_dropout(config.rank_dropout, config.module_dropout)
         adapter.reset(config.init_weights)
         return adapter
+
+    def set_dropout(self, of_rows: float, of_all: float) -> None:
+        self.rank_dropout, self.module_dropout, self.dropout = of_rows, of_all, max(of_rows, of_all)
 
     @torch.no_grad()
     def reset(self, identity: bool) -> None:
@@ -71,6 +69,44 @@ class LoHa(Dense):
 
     def batch_key(self) -> Hashable:
         return self.shape, self.tucker, self.scalar, self.scaling
+
+    def halves(self, *θ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`A1 (…, out, r)`, `B1 (…, r, in)`, `A2`, `B2`, in fp32 or better."""
+        dtype = exact_dtype(θ[0].dtype)
+        n = len(θ) // 2
+        A1, B1 = self._half(*(t.to(dtype) for t in θ[:n]))
+        if self.scalar:
+            A1 = A1 * θ[-1].to(dtype)[..., None, None]
+        return A1, B1, *self._half(*(t.to(dtype) for t in θ[n : 2 * n]))
+
+    def _half(self, a: Tensor, b: Tensor, core: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (a, b) if core is None else (a.mT, ops.tucker_rows(core, b, len(self.shape.kernel)))
+
+    def _drop_rows(self, B: Tensor) -> Tensor:
+        """Dropout on ΔW, as a factor on the rows of a left factor: no branch on a tensor, and none at all at p = 0."""
+        if not self.training:
+            return B
+        if self.rank_dropout:
+            kept = (torch.rand(B.shape[0], 1, device=B.device) >= self.rank_dropout).to(B.dtype)
+            B = B * (kept / kept.mean().clamp_min(1 / B.shape[0]))
+        if self.module_dropout:
+            B = B * (torch.rand((), device=B.device) >= self.module_dropout).to(B.dtype)
+        return B
+
+    @property
+    def rank(self) -> int:
+        return self.r
+
+    def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
+        first, *others = factors
+        return weight_form(x, op, self, (self._drop_rows(first), *others), scale, self.dither(x.dtype))
+
+
+class LoHa(Hadamard):
+    """`W' = W + (alpha / r) (A1 B1) ∘ (A2 B2)`.
+
+    Small ranks are applied as low-rank factors of rank r², large ones as `W + ΔW`, whichever costs less for the shapes at hand.
+    """
 
     @property
     def is_small(self) -> bool:
@@ -100,29 +136,6 @@ class LoHa(Dense):
     def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> Sequence[Tensor | None]:
         return ops.pull(G, *factors, self.scaling)
 
-    def halves(self, *θ: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`A1 (…, out, r)`, `B1 (…, r, in)`, `A2`, `B2`, in fp32 or better."""
-        dtype = exact_dtype(θ[0].dtype)
-        n = len(θ) // 2
-        A1, B1 = self._half(*(t.to(dtype) for t in θ[:n]))
-        if self.scalar:
-            A1 = A1 * θ[-1].to(dtype)[..., None, None]
-        return A1, B1, *self._half(*(t.to(dtype) for t in θ[n : 2 * n]))
-
-    def _half(self, a: Tensor, b: Tensor, core: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return (a, b) if core is None else (a.mT, ops.tucker_rows(core, b, len(self.shape.kernel)))
-
-    def _drop_rows(self, B: Tensor) -> Tensor:
-        """Dropout on ΔW, as a factor on the rows of a left factor: no branch on a tensor, and none at all at p = 0."""
-        if not self.training:
-            return B
-        if self.rank_dropout:
-            kept = (torch.rand(B.shape[0], 1, device=B.device) >= self.rank_dropout).to(B.dtype)
-            B = B * (kept / kept.mean().clamp_min(1 / B.shape[0]))
-        if self.module_dropout:
-            B = B * (torch.rand((), device=B.device) >= self.module_dropout).to(B.dtype)
-        return B
-
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor] | None:
         return ops.khatri_rao(*self.halves(*self.tensors()), s=self.scaling)
 
@@ -132,22 +145,14 @@ class LoHa(Dense):
     def replaces_weight(self, op: Operator) -> bool:
         return False
 
-    @property
-    def dropout(self) -> float:
-        return max(self.rank_dropout, self.module_dropout)
-
-    @property
-    def rank(self) -> int:
-        return self.r
-
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         if self.prepares_low_rank:
             Bt, A = factors
             return add_low_rank(x, x, op, (self._drop_rows(Bt.mT), A), scale)
-        factors = (self._drop_rows(factors[0]), *factors[1:])
         if not op.takes_weight or self._low_rank_for(x):
-            return add_low_rank(x, x, op, ops.khatri_rao(*factors, s=self.scaling), scale)  # type: ignore[call-arg]
-        return weight_form(x, op, self, factors, scale, self.dither(x.dtype))
+            A1, *others = factors
+            return add_low_rank(x, x, op, ops.khatri_rao(self._drop_rows(A1), *others, s=self.scaling), scale)
+        return super().run(x, op, factors, scale)
 
     def _low_rank_for(self, x: Tensor) -> bool:
         tokens = x.numel() // (self.shape.in_channels * self.shape.groups)
@@ -166,7 +171,7 @@ class LoHa(Dense):
         return B.mT.contiguous(), A
 
 
-class DecomposedLoHa(LoHa):
+class DecomposedLoHa(Hadamard):
     """`W' = m ∘ V / ‖V‖`, `V = W + (alpha / r) (A1 B1) ∘ (A2 B2)`: the rows of V, or its input channels, take the length m.
 
     One parameter more than LoHa has: `hada_dora_scale` m, `(out, 1 …)`, or `(1, channels, 1 …)` for lengths of channels, with
@@ -197,42 +202,28 @@ class DecomposedLoHa(LoHa):
     def batch_key(self) -> Hashable:
         return self.on_out, super().batch_key()
 
-    @property
-    def prepares_low_rank(self) -> bool:
-        return False
-
     def prepare(self, *parameters: Tensor) -> Tensors:
         return *self.halves(*parameters[:-1]), parameters[-1].to(exact_dtype(parameters[-1].dtype))
-
-    def weight_factors(self, *parameters: Tensor) -> Tensors:
-        return self.prepare(*parameters)
 
     def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
         return ops.decomposed_hadamard(W, *factors, self.scaling, self.shape.in_channels, self.on_out)  # type: ignore[arg-type]
 
-    def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
-        return Dense.build(self, W, *factors, noise=noise)
-
-    def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> Sequence[Tensor | None]:
-        return Dense.pull(self, G, W, *factors)
-
-    def factors(self, W: Tensor) -> None:
-        return None
-
-    def reads_weight(self, op: Operator) -> bool:
-        return True
-
-    def replaces_weight(self, op: Operator) -> bool:
-        return True
-
-    def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
-        first, *others = factors
-        return weight_form(x, op, self, (self._drop_rows(first), *others), scale, self.dither(x.dtype))
-
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # which does not see into the gradients of autograd's own
             return nn.functional.linear(x, self.adapt(W, *factors), bias)
-        return Dense.run_plain(self, x, W, bias, *factors)
+        return super().run_plain(x, W, bias, *factors)
+
+
+def shape_of(tensors: Mapping[str, Tensor], config: LoHaConfig) -> WeightShape:
+    """The shape of the weight that an adapter's tensors are for, but for the kernel of a convolution in the flat form, of which
+    its lengths tell no more than the dimensions."""
+    a, b = tensors["hada_w1_a"], tensors["hada_w1_b"]
+    if "hada_t1" not in tensors:
+        lengths = tensors.get("hada_dora_scale", b)
+        size = 1 if config.wd_on_out else b.shape[1] // lengths.shape[1]
+        return WeightShape(a.shape[0], b.shape[1], (size, 1, 1)[: lengths.dim() - 2])
+    kernel = tuple(tensors["hada_t1"].shape[2:])
+    return WeightShape(a.shape[1], b.shape[1] * math.prod(kernel), kernel)
 
 
 def create_loha(shape: WeightShape, config: AdapterConfig) -> Adapter:

@@ -55,20 +55,14 @@ class LoHaConfig(AdapterConfig):
         self.require_share("module_dropout")
         if self.lora_alpha is not None:
             if not isinstance(self.alpha, _Unset) and self.alpha != self.lora_alpha:
-                raise self.error(
-                    "lora_alpha",
-                    f"is another name of alpha; got alpha={self.alpha}, lora_alpha={self.lora_alpha}",
-                    "Give one.",
-                )
+                found = f"is another name of alpha; got alpha={self.alpha}, lora_alpha={self.lora_alpha}"
+                raise self.error("lora_alpha", found, "Give one.")
             self.alpha, self.lora_alpha = self.lora_alpha, None
         if isinstance(self.alpha, _Unset):
             self.alpha = int(self.alpha)
         if self.weight_decompose and self.module_dropout:
-            raise self.error(
-                "module_dropout",
-                f"is not defined for weight_decompose=True, which no ΔW = 0 undoes; got {self.module_dropout}",
-                "Use rank_dropout.",
-            )
+            found = f"is not defined for weight_decompose=True, which no ΔW = 0 undoes; got {self.module_dropout}"
+            raise self.error("module_dropout", found, "Use rank_dropout.")
         if not (self.wd_on_out or self.weight_decompose):
             raise self.error("wd_on_out", "means nothing without weight_decompose=True; got False", "Set both, or neither.")
 

@@ -12,7 +12,7 @@ from .adapter import LoHa
 
 def _adapter(layer: Any, name: str, shape: WeightShape) -> LoHa:
     adapter = LoHa(shape, layer.r[name], layer.scaling[name], tucker=name in layer.hada_t1)
-    adapter.rank_dropout, adapter.module_dropout = layer.rank_dropout[name], layer.module_dropout[name]
+    adapter.set_dropout(layer.rank_dropout[name], layer.module_dropout[name])
     return adapter
 
 

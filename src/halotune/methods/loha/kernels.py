@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.kernels import added, by_chance, dot, filled, rounded, shares
+from ...ops.kernels import added, by_chance, dot, empty_parts, filled, noise, rounded, shares
 from ...ops.launch import Launcher, tiles
 
 ROWS, COLS = 64, 128
@@ -48,14 +47,18 @@ def _hadamard(
     inside = (rows[:, None] < m) & (cols[None] < n)
     w = tl.load(w_ptr + rows[:, None].to(tl.int64) * w_row + cols[None].to(tl.int64) * w_col, inside, other=0.0)
     y = w.to(tl.float32) + s * delta
+    at = rows[:, None].to(tl.int64) * n + cols[None]
     if NOISY:
         noise_ptr += layer * (m + n)
-        own = tl.load(noise_ptr + rows[:, None], rows[:, None] < m, other=0).to(tl.int32)
-        y = by_chance(y, own + tl.load(noise_ptr + m + cols[None], cols[None] < n, other=0), w.dtype)
-    tl.store(out_ptr + rows[:, None].to(tl.int64) * n + cols[None], rounded(y, w.dtype, INTERPRETED), inside)
+        u = noise(noise_ptr, rows[:, None], rows[:, None] < m, w.dtype) ^ noise(
+            noise_ptr + m, cols[None], cols[None] < n, w.dtype
+        )
+        tl.store(out_ptr + at, by_chance(y, u, w.dtype), inside)
+    else:
+        tl.store(out_ptr + at, rounded(y, w.dtype, INTERPRETED), inside)
 
 
-_launch_hadamard = Launcher(_hadamard, num_warps=4)
+_launch_hadamard = Launcher(_hadamard, num_warps=8)
 
 
 def hadamard(
@@ -109,8 +112,8 @@ def _pull(
         d1 += dot((g * m2).to(q1.dtype), q1, INTERPRETED)
         d2 += dot((g * m1).to(q2.dtype), q2, INTERPRETED)
     at = (part.to(tl.int64) * tl.num_programs(2) + layer) * 2 * m * R + rows[:, None] * R + ranks[None]
-    tl.store(out_ptr + at, d1, in_p)
-    tl.store(out_ptr + at + m * R, d2, in_p)
+    tl.store(out_ptr + at, rounded(d1, out_ptr.dtype.element_ty, INTERPRETED), in_p)
+    tl.store(out_ptr + at + m * R, rounded(d2, out_ptr.dtype.element_ty, INTERPRETED), in_p)
 
 
 _launch_pull = Launcher(_pull, num_warps=4)
@@ -129,7 +132,7 @@ def _pull_half(G: Tensor, P1: Tensor, Q1: Tensor, s: float) -> Callable[..., Ten
     )  # fmt: skip
 
     def run(G: Tensor, P1: Tensor, Q1: Tensor, P2: Tensor, Q2: Tensor) -> Tensor:
-        out = torch.empty(parts, *layers, 2, m, r, dtype=torch.float32, device=G.device)
+        out = empty_parts(parts, *layers, 2, m, r, like=P1)
         launch(G, P1, Q1, P2, Q2, out)
         return added(out, P1.dtype)
 

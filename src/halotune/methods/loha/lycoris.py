@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...core.errors import HalotuneError
 from ...core.operator import WeightShape
-from ...core.precision import exact_dtype
+from ...core.prepared import exact_dtype
 from ..lycoris_form import LycorisForm, read_alpha, with_alpha
 from .config import LoHaConfig
 
@@ -31,12 +31,7 @@ def read(tensors: Mapping[str, Tensor], shape: WeightShape) -> tuple[dict[str, A
     r = tensors["hada_w1_b"].shape[0]
     ours = {name: tensors[name] for name in _FACTORS}
     decomposed = "dora_scale" in tensors
-    fields = {
-        "r": r,
-        "alpha": read_alpha(tensors, r),
-        "use_scalar": "scalar" in tensors,
-        "weight_decompose": decomposed,
-    }
+    fields = {"r": r, "alpha": read_alpha(tensors, r), "use_scalar": "scalar" in tensors, "weight_decompose": decomposed}
     if math.prod(shape.kernel) > 1:
         fields["use_effective_conv2d"] = "hada_t1" in tensors
     for name in _CORES:

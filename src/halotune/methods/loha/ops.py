@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.precision import exact, exact_dtype
+from ...core.prepared import exact, exact_dtype
 from ...ops.dispatch import Op, triton_kernel
 from ...ops.rounding import rounded
 

@@ -1,11 +1,12 @@
 """LoRA: the baseline."""
 
+from ..measures import Measures
 from ..registry import Kind, Method, register
-from .adapter import Lora
+from .adapter import Lora, shape_of
 from .config import LoraConfig
 from .lycoris import FORM
-from .measures import MEASURES
 
+KINDS = {"LORA": Kind(2e-3, lambda r: {"r": r, "lora_alpha": r})}
 METHOD = register(
     Method(
         "LORA",
@@ -13,10 +14,10 @@ METHOD = register(
         LoraConfig,
         (Lora,),
         Lora.create,
-        {"LORA": Kind(2e-3, lambda r: {"r": r, "lora_alpha": r})},
+        KINDS,
         low_rank=lambda r: LoraConfig(r=r, lora_alpha=r),
         lycoris=FORM,
-        measures=MEASURES,
+        measures=Measures(shape_of),
     )
 )
 

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ...core.adapter import LowRank
 from ...core.config import AdapterConfig
+from ...core.kinds import LowRank
 from ...core.operator import WeightShape
-from ...core.precision import exact_dtype
-from ...core.recompute import Tensors
+from ...core.prepared import Tensors, exact_dtype
 from .config import LoraConfig
 
 
-class Factor(nn.Module):
-    """A matrix named as in PEFT's files, `lora_A.weight`; for convolutions in the layout of a kernel."""
-
-    def __init__(self, *size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
+def shape_of(tensors: Mapping[str, Tensor], config: LoraConfig) -> WeightShape:
+    """The shape of the weight that an adapter's tensors, under their names in files, are for."""
+    A, B = tensors["lora_A.weight"], tensors["lora_B.weight"]
+    return WeightShape(B.shape[0], A[0].numel(), tuple(A.shape[2:]))
 
 
 class Lora(LowRank):
@@ -34,21 +31,21 @@ class Lora(LowRank):
     def __init__(self, shape: WeightShape, r: int, scaling: float) -> None:
         super().__init__(shape)
         self.scaling = scaling
-        ones = [1] * len(shape.kernel)
-        self.lora_A = Factor(r, shape.in_channels, *shape.kernel)
-        self.lora_B = Factor(shape.out_features, r, *ones)
+        A = torch.empty(r, shape.in_channels, *shape.kernel)
+        B = torch.empty(shape.out_features, r, *[1] * len(shape.kernel))
+        self.lora_A, self.lora_B = (nn.ParameterDict({"weight": nn.Parameter(t)}) for t in (A, B))  # named as in PEFT's files
 
     @classmethod
     def create(cls, shape: WeightShape, config: AdapterConfig) -> Self:
         assert isinstance(config, LoraConfig)
         adapter = cls(shape, config.r, config.scaling)
-        adapter.input_dropout = config.lora_dropout
+        adapter.dropout = config.lora_dropout
         adapter.reset(config.init_weights)
         return adapter
 
     @torch.no_grad()
     def reset(self, init: bool | str) -> None:
-        A, B = self.lora_A.weight, self.lora_B.weight
+        A, B = self.lora_A["weight"], self.lora_B["weight"]
         if init == "gaussian":
             nn.init.normal_(A, std=1 / A.shape[0])
         else:
@@ -57,16 +54,14 @@ class Lora(LowRank):
 
     @property
     def rank(self) -> int:
-        return self.lora_A.weight.shape[0]
+        return self.lora_A["weight"].shape[0]
 
     @torch.no_grad()
     def set_factors(self, B: Tensor, A: Tensor) -> None:
         """Take over factors `B (out, k)`, `A (k, in)`, k ≤ r; the other ranks become zero."""
-        k = A.shape[0]
-        for factor in (self.lora_A, self.lora_B):
-            factor.weight.zero_()
-        self.lora_A.weight.flatten(1)[:k] = A
-        self.lora_B.weight.flatten(1)[:, :k] = B / self.scaling
+        k, own_A, own_B = A.shape[0], self.lora_A["weight"].zero_(), self.lora_B["weight"].zero_()
+        own_A.flatten(1)[:k] = A
+        own_B.flatten(1)[:, :k] = B / self.scaling
 
     def batch_key(self) -> Hashable:
         return self.scaling, self.shape

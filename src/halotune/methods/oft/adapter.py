@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ...core.adapter import Rotation
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
-from ...core.frozen_linear import flattened
+from ...core.kinds import Rotation
 from ...core.operator import WeightShape
-from ...core.recompute import Tensors
+from ...core.prepared import Tensors
+from ...ops.product import flattened
 from . import ops
 from .config import OFTConfig
 
@@ -44,7 +44,7 @@ class OFT(Rotation):
             )
         terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
         adapter = cls(shape, b, config.block_share, terms, config.eps if config.coft else None)
-        adapter.module_dropout = config.module_dropout
+        adapter.dropout = config.module_dropout
         nn.init.normal_(adapter.oft_R["weight"], std=0.0 if config.init_weights else 0.1)
         return adapter
 
@@ -72,7 +72,7 @@ class OFT(Rotation):
 
     def drop(self, *factors: Tensor) -> Tensors:
         (R,) = factors
-        dropped = torch.rand(self.rank, 1, 1, device=R.device) < self.module_dropout
+        dropped = torch.rand(self.rank, 1, 1, device=R.device) < self.dropout
         return (torch.where(dropped, torch.eye(self.b, dtype=R.dtype, device=R.device), R),)
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:

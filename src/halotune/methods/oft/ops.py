@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.frozen_linear import flattened, no_view
-from ...core.precision import exact, exact_dtype
-from ...core.prepared import is_transformed
+from ...core.prepared import exact, exact_dtype, is_transformed
+from ...ops.product import flattened, no_view
 
 
 def skew(θ: Tensor, b: int, eps: float | None = None) -> Tensor:

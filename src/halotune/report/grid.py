@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from .figures import Figures
-
 
 def split(paths: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Path -> layer and module, e.g. `model.layers.3.self_attn.q_proj` -> `model.layers.3`, `self_attn.q_proj`.
@@ -22,15 +20,6 @@ def _ways(path: str) -> list[tuple[str, str]]:
     parts = path.split(".")
     cuts = [i for i, part in enumerate(parts[:-1], 1) if part.isdecimal()]
     return [(".".join(parts[:i]), ".".join(parts[i:])) for i in cuts]
-
-
-def modules(layers: Sequence[Figures]) -> dict[str, list[Figures]]:
-    """Layers by the name of their module."""
-    out: dict[str, list[Figures]] = {}
-    where = split([layer.path for layer in layers])
-    for layer in layers:
-        out.setdefault(where[layer.path][1], []).append(layer)
-    return out
 
 
 def short(names: Iterable[str]) -> dict[str, str]:
