@@ -97,7 +97,7 @@ def test_a_preset_says_what_still_differs(encoder, tmp_path):
     data = str(write_glue(tmp_path, "cola"))
     config = configure(encoder, tmp_path / "run", task="cola", data=data, preset="paper-code", epochs=1)
     record = train_nlu(config)
-    said = " ".join(record["differences"])
+    said = " ".join(record["substitutes"])
     assert "Adam" in said and "halves the whole model" in said and "not DeBERTaV3-base" in said
     assert record["config"]["learning_rate"] == 8e-4 and record["config"]["freeze_head"] is True
 

@@ -74,6 +74,7 @@ def test_a_finished_run_has_it_all(whole):
         assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(os.listdir(whole / name))
         assert not list((whole / name).glob("*.bin"))
     assert [f.name for f in (whole / "checkpoints").iterdir()] == ["checkpoint-12"]
+    assert "matthews" not in (page := (whole / "index.html").read_text()) and "accuracy" in page
 
 
 def test_best_is_the_adapter_of_the_best_evaluation(whole, encoder, table):

@@ -64,7 +64,7 @@ def test_a_sweep_trains_each_run_in_its_own_process_and_goes_on_where_it_ended(f
     """Two side by side; one of them is killed in its log, and is tried again by the same command."""
     assert main(["train", "nlu", *flags, "--sweep", "seed=0,1", "--parallel", "2"]) == 0
     root = tmp_path / "sweep"
-    assert {f.name for f in root.iterdir()} == {"seed=0", "seed=1", "sweep.json"}
+    assert {f.name for f in root.iterdir()} == {"seed=0", "seed=1", "sweep.json", "index.html"}
     records = [read_run(root / f"seed={seed}") for seed in (0, 1)]
     assert [r["seed"] for r in records] == [0, 1] and all(r["status"] == "finished" for r in records)
     assert records[0]["results"] != records[1]["results"]

@@ -191,8 +191,7 @@ def train_nlu(config: NLUConfig, *, dry_run: bool = False, command: str | None =
             labels=None if task.labels is None else list(task.labels),
             rows={"train": len(data.train), "evaluation": {k or "validation": len(v) for k, v in evaluations.items()}},
             skipped={"count": len(data.skipped), "rows": data.skipped[:100]},
-            substitutes=data.notes,
-            differences=differences(config.preset, config.task, config.model) if config.preset else [],
+            substitutes=data.notes + (differences(config.preset, config.task, config.model) if config.preset else []),
         )
         if data.skipped:
             said(f"{len(data.skipped)} rows were left out, such as {data.skipped[0]}; run.json lists them")

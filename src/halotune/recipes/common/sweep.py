@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ...core.errors import HalotuneError
 from ...core.files import write_atomically
+from ...report.page import write_page
 from ...report.record import write_record
 from ...report.table import text_table
 from .commandline import parse
@@ -70,6 +71,8 @@ def sweep(kind: type[RunConfig], arguments: Sequence[str], axes: Sequence[str], 
     rows = averages({f: p for f, p in runs.items() if f not in failed})
     write_record(root / "sweep.json", {"axes": list(axes), "rows": finite(rows)})
     print(table(rows))
+    if rows:
+        write_page([root], root / "index.html")
     if failed:
         raise HalotuneError(
             f"{len(failed)} of {len(runs)} runs failed, such as {failed[0]}: see its log.txt. The same command tries again."

@@ -25,9 +25,9 @@ from ...cli.main import require
 from ...core.errors import HalotuneError
 from ...engine.training import parameter_groups
 from ...integrations.transformers import AdapterTrainerMixin
+from ...report.page import write_page
 from .config import RunConfig
 from .model import count, write_changes
-from .page import write_page
 from .run import FINISHED, Run, said
 
 CHECKPOINT = "checkpoint-"

@@ -39,7 +39,7 @@ def settings(preset: Literal["paper", "paper-code"], task: str, regularised: boo
 
 
 def differences(preset: Literal["paper", "paper-code"], task: str, model: str) -> list[str]:
-    """What still differs from the paper, or from its code, under a preset."""
+    """What still differs from the paper, or from its code, under a preset: a text each."""
     found = [
         "Adam corrects its bias, the paper's code does not",
         "after warmup the rate falls linearly from its peak; the code's is peak × (1 − share of all steps), and drops there",
