@@ -77,7 +77,7 @@ def configured(point: Point, args: argparse.Namespace, scratch: Path) -> Any:
         model=args.model,
         template="auto",
         data=f"{args.data}/gsm8k/train.jsonl,{args.data}/math/train.jsonl",
-        eval_data=held_out(args.data, scratch),
+        evaluation=held_out(args.data, scratch),
         max_rows=args.rows,
         max_length=args.length,
         method=kind,
@@ -124,7 +124,7 @@ def work(point: Point, args: argparse.Namespace) -> str:
             record["results"]["gsm8k"] = {k: scores[k] for k in ("strict", "paper", "not_ended")}
         record["substitutes"] = ["model: SmolLM2-135M-Instruct out of 4-bit numbers; data: GSM8K and MATH, not MetaMathQA"]
         record["workers"] = args.workers  # runs shared the GPU, so seconds are comparable within a sitting alone
-        record["config"].update(model="smollm2", output="", data="gsm8k/train.jsonl,math/train.jsonl", eval_data="held out")
+        record["config"].update(model="smollm2", output="", data="gsm8k/train.jsonl,math/train.jsonl", evaluation="held out")
         target = folder_of(args.output, point)
         target.mkdir(parents=True, exist_ok=True)
         if seed:

@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(place: Path, name: str) -> dict[str, Any]:
     sizes = {"max_length": 256, "batch_size": 4, "max_steps": 6, "log_every": 1, "save_every": 2, "evaluate_every": 3}
-    data = {"model": str(place / "base"), "data": str(place / "train.jsonl"), "eval_share": 0.1}
+    data = {"model": str(place / "base"), "data": str(place / "train.jsonl"), "evaluation": 0.1}
     return {**data, **sizes, **QUIET, "adapter": {"r": 4}, "output": str(place / name)}
 
 
@@ -194,8 +194,8 @@ def test_presets_are_the_papers_and_flags_win() -> None:
 
 
 def test_contradictions_are_refused() -> None:
-    with pytest.raises(HalotuneError, match="eval_share"):
-        MathConfig(model="m", data="d", eval_share=0.1, eval_data="e")
+    with pytest.raises(HalotuneError, match="evaluation: expected a file, or a share"):
+        MathConfig(model="m", data="d", evaluation=1.5)
     with pytest.raises(HalotuneError, match="all the same"):
         MathEvaluation(suite="gsm8k", model="m", samples=4, temperature=0.0)
     with pytest.raises(HalotuneError, match="--adapter"):

@@ -125,7 +125,7 @@ def test_rows_of_every_kind_are_learned(kind: str, base: Path, tmp_path: Path) -
         rows = [{"prompt": r["messages"][0]["content"], "response": r["messages"][1]["content"]} for r in rows]
     if kind == "text":
         rows = [{"text": r["messages"][1]["content"]} for r in rows]
-    record = train_sft(config(base, tmp_path, data=write(tmp_path / "rows.jsonl", rows), eval_share=0.25))
+    record = train_sft(config(base, tmp_path, data=write(tmp_path / "rows.jsonl", rows), evaluation=0.25))
     assert record["rows"] == {"train": 18, "evaluation": 6, "cut": 0} and record["status"] == "finished"
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert all(line["loss"] > 0 and line["tokens_per_second"] > 0 for line in lines if "loss" in line)
@@ -140,7 +140,7 @@ def test_packing_changes_no_evaluation(base: Path, tmp_path: Path) -> None:
     found = []
     for packing in (True, False):
         own = {"output": str(tmp_path / f"packing-{packing}"), "packing": packing, "learning_rate": 1e-9}
-        found.append(train_sft(config(base, tmp_path, data=data, eval_data=held, **own))["results"]["last"]["loss"])
+        found.append(train_sft(config(base, tmp_path, data=data, evaluation=held, **own))["results"]["last"]["loss"])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
@@ -171,7 +171,7 @@ def test_an_answer_that_never_begins(base: Path, tmp_path: Path) -> None:
         train_sft(config(base, tmp_path, data=write(tmp_path / "rows.jsonl", chats(4)), max_length=10))
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, while it traces
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")  # its own, while it traces
 def test_compiled_blocks_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_peft_model(tiny_llama(), HRAConfig(r=4, target_modules="all-linear", init_weights=False))
     ids = torch.arange(3, 40)[None]

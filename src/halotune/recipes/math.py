@@ -94,9 +94,7 @@ class MathConfig(SFTConfig):
 
 def train_math(config: MathConfig, *, dry_run: bool = False, command: str | None = None) -> dict[str, Any]:
     """Train, or go on where a run was interrupted; see `train_sft`."""
-    return train_sft(
-        config, dry_run=dry_run, command=command, record={"differences": list(DIFFERENCES) if config.preset else []}
-    )
+    return train_sft(config, dry_run=dry_run, command=command, substitutes=DIFFERENCES if config.preset else ())
 
 
 # -- evaluation

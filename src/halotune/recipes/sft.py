@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -18,10 +18,11 @@ import datasets
 from accelerate.utils.other import is_repeated_blocks
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.utils.logging import disable_progress_bar
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig as TRLConfig
 
-from ..cli.loading import loadable, quiet_unless_watched
+from ..cli.loading import loadable
 from ..core.config import TaskType
 from ..core.errors import HalotuneError
 from ..engine.model import PeftModel
@@ -43,8 +44,7 @@ class SFTConfig(RunConfig):
     Args:
         data: a file (jsonl, json, parquet, csv, tsv) or a data set on the hub (user/name, user/name:split), or several,
             separated by commas; rows hold messages, a prompt and a response, or text.
-        eval_data: rows to evaluate on, named like `data`.
-        eval_share: take this share of `data` for evaluation instead.
+        evaluation: rows to evaluate on, named like `data`; or the share of the rows that is held out for it (0 for none).
         max_rows: use no more rows of `data` than this.
         prompt_column: what the column of prompts is called, where its name is not one of the usual ones.
         response_column: what the column of responses is called.
@@ -59,8 +59,7 @@ class SFTConfig(RunConfig):
     """
 
     data: str
-    eval_data: str | None = None
-    eval_share: float = 0.0
+    evaluation: float | str = 0.0
     max_rows: int | None = None
     prompt_column: str | None = None
     response_column: str | None = None
@@ -84,20 +83,19 @@ class SFTConfig(RunConfig):
         return understood(values, Columns(self.prompt_column, self.response_column, self.text_column))
 
     def check(self) -> None:
-        self.require("eval_share", 0 <= self.eval_share < 1, "must be a share, from 0 to below 1", "Use 0.05 for a twentieth.")
-        both = self.eval_data is not None and self.eval_share > 0
-        self.require("eval_share", not both, "is given, and eval_data too", "Leave out one of them.")
+        share = isinstance(self.evaluation, str) or 0 <= self.evaluation < 1
+        self.require("evaluation", share, "expected a file, or a share from 0 to below 1", "Use 0.05 for a twentieth.")
         self.require("max_length", self.max_length >= 8, "must be at least 8 tokens", "Use a length such as 1024.")
         self.require("max_rows", self.max_rows is None or self.max_rows >= 1, "must be at least 1", "Leave it out for all.")
 
 
 def train_sft(
-    config: SFTConfig, *, dry_run: bool = False, command: str | None = None, record: Mapping[str, Any] | None = None
+    config: SFTConfig, *, dry_run: bool = False, command: str | None = None, substitutes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Train, or go on where a run was interrupted; a finished run is left as it is.
 
     Args:
-        record: further entries of run.json.
+        substitutes: what run.json says is not as in the paper that a preset is of.
 
     Returns:
         what run.json holds.
@@ -131,7 +129,7 @@ def train_sft(
         return run.record
     with run.open():
         rows = {"train": len(train_rows), "evaluation": len(eval_rows), "cut": cut}
-        run.update(rows=rows, skipped={"count": len(bad), "rows": bad[:100]}, **(record or {}))
+        run.update(rows=rows, skipped={"count": len(bad), "rows": bad[:100]}, substitutes=list(substitutes))
         trainer.train_run()
         trainer.finish(trainer.measured() if held is not None else {})
     return run.record
@@ -139,9 +137,9 @@ def train_sft(
 
 def quiet() -> None:
     """Progress bars are for terminals, not for log files."""
-    quiet_unless_watched()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+        disable_progress_bar()
 
 
 # -- data
@@ -161,11 +159,11 @@ def read_data(config: SFTConfig) -> tuple[list[Example], list[Example], list[str
     """Rows for training and for evaluation, and what was wrong with those left out."""
     rows, bad = read_examples(config.data, config.example, skip_bad=config.skip_bad_rows)
     rows = rows[: config.max_rows]
-    if config.eval_data is not None:
-        held, more = read_examples(config.eval_data, config.example, skip_bad=config.skip_bad_rows)
+    if isinstance(config.evaluation, str):
+        held, more = read_examples(config.evaluation, config.example, skip_bad=config.skip_bad_rows)
         return rows, held, bad + more
-    if config.eval_share:
-        rows, held = split(rows, config.eval_share, config.seed)
+    if config.evaluation:
+        rows, held = split(rows, config.evaluation, config.seed)
         return rows, held, bad
     return rows, [], bad
 
