@@ -193,6 +193,11 @@ def test_presets_are_the_papers_and_flags_win() -> None:
         MathConfig(model="m", data="d", preset="paper", method="lora")
 
 
+def test_rates_are_a_language_models() -> None:
+    assert MathConfig(model="m", data="d").learning_rate == pytest.approx(1e-3)  # HRA's own is 1e-2
+    assert MathConfig(model="m", data="d", learning_rate=0.5).learning_rate == 0.5
+
+
 def test_contradictions_are_refused() -> None:
     with pytest.raises(HalotuneError, match="evaluation: expected a file, or a share"):
         MathConfig(model="m", data="d", evaluation=1.5)
@@ -200,3 +205,28 @@ def test_contradictions_are_refused() -> None:
         MathEvaluation(suite="gsm8k", model="m", samples=4, temperature=0.0)
     with pytest.raises(HalotuneError, match="--adapter"):
         MathEvaluation(suite="gsm8k")
+
+
+def test_vllm_answers_through_the_lora_that_equals_the_adapter(place: Path, whole: Path, tmp_path: Path, monkeypatch) -> None:
+    """A stand-in for vLLM, which is not installed here: what it is given, and what becomes of its answers."""
+    given: dict[str, Any] = {}
+
+    class LLM:
+        def __init__(self, **options: Any) -> None:
+            given["options"] = options
+
+        def generate(self, prompts: list[dict[str, Any]], how: Any, lora_request: Any) -> list[Any]:
+            given.update(prompts=prompts, how=how, lora=lora_request)
+            said = SimpleNamespace(text=" The answer is: 5 ### Instruction", token_ids=[1, 2], finish_reason="length")
+            return [SimpleNamespace(outputs=[said]) for _ in prompts]
+
+    vllm = SimpleNamespace(LLM=LLM, SamplingParams=lambda **options: options)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", SimpleNamespace(LoRARequest=lambda *args: args))
+    scores = evaluate_math(evaluation(place, whole, backend="vllm", limit=3, output=str(tmp_path / "out")))
+    assert scores["strict"]["of"] == 3 and len(given["prompts"]) == 3 and given["how"]["temperature"] == 0
+    assert given["options"]["max_lora_rank"] >= 4 and (Path(given["lora"][2]) / "adapter_model.safetensors").is_file()
+    assert given["prompts"][0]["prompt_token_ids"][0] != 0 and given["how"]["stop_token_ids"]
+    lines = read_lines(tmp_path / "out" / "answers.jsonl")
+    assert lines[0]["answer"] == "The answer is: 5" and lines[0]["ended"]  # at the stop text

@@ -75,7 +75,7 @@ class MathConfig(SFTConfig):
 
     def fill(self) -> None:
         if self.preset is None:
-            return
+            return super().fill()
         settings, adapter = PRESETS[self.preset]
         self.require(
             "preset", hasattr(self.adapter, "orthogonality_weight"), "is for HRA", "Leave it out, or use --method hra."
@@ -87,6 +87,7 @@ class MathConfig(SFTConfig):
         own = {k: v for k, v in adapter.items() if getattr(self.adapter, k) == getattr(usual, k)}
         assert isinstance(self.adapter, AdapterConfig)  # __post_init__ has seen to it
         self.adapter = replace(self.adapter, **own)
+        super().fill()
 
     def example(self, values: dict[str, Any]) -> Example:
         return understood(as_metamath(values), Columns(self.prompt_column, self.response_column, self.text_column))

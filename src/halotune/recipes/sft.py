@@ -27,7 +27,7 @@ from ..core.config import TaskType
 from ..core.errors import HalotuneError
 from ..engine.model import PeftModel
 from ..integrations.trl import AdapterSFTTrainer
-from .common.config import RunConfig
+from .common.config import RunConfig, find_method
 from .common.dry_run import dry_run as show_dry_run
 from .common.model import adapt, load_base, model_source
 from .common.run import Run, said
@@ -77,6 +77,10 @@ class SFTConfig(RunConfig):
     RECIPE: ClassVar[str] = "sft"
     EPOCHS: ClassVar[float] = 1.0
     WARMUP: ClassVar[float] = 0.03
+
+    def fill(self) -> None:
+        """A tenth of the method's default rate, which is that of a small encoder: with the whole, HRA's loss rises at once."""
+        self.fill_in(learning_rate=0.1 * find_method(str(self.method))[1].learning_rate)
 
     def example(self, values: dict[str, Any]) -> Example:
         """What a row of data means; ValueError where it means nothing."""

@@ -73,7 +73,7 @@ def encode(tokenizer: Any, row: Example) -> dict[str, list[int]]:
         HalotuneError: the template does not show where the assistant's messages are.
     """
     if isinstance(row, Text):
-        ids = tokenizer(row.text).input_ids
+        ids = tokenizer(row.text, verbose=False).input_ids
         ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
         return {"input_ids": ids, "labels": list(ids)}
     if tokenizer.chat_template is None:
@@ -95,7 +95,7 @@ def _encode_spans(tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]) -
         raise HalotuneError(
             f"{type(tokenizer).__name__}: does not tell which characters a token stands for. Load the model's fast tokenizer."
         )
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)  # it is cut later
     labels = [IGNORED] * len(tokens.input_ids)
     for i, (first, last) in enumerate(tokens.offset_mapping):
         if any(last > start and first < end for start, end in spans if last > first):
