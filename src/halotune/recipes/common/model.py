@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
-from ...cli.loading import loadable, quiet_unless_watched
+from ...cli.loading import loadable
 from ...cli.main import require
 from ...core.config import AdapterConfig, TaskType
 from ...demo.model import PACKAGE, PINNED, WEIGHTS_SHA256, check_sha256, package_folder
@@ -33,7 +35,8 @@ def load_base(auto_class: Any, config: RunConfig, heads: Sequence[str] | None = 
     if config.quant:
         require("quant", ["bitsandbytes"])
         kwargs = {"quantization_config": quantization(config, heads), "device_map": _placed(config), **kwargs}
-    quiet_unless_watched()
+    if not sys.stderr.isatty():  # progress bars are for terminals, not for log files
+        logging.disable_progress_bar()
     with loadable("the model", config.model):
         return auto_class.from_pretrained(
             model_source(config.model), revision=config.revision or "main", dtype=DTYPES[config.precision], **kwargs
