@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "methods": {"core", "ops"},
     "export": {"core"},
     "engine": {"core", "ops", "export", "methods.registry"},
-    "convert": {"core", "engine", "methods.registry", "methods.lycoris_form"},
+    "convert": {"core", "engine", "export.components", "methods.registry", "methods.lycoris_form"},
     "quant": {"core"},
     "integrations": {"engine", "core", "methods.registry"},
     "recipes": None,

@@ -414,3 +414,36 @@ def test_an_attention_of_two_names(targets: list[str]):
     out = model.merge_and_unload()
     assert out[0].attn is out[1].attn
     close(out[1](*qkv)[0], expected[0](*qkv)[0])
+
+
+class Calling(nn.MultiheadAttention):
+    """Calls its output projection, where torch's own reads its weight."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **kwargs) -> tuple[Tensor, None]:  # type: ignore[override]
+        q, k, v = nn.functional.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        return self.out_proj(nn.functional.scaled_dot_product_attention(q, k, v)), None
+
+
+@pytest.mark.parametrize("targets", [["in_proj", "out_proj"], ["out_proj"]], ids=str)
+@every_method
+@torch.no_grad()
+def test_a_forward_of_its_own_that_calls_the_output_projection(method: str, targets: list[str]):
+    plain, x = Block(), tensor(5, 3, 6)
+    plain.attn = Calling(6, 2)
+    frozen(plain)
+    model = adapted(copy.deepcopy(plain), a=config(method, targets))
+    expected = composed(plain, model, ["a"])(x, x, x)[0]
+    close(model(x, x, x)[0], expected)
+    close(model(x, x, x)[0], expected)
+    close(model.merge_and_unload()(x, x, x)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["in_proj_weight", "out_proj"])
+def test_projections_that_are_computed_are_refused(name: str):
+    plain = Block()
+    if name == "out_proj":
+        nn.utils.parametrizations.weight_norm(plain.attn.out_proj)
+    else:
+        nn.utils.parametrizations.weight_norm(plain.attn, name)
+    with pytest.raises(HalotuneError, match=rf"^attn.{name.removesuffix('_weight')}: .* computed from other parameters"):
+        get_peft_model(plain, LoraConfig(target_modules=[name.removesuffix("_weight")]))

@@ -128,3 +128,70 @@ def test_a_forward_of_its_own_that_multiplies_by_the_weight_is_a_plain_one() -> 
     model, x = adapted(Written(12, 12), BAT), torch.randn(5, 12)
     y = model(x)
     torch.testing.assert_close(model.merge_and_unload()(x), y)
+
+
+class ReadOnly(nn.Parameter):
+    """Takes writes, and stays as it is."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is Tensor.copy_:
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_loss_that_rounding_does_not_explain_is_an_error(dtype: torch.dtype) -> None:
+    layer = nn.Linear(12, 12).to(dtype)
+    layer.weight = ReadOnly(layer.weight.detach(), requires_grad=False)
+    model = adapted(layer, CONFIGS["bone"])
+    with pytest.raises(HalotuneError, match=r"layer: the weight of this Linear was written.*lacks 100% of the adapter's delta"):
+        model.merge_adapter()
+    assert not model.merged_adapters
+
+
+@torch.no_grad()
+def test_memory_that_two_parameters_share_is_left_to_the_other() -> None:
+    """Tied by `.data`, as older code does it."""
+    model = nn.Sequential(OrderedDict(first=nn.Linear(6, 6), layer=nn.Linear(6, 6)))
+    model.layer.weight.data = model.first.weight.data
+    W, x = model.first.weight.clone(), torch.randn(3, 6)
+    with pytest.warns(UserWarning, match="layer shares its weight with first.weight"):
+        wrapped = randomize(halotune.get_peft_model(model, HRAConfig(r=2, target_modules=["layer"])))
+    y = wrapped(x)
+    with pytest.warns(UserWarning, match="layer shares its weight with another module"):
+        merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(merged(x), y)
+    assert torch.equal(merged.first.weight, W)
+
+
+@pytest.mark.parametrize("change", ["prune", "weight_norm", "parametrization"])
+def test_a_weight_that_is_computed_since_the_merge_is_not_put_back(change: str) -> None:
+    """Else it would be written where nobody reads it."""
+    layer, x = nn.Linear(12, 12), torch.randn(5, 12)
+    W, model = layer.weight.detach().clone(), adapted(layer, CONFIGS["hra"])
+    with torch.no_grad():
+        y = model(x)
+    model.merge_adapter()
+    if change == "parametrization":
+        parametrize.register_parametrization(layer, "weight", nn.Identity())
+    else:
+        HOOKS[change](layer)
+    for undo in (model.unmerge_adapter, model.unload, lambda: model.delete_adapter("default")):
+        with pytest.raises(HalotuneError, match=r"^layer: since adapters were merged into it.*cannot be put back"):
+            undo()
+    if change == "parametrization":
+        parametrize.remove_parametrizations(layer, "weight")
+        model.unmerge_adapter()
+        assert torch.equal(layer.weight, W)
+        torch.testing.assert_close(model(x), y)
+
+
+def test_deltas_that_depend_on_a_weight_that_is_not_applied_are_not_exported(tmp_path) -> None:
+    """A low-rank delta is the same for any weight; a rotation's is not."""
+    adapted(Quarter(12, 12), CONFIGS["bone"]).export("lora", tmp_path / "bone")
+    with pytest.raises(HalotuneError, match=r"Quarter: the delta of HRA depends on the weight"):
+        adapted(Quarter(12, 12), CONFIGS["hra"]).export("lora", tmp_path / "hra")
+    model = adapted(Quarter(12, 12), CONFIGS["hra"])
+    with pytest.raises(HalotuneError, match=r"layer: the delta of HRA depends on the weight"):
+        model.add_weighted_adapter(["default"], [1.0], "b", "lora")

@@ -59,7 +59,7 @@ def test_fixtures_compute_the_same_and_come_back(source: Path, tmp_path: Path) -
 
     to = "kohya" if source is KOHYA else "lycoris"
     convert_adapter(source, tmp_path / "peft", "peft", base=BASE)
-    convert_adapter(tmp_path / "peft", tmp_path / "out.safetensors", to)
+    convert_adapter(tmp_path / "peft", tmp_path / "out.safetensors", to, prefix=prefix)
     assert same(tmp_path / "out.safetensors", source)
     assert read_metadata(tmp_path / "out.safetensors") == read_metadata(source)
     assert error(output(PeftModel.from_pretrained(base("llama"), tmp_path / "peft"), io["input_ids"]), io["expected"]) < 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from enum import Enum
 
 import peft
@@ -140,17 +141,63 @@ def test_entries_that_mean_nothing_are_accepted(entry):
 @pytest.mark.parametrize(
     ("config", "entry", "says"),
     [
-        (LoraConfig, {"use_dora": True}, "LoraConfig.use_dora: not supported.*True"),
-        (LoraConfig, {"layer_replication": [[0, 2]]}, "layer_replication: not supported"),
+        (
+            LoraConfig,
+            {"use_dora": True},
+            "LoraConfig.use_dora: set to True: .* is DoRA.*not supported.*peft reads it: merge",
+        ),
+        (LoraConfig, {"layer_replication": [[0, 2]]}, "layer_replication.*layers are repeated.*peft reads it"),
+        (LoraConfig, {"target_parameters": ["experts.down_proj"]}, "target_parameters.*single parameters.*peft reads it"),
+        (
+            LoraConfig,
+            {"init_lora_weights": "pissa_niter_4"},
+            "'pissa_niter_4'.*over other base .*peft.*path_initial",
+        ),
+        (LoraConfig, {"init_lora_weights": "olora"}, "'olora'.*over other base weights"),
         (LoraConfig, {"megatron_core": "other"}, "megatron_core: not supported"),
         (HRAConfig, {"apply_gs": True}, "apply_gs: not supported.*Did you mean 'apply_GS'"),
         (HRAConfig, {"zeal": 0.5}, "zeal: not supported"),
     ],
-    ids=["dora", "replication", "megatron", "misspelt", "unknown"],
+    ids=["dora", "replication", "parameters", "pissa", "olora", "megatron", "misspelt", "unknown"],
 )
 def test_entries_that_mean_something_else_are_refused(config, entry, says):
     with pytest.raises(HalotuneError, match=says):
         config.from_dict({"r": 4, **entry})
+
+
+# What peft 0.21 has beside our own, set so that it means something.
+PEFTS_OWN = {
+    "use_dora": True,
+    "use_qalora": True,
+    "lora_bias": True,
+    "use_bdlora": {"target_modules_bd_a": ["q"]},
+    "layer_replication": [[0, 2]],
+    "target_parameters": ["w"],
+    "trainable_token_indices": [1],
+    "alora_invocation_tokens": [3],
+    "megatron_config": {"a": 1},
+    "arrow_config": {"top_k": 2},
+    **{f"init_lora_weights/{i}": i for i in ("pissa", "olora", "corda", "loftq")},
+}
+
+
+@pytest.mark.parametrize("entry", PEFTS_OWN)
+def test_variants_of_peft_are_told_by_their_names(entry, tmp_path):
+    """No unrelated word is proposed, and nothing is to be mended."""
+    text = {"peft_type": "LORA", "r": 4, entry.partition("/")[0]: PEFTS_OWN[entry]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(text))
+    with pytest.raises(AdapterFileError) as caught:
+        PeftConfig.from_pretrained(tmp_path)
+    said = str(caught.value)
+    assert repr(PEFTS_OWN[entry]) in said and "the adapter is " in said and "peft reads it" in said
+    assert not re.search("Did you mean|Mend|Fix the file", said)
+
+
+@pytest.mark.parametrize("start", ["eva", "orthogonal", "lora_ga", "gaussian"])
+def test_a_start_that_leaves_the_base_alone_is_a_plain_lora(start):
+    """As peft writes it, with how it was started beside it."""
+    config = LoraConfig.from_dict({"r": 4, "init_lora_weights": start, "eva_config": {"rho": 2.0}})
+    assert config == LoraConfig(r=4)
 
 
 def test_a_file_of_another_method_is_told_from_this_one(tmp_path):

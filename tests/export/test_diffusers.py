@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from halotune import BoneConfig, HRAConfig, LoHaConfig, get_peft_model
@@ -18,6 +18,7 @@ from halotune.core.config import AdapterConfig
 from halotune.engine.injection.modules import adapted_layers
 from halotune.export import check
 
+from ..convert.test_diffusion import SDXL, unet
 from ..examples.models import save_stable_diffusion
 from ..laws.cases import matrix, relative
 from ..several.models import randomized
@@ -148,6 +149,40 @@ def test_comfyui_knows_a_unet_by_kohyas_names(pipeline: Path, tmp_path: Path):
         W = matrix(layer.base_layer)
         delta = float(tensors[f"{name}.alpha"]) / down.shape[0] * up @ down
         assert relative(delta, layer.adapters["default"].weight(W) - W) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_diffusers_reads_comfyuis_file_of_a_unet(kind: str, pipeline: Path, tmp_path: Path):
+    """It refuses alphas in the keys together with scales in the header."""
+    from diffusers import StableDiffusionXLPipeline
+
+    if kind == "sd":
+        pipe: Any = load(pipeline)
+        parts: dict[str, Any] = {}
+    else:
+        names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+        pipe = StableDiffusionXLPipeline(unet=unet(**SDXL), **dict.fromkeys(names))
+        parts = {"added_cond_kwargs": {"text_embeds": torch.ones(2, 8), "time_ids": torch.ones(2, 6)}}
+    width = pipe.unet.config.cross_attention_dim
+    inputs = torch.randn(2, 4, 8, 8), 3, torch.randn(2, 5, width)
+    model = adapted(copy.deepcopy(pipe.unet), HRAConfig(r=4, init_weights=False), ["to_q", "to_out.0", "conv1", "proj_in"])
+    model.export("lora", tmp_path, runtime="comfyui")
+    assert check(tmp_path, ["comfyui", "diffusers"]) == []
+    pipe.load_lora_weights(tmp_path)
+    with torch.no_grad():
+        assert relative(pipe.unet(*inputs, **parts).sample, model(*inputs, **parts).sample) < 1e-5
+
+
+def test_alphas_and_a_header_are_too_much(pipeline: Path, tmp_path: Path):
+    """Why the rule is there: what diffusers itself says."""
+    model = adapted(load(pipeline).unet, HRAConfig(r=4, init_weights=False), ["to_q"])
+    model.export("lora", tmp_path, runtime="comfyui")
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(load_file(file), file, {"lora_adapter_metadata": '{"unet.r": 4, "unet.lora_alpha": 4}'})
+    (problem,) = check(tmp_path, "diffusers")
+    assert problem.rule.name == "two-scales" and "lora_adapter_metadata in the header, and lora_unet_" in problem.found
+    with pytest.raises(ValueError, match=r"network_alphas.*and.*metadata"):
+        load(pipeline).load_lora_weights(tmp_path)
 
 
 def test_the_command_finds_the_model_in_its_pipeline(pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from halotune import AdapterFileError, BoneConfig, HalotuneError, HRAConfig, LoHaConfig, get_peft_model
+from halotune import AdapterFileError, BoneConfig, HalotuneError, HRAConfig, LoHaConfig, get_peft_model, save_lycoris
+from halotune.cli.main import main
+from halotune.engine.injection.modules import adapted_layers
 from halotune.export import RULES, RUNTIMES, check
 
 from ..interop.models import FIXTURES
@@ -88,8 +90,12 @@ SPOILED: dict[tuple[str, str], Change] = {
     **{(c, "pairs"): without("v_proj.lora_B") for c in RULES},
     **{(c, "matrices"): lambda config, tensors: tensors.update({k: t[..., None] for k, t in tensors.items()}) for c in FOLDERS},
     **{(c, "one-rank"): rank(5, "v_proj") for c in ("vllm", "sglang")},
-    **{(c, "rank-pattern"): entry(rank_pattern={"v_proj": 2}) for c in ("vllm", "sglang")},
-    **{(c, "alpha-pattern"): entry(alpha_pattern={"v_proj": 9}) for c in FOLDERS},
+    ("sglang", "rank-pattern"): entry(rank_pattern={"other": 3}),
+    **{(c, "alpha-pattern"): entry(alpha_pattern={"v_proj": 9}) for c in ("sglang", "llama.cpp")},
+    **{(c, "base-changed"): entry(init_lora_weights="pissa_niter_16") for c in FOLDERS},
+    **{(c, "variant"): entry(layer_replication=[[0, 2], [1, 3]]) for c in FOLDERS},
+    ("llama.cpp", "alpha"): entry(lora_alpha=0),
+    ("llama.cpp", "tied-head"): renamed("q_proj", "lm_head"),
     **{(c, "rslora"): entry(use_rslora=True) for c in ("sglang", "llama.cpp")},
     **{(c, "bias"): entry(bias="lora_only") for c in FOLDERS},
     **{(c, "modules-to-save"): entry(modules_to_save=["lm_head"]) for c in FOLDERS},
@@ -102,8 +108,9 @@ SPOILED: dict[tuple[str, str], Change] = {
     ("diffusers", "grouped-rank"): reshaped("q_proj.lora_B", 8, 1),
     ("comfyui", "names"): renamed("transformer.", "unet."),
     ("comfyui", "product"): reshaped("q_proj.lora_B", 8, 1),
+    ("comfyui", "magnitude"): lambda config, tensors: tensors.update({"lora_unet_x.dora_scale": torch.ones(8, 1)}),
 }
-NEEDS_CONFIG = {("diffusers", "scale"), ("comfyui", "scale")}  # below
+NEEDS_CONFIG = {("diffusers", "scale"), ("comfyui", "scale"), ("diffusers", "two-scales")}  # below
 
 
 def test_every_rule_is_broken_somewhere():
@@ -183,13 +190,143 @@ def test_comfyui_reads_loha_itself():
     ]
 
 
+def comfyuis_decomposition(W: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Along the outputs ComfyUI divides by ‖W‖, along the inputs by ‖W + ΔW‖ (comfy/weight_adapter/base.py)."""
+    outputs = magnitude.shape[0] == W.shape[0]
+    norm = W.norm(dim=1, keepdim=True) if outputs else (W + delta).norm(dim=0, keepdim=True)
+    return (W + delta) * (magnitude / norm)
+
+
+@pytest.mark.parametrize("outputs", [True, False])
+def test_a_magnitude_that_comfyui_divides_by_another_norm(outputs, tmp_path):
+    config = LoHaConfig(r=2, target_modules=["fc"], weight_decompose=True, wd_on_out=outputs)
+    plain = torch.nn.ModuleDict({"fc": torch.nn.Linear(7, 9)})
+    W = plain["fc"].weight.detach().clone()
+    model = randomized(get_peft_model(plain, config))
+    save_lycoris(model, tmp_path / "x.safetensors", prefix="lora_unet")
+    own = {key.partition(".")[2]: t for key, t in load_file(tmp_path / "x.safetensors").items()}
+    delta = (own["hada_w1_a"] @ own["hada_w1_b"]) * (own["hada_w2_a"] @ own["hada_w2_b"]) * (float(own["alpha"]) / 2)
+    layer = adapted_layers(model.get_base_model())["fc"]
+    right = torch.allclose(comfyuis_decomposition(W, delta, own["dora_scale"]), layer.adapters["default"].weight(W), atol=1e-5)
+    assert right != outputs
+    assert [p.rule.name for p in check(tmp_path / "x.safetensors", "comfyui")] == (["magnitude"] if outputs else [])
+
+
+# -- vLLM's peft_helper, SGLang's lora.py, llama.cpp's converter
+
+
+def read_by(tmp_path, change: Change) -> set[str]:
+    """The programs that read a LoRA of q and v whose files have been changed."""
+    adapter = Adapter(tmp_path, "vllm")
+    adapter.spoil(change)
+    return {name for name in FOLDERS if not check(tmp_path, name)}
+
+
+def patterned(config, tensors):
+    """v of another rank, as `rank_pattern` says."""
+    rank(3, "v_proj")(config, tensors)
+    config["rank_pattern"] = {"v_proj": 3}
+
+
+@pytest.mark.parametrize(
+    ("change", "readers"),
+    [
+        pytest.param(patterned, {"vllm", "llama.cpp"}, id="rank_pattern"),
+        pytest.param(entry(rank_pattern={"v_proj": 8}), set(FOLDERS), id="rank_pattern-of-nothing-else"),
+        pytest.param(entry(alpha_pattern={"v_proj": 3}), {"vllm"}, id="alpha_pattern"),
+        pytest.param(entry(alpha_pattern={"v_proj": 8}), set(FOLDERS), id="alpha_pattern-of-nothing-else"),
+        pytest.param(entry(use_rslora=True), {"vllm"}, id="rslora"),
+        pytest.param(entry(lora_alpha=0), {"vllm", "sglang"}, id="alpha-0"),
+        pytest.param(entry(target_modules="all-linear"), set(FOLDERS), id="all-linear"),
+        pytest.param(entry(target_modules=".*_proj"), {"vllm", "llama.cpp"}, id="regular-expression"),
+        pytest.param(entry(alora_invocation_tokens=[1, 2]), {"llama.cpp"}, id="alora"),
+        *(pytest.param(entry(init_lora_weights=i), set(), id=i) for i in ("pissa", "olora", "corda", "loftq", "PiSSA")),
+        *(pytest.param(entry(init_lora_weights=i), set(FOLDERS), id=str(i)) for i in (True, False, "eva", "lora_ga")),
+        pytest.param(entry(layer_replication=[[0, 1]]), set(), id="layer_replication"),
+        pytest.param(entry(lora_bias=True), set(), id="lora_bias"),
+        pytest.param(entry(use_qalora=True), set(), id="qalora"),
+        pytest.param(entry(use_bdlora={"nblocks": 2}), set(), id="bdlora"),
+        pytest.param(entry(modules_to_save=["score"]), {"vllm"}, id="score"),
+        pytest.param(entry(modules_to_save=["score", "classifier"]), set(), id="two-heads"),
+    ],
+)
+def test_which_program_reads_what_of_peft(change, readers, tmp_path):
+    assert read_by(tmp_path, change) == readers
+
+
+def test_the_rank_that_vllm_must_serve_is_the_highest(tmp_path):
+    assert read_by(tmp_path, entry(rank_pattern={"other": 513})) == {"llama.cpp"}
+
+
+def test_a_classifiers_own_keys_are_vllms(tmp_path):
+    def change(config, tensors):
+        config["modules_to_save"] = ["score"]
+        tensors["base_model.model.score.weight"] = torch.zeros(2, 8)
+
+    assert read_by(tmp_path, change) == {"vllm"}
+
+
+# -- lm_head on a base whose embeddings are tied
+
+
+def tied_base(folder: Path, tied: bool, entries: dict[str, Any] | None = None) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=tied))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.filterwarnings("ignore:.*tied|.*share:UserWarning")
+def test_llama_cpp_has_no_lm_head_of_its_own_on_a_tied_base(tied, tmp_path):
+    """There it is the embeddings' tensor: the file is refused, or llama-cpp-python crashes."""
+    base = tied_base(tmp_path / "base", tied)
+    model = get_peft_model(base, HRAConfig(r=2, target_modules=["lm_head", "q_proj", "v_proj"], init_weights=False))
+    model.active_peft_config.base_model_name_or_path = str(tmp_path / "base")
+    if tied:
+        with pytest.raises(HalotuneError, match=r"nothing was written\. llama\.cpp: tied-head: .*lm_head.*embeddings are tied"):
+            model.export("lora", tmp_path / "out", runtime="llama.cpp")
+        assert not (tmp_path / "out").exists()
+        model.export("lora", tmp_path / "out", runtime="peft")
+    else:
+        model.export("lora", tmp_path / "out", runtime="llama.cpp")
+    assert [p.rule.name for p in check(tmp_path / "out", "llama.cpp")] == (["tied-head"] if tied else [])
+    assert check(tmp_path / "out", ["vllm", "sglang"]) == []
+
+
+def test_whether_the_base_is_tied_is_looked_up(tmp_path, capsys):
+    base = tied_base(tmp_path / "base", False)
+    model = get_peft_model(base, HRAConfig(r=2, target_modules=["lm_head"], init_weights=False))
+    model.active_peft_config.base_model_name_or_path = str(tmp_path / "gone")
+    model.export("lora", tmp_path / "out", runtime="peft")
+    (problem,) = check(tmp_path / "out", "llama.cpp")
+    assert (
+        problem.rule.name == "tied-head"
+        and "no config.json of the base is at hand" in problem.found
+        and "--base" in str(problem)
+    )
+    arguments = ["export", str(tmp_path / "out"), "--check", "llama.cpp", "--base", str(tmp_path / "base")]
+    assert main(arguments) == 0
+    file = tmp_path / "base" / "config.json"
+    entries = json.loads(file.read_text())
+    del entries["tie_word_embeddings"]  # older versions of transformers leave out what is the class's default
+    file.write_text(json.dumps(entries))
+    assert main(arguments) == 0
+    file.write_text(json.dumps({**entries, "tie_word_embeddings": True}))
+    assert main(arguments) == 1
+
+
 @pytest.mark.parametrize("r", ["4", None, 0, [8]])
 @pytest.mark.parametrize("runtime", RULES)
 def test_damaged_files_are_told_of(r, runtime, tmp_path):
     """Rules hold of whatever there is: none of them fails."""
     tensors = {"x.lora_A.weight": torch.zeros(()), "x.lora_B.weight": torch.zeros(3), "lora_unet_y.alpha": torch.zeros(2)}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": r, "lora_alpha": "x"}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": r, "lora_alpha": "x", "rank_pattern": ["x"], "modules_to_save": 3})
+    )
     assert any(p.rule.name in ("lora", "names") for p in check(tmp_path, runtime))
 
 

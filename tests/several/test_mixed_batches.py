@@ -242,7 +242,7 @@ def test_wrong_count(writer: PeftModel, n: int):
 
 @torch.no_grad()
 def test_a_count_that_only_a_layer_can_tell(crowd: PeftModel, plain: MLP, x: Tensor):
-    with pytest.raises(HalotuneError, match=r"2 names, but a layer got 5 rows.*one name per sample"):
+    with pytest.raises(HalotuneError, match=r"2 names, but stem got 5 rows.*one name per sample"):
         crowd(x=x, adapter_names=["hra-r4", BASE])  # an argument that we do not know by name
     crowd.set_adapter("hra-r4")
     close(crowd(x), composed(plain, crowd, ["hra-r4"])(x))  # nothing of the failed call is left
@@ -290,3 +290,106 @@ def test_not_through_a_fully_fine_tuned_module_of_two_inputs():
         model(x, adapter_names=["a", BASE])
     layers_and_wholes = [*adapted_layers(model).values(), *modules_to_save_wrappers(model).values()]
     assert [m.rows for m in layers_and_wholes] == [None, None] and len(layers(model)) == 1
+
+
+# -- where the first dimension is not the batch, or may not be
+
+
+class Layout(nn.Module):
+    """Tokens, then a layer that sees them in some layout."""
+
+    def __init__(self, how: str, batch_first: bool | None = None) -> None:
+        super().__init__()
+        self.emb, self.layer, self.how = nn.Embedding(20, 6), nn.Linear(6, 6), how
+        if batch_first is not None:
+            self.batch_first = batch_first
+
+    def forward(self, input_ids: Tensor, pixels: Tensor | None = None) -> Tensor:
+        x = self.emb(input_ids)
+        if self.how == "sequence first":
+            return self.layer(x.transpose(0, 1)).transpose(0, 1)
+        if self.how == "flat":
+            return self.layer(x.flatten(0, 1)).view_as(x)
+        if self.how == "windows":
+            return self.layer(x.unflatten(1, (2, -1)).flatten(0, 1)).view_as(x)
+        if self.how == "images":
+            assert pixels is not None
+            return x + self.layer(pixels).mean()
+        if self.how == "pooled":
+            return self.layer(x.mean(1))
+        return self.layer(x)
+
+
+def run_mixed(model: nn.Module, samples: int, tokens: int, **kwargs) -> None:
+    """Every sample by its own adapter, or an error."""
+    names = ["a", "b"] * (samples // 2)
+    model = adapted(model.double().eval(), a=config("hra-r4", ["layer"]), b=config("bat-r3", ["layer"]))
+    ids = torch.randint(20, (samples, tokens))
+    expected = {}
+    for n in "ab":
+        model.set_adapter(n)
+        expected[n] = model(input_ids=ids, **kwargs)
+    y = model(input_ids=ids, adapter_names=names, **kwargs)
+    close(y, torch.stack([expected[n][i] for i, n in enumerate(names)]))
+
+
+NOT_PROVEN = r"adapter_names: layer got an input .* do not prove that the first dimension is the batch"
+
+
+@pytest.mark.parametrize("how", ["batch first", "flat", "pooled"])
+@pytest.mark.parametrize("tokens", [3, 4, 8])
+@torch.no_grad()
+def test_sizes_prove_the_batch(how: str, tokens: int):
+    run_mixed(Layout(how), 2, tokens)
+    run_mixed(Layout(how), 4, tokens + 2)
+
+
+@torch.no_grad()
+def test_several_rows_of_a_sample_where_the_model_says_so():
+    run_mixed(Layout("windows", batch_first=True), 2, 8)
+
+
+@pytest.mark.parametrize("how", ["sequence first", "windows"])
+@pytest.mark.parametrize("tokens", [4, 8])
+@torch.no_grad()
+def test_another_first_dimension_is_refused(how: str, tokens: int):
+    with pytest.raises(HalotuneError, match=NOT_PROVEN):
+        run_mixed(Layout(how), 2, tokens)
+
+
+@torch.no_grad()
+def test_sizes_that_are_equal_by_chance():
+    """As many tokens as samples: what the model says decides."""
+    for how in ("batch first", "sequence first"):
+        with pytest.raises(HalotuneError, match=NOT_PROVEN):
+            run_mixed(Layout(how), 4, 4)
+    run_mixed(Layout("batch first", batch_first=True), 4, 4)
+    with pytest.raises(HalotuneError, match=NOT_PROVEN):
+        run_mixed(Layout("sequence first", batch_first=False), 4, 4)
+    with pytest.raises(HalotuneError, match=NOT_PROVEN):
+        run_mixed(Layout("flat", batch_first=False), 4, 3)
+
+
+@torch.no_grad()
+def test_packed_images_are_refused_though_they_are_as_many_as_tokens():
+    with pytest.raises(HalotuneError, match=NOT_PROVEN):
+        run_mixed(Layout("images"), 2, 4, pixels=torch.randn(8, 6, dtype=torch.float64))
+
+
+class Routed(nn.Module):
+    """Two experts, each with as many tokens as there are samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.experts = nn.Embedding(20, 6), nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.emb(input_ids).flatten(0, 1)
+        return torch.cat([self.experts[0](x[:2]), self.experts[1](x[2:])])
+
+
+@torch.no_grad()
+def test_what_an_expert_got_is_refused():
+    model = adapted(Routed().double(), a=config("hra-r4", ["0", "1"]), b=config("hra-r4", ["0", "1"]))
+    with pytest.raises(HalotuneError, match=r"adapter_names: experts\.0 got an input \(2, 6\) for a batch of 2"):
+        model(input_ids=torch.randint(20, (2, 2)), adapter_names=["a", "b"])

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import HalotuneError
+from ..core.files import CONFIG_NAME
+from ..export.components import COMPONENTS
 from ..export.rules import RULES
-from ..export.runtimes import RUNTIMES, component_of
+from ..export.runtimes import RUNTIMES
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from ..core.config import AdapterConfig
-    from ..engine.model import PeftModel
     from ..export.lora import ExportReport
     from .main import Commands
 
 OK, BROKEN = 0, 1
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
-_STORED = {"F64": "fp64", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
 def add(commands: Commands) -> None:
@@ -45,7 +41,12 @@ def add(commands: Commands) -> None:
     flag("--output", type=Path, metavar="DIR", help="the folder to write; without it, nothing is converted")
     flag("--for", dest="runtime", choices=list(RUNTIMES), default="peft", help="the target runtime (default: peft)")
     flag("--rank", type=_count, metavar="R", help="truncate every layer to this rank; the error is printed layer by layer")
-    flag("--component", metavar="NAME", help="the model's part in its pipeline: unet, transformer … (default: by its class)")
+    flag(
+        "--component",
+        metavar="NAME",
+        help="the model's part in its pipeline: unet, transformer, text_encoder … (default: the only one of its class)",
+    )
+    flag("--gguf", action="store_true", help="with --for llama.cpp: write the LoRA as GGUF too, which llama.cpp loads as it is")
     flag("--dtype", choices=list(DTYPES), help="of the tensors (default: the adapter's)")
     flag(
         "--check",
@@ -60,24 +61,24 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..core.errors import HalotuneError
     from ..export.header import Header
     from ..export.rules import check
 
     checked = list(dict.fromkeys(name for names in args.check or [] for name in names))
     if args.output is None and not checked:
         raise HalotuneError("give --output DIR to convert the adapter, or --check NAME to check it.")
+    source = _source(args)
     report: dict[str, Any] = {}
     out = sys.stderr if args.json else sys.stdout
     if args.output is not None:
         if args.output.resolve() == Path(args.adapter).resolve():
             raise HalotuneError(f"--output {args.output}: is the adapter's own folder, which would be lost. Give another one.")
-        exported = _export(args)
+        exported = _export(args, source)
         report["export"] = exported.to_dict()
         print(f"{exported}\nWrote {args.output}", file=out)
     problems = []
     if checked:
-        header = Header.read(args.output or args.adapter)
+        header = Header.read(args.output or source, args.base)
         problems = check(header, checked)
         report["check"] = {n: [{"rule": p.rule.name, "found": p.found} for p in problems if p.runtime == n] for n in checked}
         for name in checked:
@@ -88,47 +89,32 @@ def run(args: argparse.Namespace) -> int:
     return BROKEN if problems else OK
 
 
-def _export(args: argparse.Namespace) -> ExportReport:
+def _source(args: argparse.Namespace) -> str:
+    """The adapter itself, where ADAPTER holds one for each of a pipeline's models (`PipelineAdapters.save`)."""
+    folder = Path(args.adapter)
+    inner = [c for c in COMPONENTS if (folder / c / CONFIG_NAME).is_file()]
+    if (folder / CONFIG_NAME).is_file() or not inner:
+        return args.adapter
+    if args.component not in inner and (args.component or len(inner) > 1):
+        raise HalotuneError(f"{folder}: holds adapters of {', '.join(inner)}. Choose one with --component NAME.")
+    args.component = args.component or inner[0]
+    return str(folder / args.component)
+
+
+def _export(args: argparse.Namespace, source: str) -> ExportReport:
     import torch
 
-    from ..core.config import AdapterConfig
-    from ..core.errors import HalotuneError
-    from ..core.files import WEIGHTS_NAME, locate
-    from ..export.header import Header
+    from .loading import BaseModel, Saved
 
-    config = copy.copy(AdapterConfig.from_pretrained(args.adapter))
-    config.base_model_name_or_path = base = args.base or config.base_model_name_or_path
-    if not base:
-        raise HalotuneError(f"{args.adapter}: the configuration names no base model. Give it with --base.")
-    if not Path(base).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base):
-        raise HalotuneError(f"base model {base}: there is no such folder. Give one, or a hub id, with --base.")
-    stored = _STORED.get(Header.read(locate(args.adapter, WEIGHTS_NAME)).dtype, "fp32")
-    model = _with_adapter(args.adapter, config, args.component)
-    dtype = getattr(torch, DTYPES[args.dtype or stored])
-    return model.export(args.to, args.output, runtime=args.runtime, rank=args.rank, component=args.component, dtype=dtype)
-
-
-def _with_adapter(adapter: str, config: AdapterConfig, component: str | None) -> PeftModel:
-    """The base model with the adapter on it: transformers' by the adapter's task, diffusers' by the class it names."""
-    from ..engine.auto import AutoPeftModel
-    from ..engine.model import PeftModel
-
-    mapping = config.auto_mapping or {}
-    if str(mapping.get("parent_library")).split(".")[0] != "diffusers":
-        return AutoPeftModel.from_pretrained(adapter, config=config, dtype="auto")
-    model = _of_diffusers(str(mapping.get("base_model_class")), str(config.base_model_name_or_path), component)
-    return PeftModel.from_pretrained(model, adapter)
-
-
-def _of_diffusers(name: str, base: str, component: str | None) -> nn.Module:
-    """A model of this class, from its own folder or from a pipeline's."""
-    from .main import require
-
-    require("diffusers", ["diffusers"])
-    import diffusers
-
-    alone = Path(base).is_dir() and not (Path(base) / "model_index.json").is_file()
-    return getattr(diffusers, name).from_pretrained(base, subfolder=None if alone else component or component_of(name))
+    saved = Saved.read(source)
+    base = BaseModel.load(saved, args.base, component=args.component)
+    model = saved.on(base)
+    model.active_peft_config.base_model_name_or_path = base.name
+    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else next((t.dtype for t in saved.tensors.values()), None)
+    component = args.component or base.component
+    return model.export(
+        args.to, args.output, runtime=args.runtime, rank=args.rank, component=component, dtype=dtype, gguf=args.gguf
+    )
 
 
 def _runtimes(text: str) -> list[str]:

@@ -57,8 +57,15 @@ class BaseModel:
     component: str | None = None  # which part of a diffusers pipeline the model is, if any
 
     @classmethod
-    def load(cls, saved: Saved, name: str | None, dtype: str = "auto", device: torch.device | str = "cpu") -> BaseModel:
-        """Load the base model of an adapter: `name`, or the one that its configuration names."""
+    def load(
+        cls,
+        saved: Saved,
+        name: str | None,
+        dtype: str = "auto",
+        device: torch.device | str = "cpu",
+        component: str | None = None,
+    ) -> BaseModel:
+        """Load the base model of an adapter: `name`, or the one that its configuration names; of a pipeline, `component`."""
         named = saved.config.base_model_name_or_path
         revision = saved.config.revision if name in (None, named) else None
         name = name or named
@@ -73,14 +80,19 @@ class BaseModel:
             import_module("transformers.utils.logging").disable_progress_bar()
         number = None if dtype == "auto" else getattr(torch, dtype)
         with loadable("the base model", name):
+            pipeline = (Path(name) / "model_index.json").is_file()
             kind = _model_class(saved.config, name, revision)
-            if kind.__module__.startswith("diffusers."):
-                component = _component(name, kind, revision)
-                inside = {} if component is None else {"subfolder": component}
+            diffusers = kind.__module__.startswith("diffusers.")
+            if diffusers or pipeline:
+                component = _component(name, kind, revision, component)
+            elif Path(name).is_dir():
+                component = None
+            inside: dict[str, Any] = {} if component is None else {"subfolder": component}
+            if diffusers:
                 model = kind.from_pretrained(name, torch_dtype=number, revision=revision, **inside)
             else:
-                component = None
-                model = kind.from_pretrained(name, dtype=number or "auto", revision=revision or "main", **_labels(saved))
+                inside.update(_labels(saved))
+                model = kind.from_pretrained(name, dtype=number or "auto", revision=revision or "main", **inside)
         fit_vocabulary(model, {key: t.shape[0] for key, t in saved.tensors.items() if t.dim() == 2})
         return cls(name, model.to(device).eval(), component)
 
@@ -115,17 +127,26 @@ def _model_class(config: AdapterConfig, name: str, revision: str | None) -> Any:
     return getattr(transformers, architectures[0]) if architectures else transformers.AutoModel
 
 
-def _component(name: str, kind: type, revision: str | None) -> str | None:
-    """Which component of a pipeline has this class; None where `name` is no pipeline."""
+def _component(name: str, kind: type, revision: str | None, wanted: str | None) -> str | None:
+    """Which component of a pipeline has this class, unless one is wanted; None where `name` is no pipeline."""
+    require("diffusers", ["diffusers"])
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     try:
         index: Any = DiffusionPipeline.load_config(name, revision=revision)
     except OSError:  # no model_index.json
         return None
-    found = [part for part, entry in index.items() if isinstance(entry, (list, tuple)) and entry[-1] == kind.__name__]
+    parts = {part: entry[-1] for part, entry in index.items() if isinstance(entry, (list, tuple)) and entry[-1]}
+    found = [part for part, cls in parts.items() if (part == wanted if wanted else cls == kind.__name__)]
     if not found:
-        raise HalotuneError(f"{name}: the pipeline has no {kind.__name__}, which the adapter belongs to. Name its own base.")
+        what = (
+            f"component {wanted!r}; it has {', '.join(parts)}" if wanted else f"{kind.__name__}, which the adapter belongs to"
+        )
+        raise HalotuneError(f"{name}: the pipeline has no {what}. Name the part, or the adapter's own base.")
+    if len(found) > 1:
+        raise HalotuneError(
+            f"{name}: {' and '.join(found)} are both a {kind.__name__}. Give --component, or the folder of one as the base."
+        )
     return found[0]
 
 

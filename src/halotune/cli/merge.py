@@ -74,11 +74,33 @@ def save(base: BaseModel, saved: Saved, folder: Path, max_shard_size: str) -> No
         with loadable("the pipeline", base.name):
             pipeline = DiffusionPipeline.from_pretrained(base.name, **{base.component: base.model})
         pipeline.save_pretrained(folder, max_shard_size=max_shard_size)
+        check_weights(base.model, folder / base.component)
         return
     base.model.save_pretrained(folder, max_shard_size=max_shard_size)  # type: ignore[operator]
+    check_weights(base.model, folder)
     processor = _processor(saved, base.name)
     if processor is not None:
         processor.save_pretrained(folder)
+
+
+def check_weights(model: Any, folder: Path) -> None:
+    """Refuse a folder from which the model's own class would not read every weight, in its shape.
+
+    Raises:
+        HalotuneError: what is missing, left over or of another shape; the folder is not kept then.
+    """
+    if getattr(model, "is_quantized", False):  # which needs its device to be read
+        return
+    where = (
+        {} if type(model).__module__.startswith("diffusers.") else {"device_map": "meta"}
+    )  # transformers reads headers alone
+    _, report = type(model).from_pretrained(folder, output_loading_info=True, **where)
+    problems = [f"{what.replace('_', ' ')}: {', '.join(sorted(map(str, keys))[:3])}" for what, keys in report.items() if keys]
+    if problems:
+        raise HalotuneError(
+            f"the merged {type(model).__name__} could not be read back, so nothing was written ({'; '.join(problems)}). Keep "
+            "the adapter beside the base, and report this."
+        )
 
 
 def _processor(saved: Saved, base: str) -> Any:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .options import add_parser
-
-if TYPE_CHECKING:
-    from .main import Commands
+from .options import Commands, add_parser
 
 DESCRIPTION = """
 Compare runs in one HTML page: a table with mean and deviation over seeds,
@@ -25,11 +21,10 @@ halotune report runs/first sweep --output both.html
 
 
 def add(commands: Commands) -> None:
-    parser = add_parser(commands, "report", DESCRIPTION, EXAMPLES)
+    parser = add_parser(commands, "report", DESCRIPTION, EXAMPLES, _run)
     flag = parser.add_argument
     flag("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or one that holds runs, such as a sweep's")
     flag("--output", type=Path, metavar="FILE", help="(default: index.html in RUN; of several, ./report.html)")
-    parser.set_defaults(run=_run, prog=parser.prog)
 
 
 def _run(args: argparse.Namespace) -> int:

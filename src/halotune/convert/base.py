@@ -20,10 +20,8 @@ from ..core.files import locate, read_json
 from ..core.layer import AdaptedLayer
 from ..core.operator import WeightShape
 from ..engine.injection.modules import visible_modules
+from ..export.components import COMPONENTS
 from .originals import Part, original_names
-
-# The models of a diffusers pipeline that adapters are made for.
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,7 @@ class BaseLayers:
         paths: of all its modules.
         keys: path -> path in PEFT's files, where that is another: attention's output projection lies in its base there.
         origin: its folder or hub id, where it has one.
+        model: it itself, on the meta device perhaps.
     """
 
     class_name: str
@@ -44,6 +43,7 @@ class BaseLayers:
     paths: tuple[str, ...]
     keys: Mapping[str, str]
     origin: str | None = None
+    model: nn.Module | None = None
 
     @classmethod
     def of(cls, model: nn.Module, origin: str | None = None) -> BaseLayers:
@@ -58,7 +58,7 @@ class BaseLayers:
                     shapes[path] = module.base.shape
                 elif base_kind(module) is not None:
                     shapes[path] = base_for(module).shape
-        return cls(type(model).__name__, type(model).__module__, shapes, tuple(paths), keys, origin)
+        return cls(type(model).__name__, type(model).__module__, shapes, tuple(paths), keys, origin, model)
 
     @cached_property
     def originals(self) -> dict[str, list[Part]]:

@@ -12,14 +12,16 @@ from typing import Any
 from ..core.config import AdapterConfig
 from ..core.errors import AdapterFileError, HalotuneError
 from ..core.files import CONFIG_NAME, WEIGHTS_NAME, locate
+from ..engine.files.keys import check_readable, embedding_keys, held_tensors
 from ..engine.files.save import write_adapter
 from ..engine.files.state_dict import read_metadata, read_tensors, write_tensors
+from ..export.components import COMPONENTS, component_of, kohya_prefix
 from ..methods.registry import method_of, methods, under_alias
-from .base import COMPONENTS, BaseLayers, load_bases
+from .base import BaseLayers, load_bases
 from .loading import check_names, check_output, left_out, read_lycoris
 from .lycoris import PEFT_PREFIX, PREFIXES, LycorisFile, StoredAdapter, is_lycoris
 from .reading import Resolved, best_prefixes, resolve
-from .writing import metadata_for, write
+from .writing import class_of_base, metadata_for, write
 
 FORMATS = ("peft", *sorted(name.lower() for m in methods() for name in m.aliases), "lycoris", "kohya")
 Adapters = dict[str, StoredAdapter]  # model of a pipeline, or "" -> its adapter
@@ -107,11 +109,23 @@ def convert_adapter(
         _write_lycoris(adapters, check_output(output), to, bases, prefix if lycoris is None else None, names, metadata)
         done.written = [Path(output)]
     else:
-        adapters = {component: _under_alias(a, to) for component, a in adapters.items()}
+        if to != "peft":  # under the method's name that the format asks for
+            adapters = {c: StoredAdapter(*under_alias(a.config, a.tensors, to.upper())) for c, a in adapters.items()}
+        for component, adapter in adapters.items():
+            _check(adapter, bases.get(component))
         for component, adapter in adapters.items():
             write_adapter(Path(output) / component, adapter.config, adapter.tensors, metadata)
             done.written.append(Path(output) / component)
     return done
+
+
+def _check(adapter: StoredAdapter, base: BaseLayers | None) -> None:
+    """Refuse to write what this base could not read; without a base there is nothing to hold an adapter against."""
+    if base is not None and base.model is not None:
+        keys = embedding_keys(base.model, held_tensors(base.model))
+        beside = {f"{PEFT_PREFIX}{k.replace('.weight', infix)}" for k in keys for infix in (".weight", ".base_layer.weight")}
+        biases = {k for k in adapter.tensors if adapter.config.bias != "none" and k.endswith(".bias")}
+        check_readable(base.model, adapter.config, adapter.tensors, beside | biases)
 
 
 def describe(adapter: StoredAdapter) -> str:
@@ -189,11 +203,6 @@ def _read_peft(folder: Path) -> tuple[StoredAdapter, dict[str, str]]:
     return StoredAdapter(config, read_tensors(file)), read_metadata(file)
 
 
-def _under_alias(adapter: StoredAdapter, to: str) -> StoredAdapter:
-    """The adapter under the method's name that a format asks for."""
-    return adapter if to == "peft" else StoredAdapter(*under_alias(adapter.config, adapter.tensors, to.upper()))
-
-
 # -- LyCORIS files
 
 
@@ -213,7 +222,7 @@ def _write_lycoris(
     for component, adapter in adapters.items():
         base = bases.get(component) or (next(iter(bases.values())) if len(bases) == len(adapters) == 1 else None)
         original = names == "original" or (names is None and to == "kohya" and base is not None and base.scripts_use_originals)
-        kind = base.class_name if base else str((adapter.config.auto_mapping or {}).get("base_model_class", ""))
+        kind = base.class_name if base else class_of_base(adapter.config)
         own = prefix or ("lycoris" if to == "lycoris" else _kohya_prefix(component, kind, original, numbered))
         for key, t in write(adapter, own, base, original).items():
             if key in tensors:
@@ -227,15 +236,17 @@ def _kohya_prefix(component: str, kind: str, original: bool, numbered: bool) -> 
 
     Args:
         component: the model's name in its pipeline, or "".
-        kind: its class.
+        kind: its class; "" where it is not known.
         numbered: the pipeline has several text encoders.
     """
-    known = {"CLIPTextModel": "text_encoder", "CLIPTextModelWithProjection": "text_encoder_2"}
-    component = component or known.get(kind, "transformer" if kind.endswith("Transformer2DModel") else "unet")
-    if kind == "T5EncoderModel":
-        return "lora_te3"
-    if component == "transformer":
+    if kind == "T5EncoderModel" and component != "text_encoder":
+        return "lora_te3"  # sd-scripts numbers it so for FLUX too; where it is the only one it is the first
+    found = component or component_of(kind)
+    if found is None:
+        raise HalotuneError(
+            f"kohya's files name the part of the pipeline that a module is in, and which one {kind or 'the base'} is cannot be "
+            "told. Give the pipeline as base (--base), or prefix (--prefix): lora_unet, lora_te1 …"
+        )
+    if found == "transformer":
         return "lora_unet" if original else "lora_transformer"
-    if component == "text_encoder":
-        return "lora_te1" if numbered else "lora_te"
-    return component.replace("text_encoder_", "lora_te").replace("unet", "lora_unet")
+    return "lora_te" if found == "text_encoder" and not numbered else kohya_prefix(found)

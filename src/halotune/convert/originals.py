@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..export.components import Component
+
 
 @dataclass(frozen=True)
 class Part:
@@ -31,9 +33,8 @@ def original_names(class_name: str, outputs: Mapping[str, int]) -> dict[str, lis
         return _unet(outputs)
     if class_name == "FluxTransformer2DModel":
         return _flux(outputs)
-    if class_name == "CLIPTextModel":  # transformers 5 leaves out a level that all files have
-        return {f"text_model.{path}": [Part(path)] for path in outputs if not path.startswith("text_model.")}
-    return {}
+    stored = {Component("text_encoder", class_name).stored(path): path for path in outputs}
+    return {name: [Part(path)] for name, path in stored.items() if name != path}
 
 
 # -- Stable Diffusion's UNet

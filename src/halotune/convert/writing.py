@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
+from ..export.components import Component
 from ..methods.lycoris_form import LycorisForm
 from ..methods.registry import method_of, methods
 from .base import BaseLayers
@@ -48,6 +49,14 @@ def write(adapter: StoredAdapter, prefix: str, base: BaseLayers | None = None, o
         except HalotuneError as e:
             raise HalotuneError(f"{path}: {e}") from e
     named = _joined(form, theirs, base) if original and base else theirs
+    if prefix.startswith("lora_te"):
+        part = Component("text_encoder", base.class_name if base else class_of_base(config))
+        if not part.model_class and any(path.startswith("encoder.layers.") for path in named):
+            raise HalotuneError(
+                "files call CLIP's modules text_model.encoder.layers…, transformers 5 encoder.layers…; whether this adapter is "
+                "CLIP's its configuration does not tell. Give base (--base)."
+            )
+        named = {part.stored(path): own for path, own in named.items()}
     out: dict[str, Tensor] = {}
     for path, own in named.items():
         for name, tensor in own.items():
@@ -69,6 +78,11 @@ def _joined(form: LycorisForm, modules: Mapping[str, dict[str, Tensor]], base: B
             for p in parts:
                 left.pop(p.path, None)
     return {**out, **left}
+
+
+def class_of_base(config: AdapterConfig) -> str:
+    """The class of the model that an adapter was made for; "" where the configuration does not tell."""
+    return str((config.auto_mapping or {}).get("base_model_class", ""))
 
 
 def metadata_for(config: AdapterConfig) -> dict[str, str]:

@@ -99,6 +99,13 @@ class AdaptedAttention(Wrapper):
                 "share. Run the adapters one at a time."
             )
         weights = {name: layer.operator().weight() for name, layer in layers.items()}
-        return (
-            torch.func.functional_call(self.base_layer, weights, args, kwargs) if weights else self.base_layer(*args, **kwargs)
-        )
+        if not weights:
+            return self.base_layer(*args, **kwargs)
+        out_proj = self.base_layer.out_proj
+        if not isinstance(out_proj, AdaptedLayer) or type(self.base_layer).forward is nn.MultiheadAttention.forward:
+            return torch.func.functional_call(self.base_layer, weights, args, kwargs)
+        enabled, out_proj.enabled = out_proj.enabled, False  # a forward of its own may call it, with W' in its place already
+        try:
+            return torch.func.functional_call(self.base_layer, weights, args, kwargs)
+        finally:
+            out_proj.enabled = enabled

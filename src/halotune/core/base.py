@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from math import prod
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import HalotuneError
-from .offload import Overlay, is_offloaded, offload_hook
+from .offload import Overlay, is_offloaded, offload_hook, only_places
 from .operator import Operator, WeightShape, add_to
+from .prepared import exact_dtype
 from .weight_form import Matrix
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 
 class Base(Operator):
@@ -31,7 +36,13 @@ class Base(Operator):
     def matches(cls, module: nn.Module) -> bool: ...
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.module(x)
+        y = self.module(x)
+        if not isinstance(y, Tensor):
+            raise HalotuneError(
+                f"{type(self.module).__name__} {self.shape} returned a {type(y).__name__}, where an adapter needs a tensor. "
+                "Leave the layer out with exclude_modules."
+            )
+        return y
 
     @property
     def quantization(self) -> str | None:
@@ -96,36 +107,136 @@ class Base(Operator):
 
     def tensor(self, name: str) -> Any:
         """A tensor of the module; brought to where it runs, if accelerate keeps it elsewhere."""
-        own = getattr(self.module, name)
+        own = getattr(self.module, name, None)
         if own is None or not own.is_meta or (hook := offload_hook(self.module)) is None:
             return own
         return hook.weights_map[name].to(hook.execution_device)
 
     @property
     def takes_weight(self) -> bool:
-        if self.quantization:
-            return not self.opaque
-        return not computes_weight(self.module) and type(self.module).forward.__module__ in _FORWARDS
+        return not self.opaque and runs_as_written(self.module)
 
-    def is_product(self) -> bool:
-        """Whether a call is `W x + bias` with the weight that is read; a class's own forward is tried on one input."""
-        if self.takes_weight or self.quantization or computes_weight(self.module):
-            return self.takes_weight
-        return self.parameter.is_meta or self._agrees()  # on meta nothing can be tried
+    def is_product(self, *, written: bool = True) -> bool:
+        """Whether a call is `W x + c` with the weight that is read. Where the class does not say so, a call is tried.
 
-    @torch.no_grad()
-    def _agrees(self) -> bool:
-        x = self.sample().to(self.parameter)
+        Args:
+            written: and with any weight that is put in its place, so that one may be merged.
+        """
+        if self.takes_weight:
+            return True
+        return not self.opaque and (self.parameter.is_meta or any(self._agrees(x, written) for x in self.samples()))
+
+    def _agrees(self, x: Tensor, written: bool) -> bool:
+        """Two calls, on two inputs and with two weights: their difference is `W1 x1 − W2 x2`, whatever c is."""
         try:
-            y = self.module(x)
-        except Exception:  # a forward of its own may ask for anything
+            with self._trial():
+                x1, x2 = (t.to(self.device, self.trial_dtype) for t in (x, x.flip(-1) / 2))
+                y2 = self.module(x2)  # a weight that is computed in a call is fresh after it
+                W1 = W2 = self.weight()
+                if written and not self.quantization:
+                    W1 = (W2 + _drawn(W2.shape).to(W2.device) * (W2.float().std(correction=0) or 1)).to(W2.dtype)
+                y1 = self.module(x1) if W1 is W2 else self._called_with(x1, W1)
+                x1, x2, W1, W2, y1, y2 = (t.to(exact_dtype(t.dtype)) for t in (x1, x2, W1, W2, y1, y2))
+                expected = self.contract(self.pad(x1), W1) - self.contract(self.pad(x2), W2)
+                if y1.shape != expected.shape or y2.shape != expected.shape:
+                    return False
+                rounding = 4 * torch.finfo(self.dtype).eps * y1.norm()
+                error = 0.1 if self.quantization else 0.01  # of formats that round the input too
+                return bool((y1 - y2 - expected).norm() <= error * expected.norm() + rounding)
+        except Exception:  # a forward of its own, or a hook, may ask for anything
             return False
-        expected = self.add_bias(self.contract(self.pad(x), self.weight()))
-        return y.shape == expected.shape and bool((y - expected).norm() <= 0.01 * expected.norm())
+
+    def unusual_output(self) -> str | None:
+        """What a call on a sample gives that no layer of this shape would; None where it is usual, or cannot be tried."""
+        x = self.samples()[0]
+        try:
+            with self._trial():
+                y = self.module(x.to(self.device, self.trial_dtype))
+        except Exception:
+            return None
+        if not isinstance(y, Tensor):
+            return f"a {type(y).__name__}"
+        due = self.contract(self.pad(x), torch.zeros(self.shape.out_features, self.shape.in_features)).shape
+        return None if y.shape == due else f"an output {tuple(y.shape)}, where {tuple(due)} is due"
+
+    @contextmanager
+    def _trial(self) -> Iterator[None]:
+        """Inside, calls leave no trace: not in autograd, in buffers or in torch's generators."""
+        buffers = [(m._buffers, dict(m._buffers)) for m in self.module.modules()]
+        rng = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.no_grad(), torch.random.fork_rng(rng), torch.autocast(self.device.type, enabled=False):
+                for own, before in buffers:
+                    own.update({n: None if b is None else b.clone() for n, b in before.items()})
+                yield
+        finally:
+            for own, before in buffers:
+                own.update(before)
+
+    @property
+    def trial_dtype(self) -> torch.dtype:
+        return self.dtype if self.dtype.itemsize > 1 else torch.bfloat16
 
     @abstractmethod
-    def sample(self) -> Tensor:
-        """An input, the same each time."""
+    def samples(self) -> list[Tensor]:
+        """Inputs to try a call with, the same each time."""
+
+    def require_mergeable(self, where: str, as_float: bool = False) -> None:
+        """Refuse what is stored in a way that cannot be read or written, or where a call is not a product with it.
+
+        Args:
+            where: the layer's name.
+            as_float: a float layer will take the place of a quantized one.
+        """
+        if self.opaque:
+            raise HalotuneError(
+                f"{where}: {self} can be called, but its weight cannot be read, so nothing can be merged into it. Nothing was "
+                "merged. Keep the adapter beside it, or load the base in floats to merge."
+            )
+        if is_parametrized(self.module) or not self.is_product():
+            raise HalotuneError(
+                f"{where}: this {type(self.module).__name__} {self.does_more}, so a merged weight would be lost, or mean "
+                "something else. Nothing was merged. Make the weight a plain parameter first, for example with "
+                "torch.nn.utils.parametrize.remove_parametrizations, or keep the adapter beside it."
+            )
+        if not (as_float or self.can_write):
+            raise HalotuneError(
+                f"{where}: {self} can be read, but not requantized here. Nothing was merged. Merge with "
+                "quantized='keep_float', which puts float layers instead of quantized ones."
+            )
+
+    @torch.no_grad()
+    def require_known(self, where: str, adapters: Sequence[Adapter]) -> None:
+        """Refuse to give the deltas of these adapters as factors, if they depend on a weight that a call does not apply."""
+        if self.opaque or self.is_product(written=False):
+            return
+        for a in adapters:
+            unknown = torch.full((self.shape.out_features, self.shape.in_features), torch.nan).to(next(a.parameters()))
+            if (found := a.factors(unknown)) is None or not all(torch.isfinite(f).all() for f in found):
+                raise HalotuneError(
+                    f"{where}: the delta of {type(a).__name__} depends on the weight, and this {type(self.module).__name__} "
+                    f"{self.does_more}, so no factors give the same outputs. Keep the adapter as it is."
+                )
+
+    def require_stored(self, where: str) -> None:
+        """Refuse to put a weight back where it would be computed anew."""
+        if not self.quantization and (is_parametrized(self.module) or computes_weight(self.module)):
+            raise HalotuneError(
+                f"{where}: since adapters were merged into it, this {type(self.module).__name__} {self.does_more}, so its "
+                "weight cannot be put back. Undo that first (parametrize.remove_parametrizations, prune.remove …)."
+            )
+
+    @property
+    def does_more(self) -> str:
+        """Why a call is no plain product, for errors."""
+        module = self.module
+        if is_parametrized(module) or computes_weight(module):
+            return (
+                "computes its weight from other parameters (weight_norm, spectral_norm, prune, a parametrization, a property)"
+            )
+        if has_hooks(module):
+            return "has hooks that change what goes in, what comes out or its weight"
+        return "does more in a forward of its own than multiply by its weight"
 
     @property
     def transient(self) -> bool:
@@ -138,11 +249,20 @@ class Base(Operator):
 
     @property
     def hooked(self) -> bool:
-        return not is_bare(self.module) and not is_offloaded(self.module)
+        return not runs_as_written(self.module)
 
     def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
-        if not self.hooked:
-            return super().with_weight(x, W)
+        return self._called_with(x, W) if self.hooked else super().with_weight(x, W)
+
+    def _called_with(self, x: Tensor, W: Tensor) -> Tensor:
+        """Call the module, its hooks and a forward of its own included, with W in the place of its weight."""
+        if is_parametrized(self.module) or computes_weight(self.module) or is_offloaded(self.module):
+            what = "is offloaded" if is_offloaded(self.module) else self.does_more
+            raise HalotuneError(
+                f"{type(self.module).__name__} {self.shape} {what}, and has hooks or a forward of its own, so it cannot be run "
+                "with the weight that an adapter makes. Make the weight a plain parameter in memory, take the hooks off, or "
+                "use a method that calls the layer as it is (low-rank deltas and rotations do)."
+            )
         return torch.func.functional_call(self.module, {"weight": self.stored(W)}, (x,))
 
     def add_bias(self, y: Tensor) -> Tensor:
@@ -155,8 +275,9 @@ class Base(Operator):
 class LinearLike(Base):
     """Bases that act on the last dimension of `x`."""
 
-    def sample(self) -> Tensor:
-        return torch.linspace(-1, 1, self.shape.in_features)[None]
+    def samples(self) -> list[Tensor]:
+        x = _drawn((1, self.shape.in_features))
+        return [x, x[None]]  # a forward of its own may want a batch of sequences
 
     def pad(self, x: Tensor) -> Tensor:
         return x
@@ -172,7 +293,21 @@ class LinearLike(Base):
 
 
 # Where the forwards are defined that multiply by the weight and do nothing else.
-_FORWARDS = ("torch.nn.modules.linear", "torch.nn.modules.conv", "transformers.pytorch_utils", "halotune.core.attention")
+_FORWARDS = frozenset(
+    {
+        "torch.nn.modules.linear",
+        "torch.nn.modules.conv",
+        "transformers.pytorch_utils",
+        "bitsandbytes.nn.modules",
+        "hqq.core.quantize",
+        "halotune.core.attention",
+    }
+)
+
+
+def _drawn(size: Sequence[int]) -> Tensor:
+    """Normal numbers, the same each time."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
 def is_parametrized(module: nn.Module) -> bool:
@@ -181,13 +316,14 @@ def is_parametrized(module: nn.Module) -> bool:
 
 
 def computes_weight(module: nn.Module) -> bool:
-    """Whether a hook computes the weight at each call (`torch.nn.utils.weight_norm`, `spectral_norm`, `prune`)."""
-    return bool(module._forward_pre_hooks) and "weight" not in module._parameters and not is_parametrized(module)
+    """Whether a hook (`torch.nn.utils.weight_norm`, `spectral_norm`, `prune`) or the class computes the weight."""
+    if "weight" in module._parameters or is_parametrized(module):
+        return False
+    return bool(module._forward_pre_hooks) or (hasattr(type(module), "weight") and type(module.weight) is not nn.Parameter)
 
 
-def is_bare(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's `forward` and nothing else."""
-    return "forward" not in module.__dict__ and not (
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -196,12 +332,39 @@ def is_bare(module: nn.Module) -> bool:
     )
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's `forward` and nothing else."""
+    return "forward" not in module.__dict__ and not has_hooks(module)
+
+
+def runs_as_written(module: nn.Module) -> bool:
+    """Whether a call is known to multiply by the weight and do nothing else, but for bringing tensors to their device."""
+    kind = type(module)
+    if kind.forward.__module__ not in _FORWARDS or kind.__call__ is not nn.Module.__call__:
+        return False
+    if has_hooks(module) or computes_weight(module):
+        return False
+    if "forward" in module.__dict__ and not (is_offloaded(module) or only_places(module)):
+        return False
+    conv = getattr(kind, "_conv_forward", None)
+    return conv is None or conv.__module__ in _FORWARDS
+
+
+def _is_float(module: nn.Module) -> bool:
+    """Whether the module holds a weight of floats that is there already (a lazy layer's comes with its first input)."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not is_lazy(weight) and weight.is_floating_point()
+
+
 class Linear(LinearLike):
     """`torch.nn.Linear` and its subclasses that keep the weight as a float matrix."""
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and module.weight.is_floating_point() and module.weight.dim() == 2
+        if not (isinstance(module, nn.Linear) and _is_float(module)):
+            return False
+        shape, sizes = module.weight.shape, (module.out_features, module.in_features)
+        return len(shape) == 2 and (tuple(shape) == sizes or 0 in shape)  # a sharded one may be empty here
 
     @property
     def shape(self) -> WeightShape:  # type: ignore[override]
@@ -216,7 +379,9 @@ class Linear(LinearLike):
         frozen = type(W) is nn.Parameter and not W.requires_grad and (b is None or not b.requires_grad)
         if not frozen or W.dtype is not dtype or W.is_meta:
             return None
-        return (W, b) if type(module).forward is nn.Linear.forward and is_bare(module) else None
+        kind = type(module)
+        usual = kind.forward is nn.Linear.forward and kind.__call__ is nn.Module.__call__
+        return (W, b) if usual and is_bare(module) else None
 
     def stored(self, W: Tensor) -> Tensor:
         return W
@@ -228,7 +393,8 @@ class TransposedLinear(LinearLike):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         # By name, so that transformers need not be imported.
-        return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+        named = any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+        return named and _is_float(module)
 
     @property
     def shape(self) -> WeightShape:  # type: ignore[override]
@@ -250,7 +416,7 @@ class Convolution(Base):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.weight.is_floating_point()
+        return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and _is_float(module)
 
     @property
     def shape(self) -> WeightShape:  # type: ignore[override]
@@ -263,10 +429,10 @@ class Convolution(Base):
     def stored(self, W: Tensor) -> Tensor:
         return W.reshape(self.module.weight.shape)
 
-    def sample(self) -> Tensor:
+    def samples(self) -> list[Tensor]:
         m = self.module
         size = [m.in_channels, *(2 * d * k for d, k in zip(m.dilation, m.kernel_size, strict=True))]
-        return torch.linspace(-1, 1, prod(size)).view(1, *size)
+        return [_drawn((1, *size))]
 
     def _pads_first(self) -> bool:
         return self.module.padding_mode != "zeros" or isinstance(self.module.padding, str)

@@ -87,10 +87,11 @@ class AdapterConfig(BaseConfig):
     bias: str = beyond_peft("none")
 
     # The method's name in files; the choices of bias; keys of PEFT's files that mean nothing here, with the values under
-    # which they mean nothing; and our field -> PEFT's name in files.
+    # which they mean nothing; keys that make the adapter another one, with its name; and our field -> PEFT's name in files.
     TYPE: ClassVar[str]
     BIASES: ClassVar[tuple[str, ...]] = ("none",)
     INERT: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    FOREIGN: ClassVar[dict[str, str]] = {}
     FILE_NAMES: ClassVar[dict[str, str]] = {}
     PATTERNS: ClassVar[dict[str, str]] = {"r": "rank_pattern"}
 
@@ -227,6 +228,9 @@ class AdapterConfig(BaseConfig):
         Raises:
             HalotuneError: for an entry that we do not know and that is not plainly switched off.
         """
+        foreign = cls.foreign(entries)
+        if foreign is not None:
+            raise HalotuneError(" ".join(foreign))
         ours = {v: k for k, v in cls.FILE_NAMES.items()}
         known = {f.name for f in fields(cls)}
         kept: dict[str, Any] = {}
@@ -244,6 +248,17 @@ class AdapterConfig(BaseConfig):
         return cls(**kept)
 
     @classmethod
+    def foreign(cls, entries: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Of an adapter of PEFT's that is none of ours: what it is, and what reads it; None for ours."""
+        found = next((key for key in cls.FOREIGN if entries.get(key)), None)
+        if found is None:
+            return None
+        return (
+            f"{cls.__name__}.{found}: set to {entries[found]!r}: the adapter is {cls.FOREIGN[found]}, which is not supported.",
+            "peft reads it: merge it there into the weights (merge_and_unload), or train the adapter without.",
+        )
+
+    @classmethod
     def from_pretrained(cls, model_id: str | PathLike[str], subfolder: str | None = None, **kwargs: Any) -> AdapterConfig:
         """The configuration in a folder, or in a repository of the hub; of whichever method it is of."""
         file = locate(model_id, CONFIG_NAME, subfolder=subfolder, **kwargs)
@@ -256,7 +271,13 @@ class AdapterConfig(BaseConfig):
                 remedy=f"Give an adapter's folder; peft_type names the method, one of {', '.join(CLASSES)}.",
             )
         try:
-            config = look_up(CLASSES, entries["peft_type"]).from_dict(entries)
+            kind = look_up(CLASSES, entries["peft_type"])
+            foreign = kind.foreign(entries)
+            if foreign is not None:
+                raise AdapterFileError(file, foreign[0], remedy=foreign[1])
+            config = kind.from_dict(entries)
+        except AdapterFileError:
+            raise
         except HalotuneError as e:
             raise AdapterFileError(file, str(e), remedy="Fix the file, or save the adapter again.") from e
         if not isinstance(config, cls):
@@ -268,8 +289,11 @@ class AdapterConfig(BaseConfig):
 
     def save_pretrained(self, save_directory: str | PathLike[str]) -> None:
         """Write `adapter_config.json` into the folder, atomically."""
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        write_atomically(Path(save_directory) / CONFIG_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(Path(save_directory) / CONFIG_NAME, self.write)
+
+    def write(self, file: Path) -> None:
+        """Write the entries of `adapter_config.json` into this file."""
+        file.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @property
     def is_prompt_learning(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -108,17 +108,26 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `file`, then rename it: readers see the old file or the new, never half."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent)
-    os.close(handle)
-    temporary = Path(name)
+    write_together({file: write})
+
+
+def write_together(files: Mapping[Path, Callable[[Path], object]]) -> None:
+    """`write_atomically` for files that belong together: none is renamed before all are filled."""
+    temporary: dict[Path, Path] = {}
+    umask = os.umask(0)
+    os.umask(umask)
     try:
-        write(temporary)
-        with temporary.open("rb+") as f:
-            os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's own mode is 0600
-        os.replace(temporary, file)
+        for file, write in files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent)
+            os.close(handle)
+            temporary[file] = Path(name)
+            write(temporary[file])
+            with temporary[file].open("rb+") as f:
+                os.fsync(f.fileno())
+            temporary[file].chmod(0o666 & ~umask)  # mkstemp's own mode is 0600
+        for file, filled in temporary.items():
+            os.replace(filled, file)
     finally:
-        temporary.unlink(missing_ok=True)
+        for filled in temporary.values():
+            filled.unlink(missing_ok=True)

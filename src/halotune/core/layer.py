@@ -151,9 +151,10 @@ class AdaptedLayer(TunerLayer, Wrapper):
         names = [n for n in wanted if n in self.adapters and n not in self.merged_adapters]
         if not names:
             return MergeRecord.total([])
+        base = self.base
+        base.require_mergeable(type(self.base_layer).__name__, as_float is not None)
         if safe_merge:
             self.check_finite(names)
-        base = self.base
         untie = untie and not base.quantization  # writing gives a quantized layer a new parameter anyway
         before, after = base.weight().detach(), self.merged_weight(names)
         if keep and self._original is None:
@@ -180,6 +181,7 @@ class AdaptedLayer(TunerLayer, Wrapper):
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit."""
         if self._original is not None:
+            self.base.require_stored(type(self.base_layer).__name__)
             module, parameter, snapshot = self._original
             self._put(module)
             if snapshot is None:

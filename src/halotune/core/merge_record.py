@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -45,6 +46,11 @@ class MergeRecord:
     def changed(self) -> float:
         """The share of the weights whose stored value changed."""
         return self.changed_weights / self.weights if self.weights else 0.0
+
+    def rounding(self, dtype: torch.dtype) -> float:
+        """The most that rounding W' to a dtype can lose, as a norm; twice, for safety."""
+        limits = torch.finfo(dtype)
+        return limits.eps * (self.weight_norm + self.delta_norm + math.sqrt(self.weights) * limits.smallest_normal)
 
     def to_dict(self) -> dict[str, float]:
         return {"delta": self.delta, "lost": self.lost, "error": self.error, "changed": self.changed}

@@ -38,6 +38,16 @@ def is_offloaded(module: nn.Module) -> bool:
     return offload_hook(module) is not None or group_hook(module) is not None
 
 
+def only_places(module: nn.Module) -> bool:
+    """Whether a `forward` set on the module is accelerate's, which brings tensors to a device and calls the class's own."""
+    hooks, own = _accelerate_hooks(module), getattr(module, "_old_forward", None)
+    return (
+        bool(hooks)
+        and all(type(h).__name__ == "AlignDevicesHook" for h in hooks)
+        and (getattr(own, "__func__", None) is type(module).forward)
+    )
+
+
 class Overlay(Mapping[str, Tensor]):
     """A map of offloaded weights with one replaced; the original map is never written to."""
 

@@ -20,7 +20,7 @@ from .injection.offloading import bring_adapters
 from .injection.surgery import remove
 from .training import penalty
 from .weights.combine import combine
-from .weights.merge import MergeReport, Requantize, merge, unmerge
+from .weights.merge import MergeReport, Requantize, merge, unmerge, untie_copies
 
 if TYPE_CHECKING:
     from ..export.lora import ExportReport
@@ -42,7 +42,7 @@ class AdaptedModel(Wrapper):
         """The base's own arguments; and `adapter_names`, one per sample of the batch, `"__base__"` for none."""
         wrapped: Any = self._modules[self._wraps]
         if adapter_names is not None:
-            with per_sample(self, adapter_names, self._batch_size(args, kwargs)):
+            with per_sample(self.get_base_model(), adapter_names, self._batch_size(args, kwargs)):
                 return self.forward(*args, **kwargs)
         try:
             return wrapped(*args, **kwargs)
@@ -98,6 +98,22 @@ class AdaptedModel(Wrapper):
             first = next(iter(tuner.configs))
             warn(f"the active adapter {adapter_name!r} was deleted; {first!r} is active now.")
             self.set_adapter(first, inference_mode=tuner.configs[first].inference_mode)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """What the adapters' configurations call the fully fine-tuned modules; None where there are none."""
+        return {n for config in self.peft_config.values() for n in config.modules_to_save or []} or None
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Train these adapters, active or not, or freeze them; the others stay as they are."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self._check_known(names)
+        model = self.get_base_model()
+        held = [layer.adapters for layer in adapted_layers(model).values()]
+        held += [wrapper.modules_to_save for wrapper in modules_to_save_wrappers(model).values()]
+        for p in (p for copies in held for n in names if n in copies for p in copies[n].parameters()):
+            if p.is_floating_point():
+                p.requires_grad_(requires_grad)
 
     def _check_known(self, names: Sequence[str]) -> None:
         unknown = [n for n in names if n not in self.peft_config]
@@ -262,6 +278,7 @@ class AdaptedModel(Wrapper):
         )  # fmt: skip
         for wrapper in modules_to_save_wrappers(tuner.model).values():
             wrapper.active_adapters, wrapper.enabled = [n for n in names if n in wrapper.modules_to_save], True
+        untie_copies(tuner.model)
         return tuner.release(trained=True)
 
     def unload(self) -> Any:
@@ -281,6 +298,7 @@ class AdaptedModel(Wrapper):
         rank: int | None = None,
         component: str | None = None,
         dtype: torch.dtype | None = None,
+        gguf: bool = False,
     ) -> ExportReport:
         """Write adapters as a LoRA that gives the same outputs, for programs that read nothing else.
 
@@ -296,6 +314,7 @@ class AdaptedModel(Wrapper):
             rank: truncate every layer to this rank, at the least error; smaller ones are filled up with zeros.
             component: for diffusers and ComfyUI, the model's name in the pipeline; None tells it from the model's class.
             dtype: of the tensors; None is the adapter's.
+            gguf: for "llama.cpp": write `adapter_model.gguf` too, which it loads as it is.
 
         Returns:
             a report: rank and error of each layer; `print` it.
@@ -306,5 +325,13 @@ class AdaptedModel(Wrapper):
         from .files.export import export_adapters  # few need it, and `import halotune` stays light
 
         return export_adapters(
-            self.tuner, to, folder, adapter_name=adapter_name, runtime=runtime, rank=rank, component=component, dtype=dtype
+            self.tuner,
+            to,
+            folder,
+            adapter_name=adapter_name,
+            runtime=runtime,
+            rank=rank,
+            component=component,
+            dtype=dtype,
+            gguf=gguf,
         )

@@ -11,7 +11,8 @@ from torch import nn
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..core.files import WEIGHTS_NAME, locate
-from .files.state_dict import embedding_keys, held_tensors, read_tensors
+from .files.keys import embedding_keys, held_tensors
+from .files.state_dict import read_tensors
 from .model import PeftModel
 
 

@@ -31,7 +31,7 @@ from .files.save import parameter_count
 from .files.state_dict import set_peft_model_state_dict
 from .injection.activation import per_sample
 from .injection.in_place import add_in_place
-from .injection.modules import adapted_layers, paths_in_state_dict
+from .injection.modules import adapted_layers, paths_in_state_dict, unwrapped
 from .injection.resolve import task_heads
 from .status import LayerStatus, ModelStatus, layer_status, model_status
 from .tuner import AdapterModel, tuner_class
@@ -58,7 +58,7 @@ class PeftModel(AdaptedModel):
         if "_public" in cls.__dict__:  # made below already: replicas call it without a model
             return super().__new__(cls)
         model = args[0] if args else kwargs.get("model")
-        return super().__new__(_class_for(_public(cls), type(model), register_external_types()))  # type: ignore[arg-type]
+        return super().__new__(_class_for(_public(cls), type(unwrapped(model)), register_external_types()))  # type: ignore[arg-type]
 
     def __init__(
         self,
@@ -92,6 +92,7 @@ class PeftModel(AdaptedModel):
         """A copy of the configuration that knows the base and the task's heads."""
         config = copy.copy(config)
         if config.base_model_name_or_path is None:
+            model = unwrapped(model)
             own = getattr(model, "config", None)
             name = getattr(model, "name_or_path", None) or getattr(own, "_name_or_path", None)
             config.base_model_name_or_path = str(name) if name else None  # diffusers' may be a Path
@@ -102,14 +103,14 @@ class PeftModel(AdaptedModel):
         return config
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class with the base's signature is made at run time
-        return _blank, (_public(type(self)), type(self.get_base_model())), self.__dict__
+        return _blank, (_public(type(self)), type(unwrapped(self.get_base_model()))), self.__dict__
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate with the active adapters, or with one per sample; the base's own arguments."""
         generate: Any = self.get_base_model().generate
         if adapter_names is None:
             return generate(*args, **kwargs)
-        with per_sample(self, adapter_names, self._batch_size(args, kwargs)):
+        with per_sample(self.get_base_model(), adapter_names, self._batch_size(args, kwargs)):
             return generate(*args, **kwargs)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -191,6 +192,7 @@ class PeftModel(AdaptedModel):
         is_main_process: bool = True,
         *,
         state_dict: Mapping[str, Tensor] | None = None,
+        save_function: Any = None,
         peft_type: str | None = None,
         bone_as_miss: bool = False,
     ) -> None:
@@ -202,9 +204,13 @@ class PeftModel(AdaptedModel):
             selected_adapters: names of adapters; None is all.
             save_embedding_layers: store the embeddings too; "auto": where they are targets or were resized.
             is_main_process: others write nothing.
-            state_dict: the model's state dict, where it is at hand already.
+            state_dict: the model's state dict, where it is at hand already, as a sharded model's must be; an empty one is none.
+            save_function: accepted for accelerate's sake (`accelerator.save`); files are always written atomically.
             peft_type: write adapters whose method has this other name under it; the others under their own.
             bone_as_miss: the same as `peft_type="MISS"`: Bone adapters as MiSS, which peft 0.19 and later can read.
+
+        Raises:
+            HalotuneError: our own reader would refuse the file; nothing is written then.
         """
         self.base_model.save_pretrained(
             save_directory,
@@ -212,7 +218,7 @@ class PeftModel(AdaptedModel):
             selected_adapters=selected_adapters,
             save_embedding_layers=save_embedding_layers,
             is_main_process=is_main_process,
-            state_dict=None if state_dict is None else {k.removeprefix("base_model."): t for k, t in state_dict.items()},
+            state_dict=state_dict,
             peft_type=peft_type,
             bone_as_miss=bone_as_miss,
         )

@@ -21,6 +21,7 @@ from .files.save import save_adapters
 from .forward.prepare import Scope
 from .injection.activation import activate, check_bias, freeze, train_biases
 from .injection.default_targets import DEFAULT_TARGETS
+from .injection.first_pass import FirstPass
 from .injection.inject import inject
 from .injection.modules import paths_in_state_dict
 from .injection.surgery import eject, remove
@@ -62,6 +63,7 @@ class AdapterModel(AdaptedModel):
         self.last_merge: MergeReport | None = None
         self.merge_order: list[str] = []
         self.scope = Scope(model)
+        self.first_pass = FirstPass()
         configs = {adapter_name: peft_config} if isinstance(peft_config, AdapterConfig) else dict(peft_config)
         paths = None if state_dict is None else paths_in_state_dict(model, state_dict)
         flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -80,6 +82,7 @@ class AdapterModel(AdaptedModel):
             for p, flag in flags:
                 p.requires_grad_(flag)
             self.scope.remove()
+            self.first_pass.remove(model)
             raise
 
     @property
@@ -107,6 +110,7 @@ class AdapterModel(AdaptedModel):
             paths=paths,
         )
         self.scope.reset()
+        self.first_pass.watch(self.model)
         if not self.configs:
             freeze(self.model)
         self.configs[adapter_name] = config = copy.copy(config)
@@ -124,6 +128,8 @@ class AdapterModel(AdaptedModel):
     def release(self, *, trained: bool) -> nn.Module:
         eject(self.model, trained=trained)
         self.scope.remove()
+        self.first_pass.remove(self.model)
+        self.model.__dict__.pop("_halotune_untied", None)
         self.configs, self.active = {}, []
         return self.model
 

@@ -49,6 +49,7 @@ def factors_of(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> F
     Raises:
         HalotuneError: a delta of full rank without a rank to truncate it to, or composed with others.
     """
+    layer.base.require_known(type(layer.base_layer).__name__, [layer.adapters[n] for n in names])  # type: ignore[misc]
     W, adapters = _work(layer.base.weight()), [_exact_copy(layer.adapters[n]) for n in names]  # type: ignore[arg-type]
     full = next((type(a).__name__ for a in adapters if not a.factors_exist), None)
     if full is None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..core.errors import HalotuneError
 from ..core.layer import AdaptedLayer
+from .components import Component
 from .factors import EXACT, Factors, factors_of, laid_out
-from .runtimes import Runtime, kohya_name
+from .runtimes import Runtime
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def as_lora(
     names: Sequence[str],
     runtime: Runtime,
     *,
-    component: str = "",
+    component: Component | None = None,
     rank: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, Tensor], ExportReport]:
@@ -72,7 +73,7 @@ def as_lora(
     Args:
         layers: the path that keys begin with -> a layer that has at least one of these adapters.
         names: the adapters, in the order in which they apply.
-        component: the pipeline's name of the model, for runtimes that read one file.
+        component: which part of a pipeline the model is, for runtimes that read one file.
         rank: truncate to this rank, or fill up to it; None is the smallest exact one.
         dtype: of the tensors; None is that of the adapter.
 
@@ -99,10 +100,10 @@ def as_lora(
     tensors: dict[str, Tensor] = {}
     for path, factors in found.items():
         A, B = laid_out(factors, layers[path].base.shape, common, runtime.convolutions == "basic")
-        tensors[runtime.key(path, "A", component)] = A
-        tensors[runtime.key(path, "B", component)] = B
-        if runtime.kohya_names(component):
-            tensors[f"{kohya_name(path)}.alpha"] = torch.tensor(float(common))
+        key_A, key_B, key_alpha = runtime.keys(path, component)
+        tensors.update({key_A: A, key_B: B})
+        if key_alpha:
+            tensors[key_alpha] = torch.tensor(float(common))
     report = {path: LayerReport(ranks[path], f.error, f.how) for path, f in found.items()}
     return tensors, ExportReport(runtime.name, common, report)
 

@@ -2,26 +2,45 @@
 
 Every rule is what the named program's own loader demands, or silently gets wrong:
 
-- vLLM: `vllm/lora/peft_helper.py` (`validate_legal`), `vllm/lora/utils.py` (`parse_fine_tuned_lora_name`),
-  `vllm/config/lora.py` (`MaxLoRARanks`), `vllm/lora/lora_model.py`.
-- SGLang: `python/sglang/srt/lora/lora.py` (scale; `normalize_qkv_proj`, `normalize_gate_up_proj`), `lora_config.py`,
-  `lora_manager.py` (`validate_new_adapter`), `mem_pool.py` (`load_lora_weight_to_buffer`).
-- llama.cpp: `convert_lora_to_gguf.py` (names, `LoraTorchTensor`), `src/llama-adapter.h` (`get_scale`), and the transposed
-  weights of GPT-2 in `conversion`.
-- diffusers: `loaders/peft.py` (`load_lora_adapter`), `utils/peft_utils.py` (`get_peft_kwargs`), `loaders/lora_base.py`.
-- ComfyUI: `comfy/lora.py` (`model_lora_keys_unet`, `model_lora_keys_clip`), `comfy/weight_adapter/lora.py`.
+- vLLM 0.33: `vllm/lora/peft_helper.py` (`_validate_features`, `validate_legal`, `get_rank_and_scaling`), `vllm/lora/utils.py`
+  (`parse_fine_tuned_lora_name`), `vllm/config/lora.py` (`MaxLoRARanks`), `vllm/lora/lora_model.py`.
+- SGLang 0.5.23: `sglang/srt/lora/lora.py` (scale; `normalize_qkv_proj`, `normalize_gate_up_proj`), `utils.py`
+  (`get_normalized_target_modules`), `lora_manager.py` (`validate_new_adapter`), `mem_pool.py` (`load_lora_weight_to_buffer`).
+- llama.cpp: `convert_lora_to_gguf.py` (names, `lm_head`, `LoraTorchTensor`), `src/llama-adapter.h` (`get_scale`), and
+  the transposed weights of GPT-2 in `conversion`.
+- diffusers 0.42: `loaders/peft.py` (`load_lora_adapter`), `utils/peft_utils.py` (`get_peft_kwargs`), `loaders/lora_base.py`
+  (`_load_lora_into_text_encoder`).
+- ComfyUI: `comfy/lora.py` (`model_lora_keys_unet`, `model_lora_keys_clip`), `comfy/weight_adapter/{base,lora,loha}.py`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
-from ..core.errors import HalotuneError, closest
-from .header import METADATA_KEY, Header
-from .runtimes import RUNTIMES
+from .conditions import (
+    Condition,
+    alone,
+    base_changed,
+    entries_set,
+    grouped_without_rank,
+    head_of_tied_base,
+    keys_unlike,
+    lone_projections,
+    magnitude_of_outputs,
+    no_product,
+    not_classifier,
+    not_lora,
+    not_matrices,
+    other_rank,
+    overridden,
+    rank_above,
+    scale_lost,
+    two_scales,
+)
+from .header import Header
+from .runtimes import RUNTIMES, named
 
 
 @dataclass(frozen=True)
@@ -38,7 +57,7 @@ class Rule:
     name: str
     says: str
     remedy: str
-    broken: Callable[[Header], str | None]
+    broken: Condition
 
 
 @dataclass(frozen=True)
@@ -67,131 +86,11 @@ def check(adapter: str | PathLike[str] | Header, runtimes: str | Sequence[str]) 
     header = adapter if isinstance(adapter, Header) else Header.read(adapter)
     problems = []
     for name in [runtimes] if isinstance(runtimes, str) else runtimes:
-        for rule in rules_of(name):
+        for rule in named(RULES, name, "check"):
             found = rule.broken(header)
             if found is not None:
                 problems.append(Problem(name, rule, found))
     return problems
-
-
-def rules_of(runtime: str) -> tuple[Rule, ...]:
-    if runtime in RULES:
-        return RULES[runtime]
-    near = closest(runtime.lower(), list(RULES), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise HalotuneError(f"check: expected one of {', '.join(RULES)}; got {runtime!r}.{hint}")
-
-
-# -- what a rule looks at
-
-
-def _shown(keys: Iterable[str]) -> str | None:
-    keys = list(keys)
-    more = f" … ({len(keys)} in all)" if len(keys) > 3 else ""
-    return ", ".join(keys[:3]) + more if keys else None
-
-
-def _set(entry: str, *harmless: object) -> Callable[[Header], str | None]:
-    """Whether an entry of the configuration is set to more than these values."""
-
-    def broken(header: Header) -> str | None:
-        value = header.config.get(entry)
-        return None if not value or value in harmless else f"{entry}={value!r}"
-
-    return broken
-
-
-def _keys_unlike(pattern: str) -> Callable[[Header], str | None]:
-    """The keys that do not match in full."""
-    return lambda header: _shown(k for k in header.shapes if not re.fullmatch(pattern, k))
-
-
-def _not_lora(header: Header) -> str | None:
-    if not header.config:
-        return f"no adapter_config.json beside {header.file.name}"
-    if header.config.get("peft_type") != "LORA":
-        return f"peft_type={header.config.get('peft_type')!r}"
-    if header.rank is None:
-        return f"r={header.config.get('r')!r}"
-    return _shown(f"no entry {k}" for k in ("lora_alpha", "target_modules") if k not in header.config)
-
-
-_PARTNER = {
-    ".lora_A.weight": ".lora_B.weight",
-    ".lora_B.weight": ".lora_A.weight",
-    ".lora_down.weight": ".lora_up.weight",
-    ".lora_up.weight": ".lora_down.weight",
-}
-
-
-def _alone(header: Header) -> str | None:
-    def lonely(key: str) -> bool:
-        return any(key.endswith(s) and key.removesuffix(s) + p not in header.shapes for s, p in _PARTNER.items())
-
-    return _shown(k for k in header.shapes if lonely(k))
-
-
-def _pairs(header: Header) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Path -> shapes of A and B."""
-    out = {}
-    for a, b in ((".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight")):
-        for key, shape in header.shapes.items():
-            path = key.removesuffix(a)
-            other = header.shapes.get(path + b, ())
-            if path != key and len(shape) > 1 and len(other) > 1:
-                out[path] = shape, other
-    return out
-
-
-def _not_matrices(header: Header) -> str | None:
-    return _shown(f"{k} {s}" for k, s in header.shapes.items() if ".lora_" in k and k.endswith(".weight") and len(s) != 2)
-
-
-def _other_rank(header: Header) -> str | None:
-    r = header.rank
-    return _shown(f"{path} of rank {A[0]}, r={r}" for path, (A, _) in _pairs(header).items() if r is not None and A[0] != r)
-
-
-def _rank_above(most: int) -> Callable[[Header], str | None]:
-    def broken(header: Header) -> str | None:
-        highest = max([header.rank or 0, *(A[0] for A, _ in _pairs(header).values())])
-        return f"rank {highest}" if highest > most else None
-
-    return broken
-
-
-def _lone_projections(header: Header) -> str | None:
-    """q and v come together, k and up only with those that they are stacked with."""
-    needs = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-    paths = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in header.shapes}
-
-    def lacking(path: str) -> str | None:
-        parent, _, name = path.rpartition(".")
-        stacked = not any(p.startswith(f"{parent}.kv_") for p in paths)  # DeepSeek's attention is not
-        return needs[name] if name in needs and stacked and f"{parent}.{needs[name]}" not in paths else None
-
-    return _shown(f"{path} without {other}" for path in sorted(paths) if (other := lacking(path)))
-
-
-def _scale_lost(header: Header) -> str | None:
-    """Files without an alpha of their own are applied with scale 1."""
-    entries, alphas = header.config, any(k.endswith(".alpha") for k in header.shapes)
-    if METADATA_KEY in header.metadata or alphas or header.rank is None:
-        return None
-    scaled = {k: v for k in ("use_rslora", "rank_pattern", "alpha_pattern") if (v := entries.get(k))}
-    if entries.get("lora_alpha", header.rank) != header.rank:
-        scaled["lora_alpha"] = entries["lora_alpha"]
-    return ", ".join(f"{k}={v!r}" for k, v in {"r": header.rank, **scaled}.items()) if scaled else None
-
-
-def _grouped_without_rank(header: Header) -> str | None:
-    if METADATA_KEY in header.metadata:
-        return None
-    return _shown(f"{path}: lora_A {A}, lora_B {B}" for path, (A, B) in _pairs(header).items() if A[0] != B[1])
-
-
-def _no_product(header: Header) -> str | None:
-    return _shown(f"{path}: {A} and {B}" for path, (A, B) in _pairs(header).items() if A[0] != B[1])
 
 
 # -- the rules
@@ -199,48 +98,71 @@ def _no_product(header: Header) -> str | None:
 _EXPORT = "Convert it: halotune export ADAPTER --base MODEL --to lora --for {runtime}."
 _MERGE = "Merge the adapter into the weights and serve those, or train without."
 
-_LORA = Rule("lora", "Only LoRA is read, from a folder with adapter_config.json.", _EXPORT, _not_lora)
-_PAIRS = Rule("pairs", "Every lora_A needs its lora_B, and the other way round.", "Save the adapter again.", _alone)
-_MATRICES = Rule("matrices", "Only LoRA of linear layers is read: matrices.", _MERGE, _not_matrices)
-_DORA = Rule("dora", "DoRA is not supported.", _MERGE, _set("use_dora"))
-_BIAS = Rule("bias", "Trained biases are refused or ignored.", 'Train with bias="none", or merge.', _set("bias", "none"))
-_MODULES = Rule("modules-to-save", "Fully fine-tuned modules are refused or ignored.", _MERGE, _set("modules_to_save"))
-_NAMES = Rule(
-    "names",
-    "Keys are X.lora_A.weight and X.lora_B.weight.",
-    _EXPORT,
-    _keys_unlike(r".*\.lora_[AB]\.weight|.*\.lora_embedding_[AB]|.*\.(embed_tokens|lm_head)\.base_layer\.weight"),
+_LORA = Rule("lora", "Only LoRA is read, from a folder with adapter_config.json.", _EXPORT, not_lora)
+_PAIRS = Rule("pairs", "Every lora_A needs its lora_B, and the other way round.", "Save the adapter again.", alone)
+_MATRICES = Rule("matrices", "Only LoRA of linear layers is read: matrices.", _MERGE, not_matrices)
+_DORA = Rule("dora", "DoRA is not supported.", _MERGE, entries_set("use_dora"))
+_BIAS = Rule(
+    "bias",
+    "Trained biases are refused or ignored.",
+    'Train with bias="none", or merge.',
+    entries_set("bias", harmless=["none"]),
 )
+_MODULES = Rule("modules-to-save", "Fully fine-tuned modules are refused or ignored.", _MERGE, entries_set("modules_to_save"))
+_BASE = Rule(
+    "base-changed",
+    "PEFT takes this start (PiSSA, OLoRA, CorDA, LoftQ) out of the base's weights when it loads the adapter; here these stay.",
+    "Make it a plain LoRA in PEFT: model.save_pretrained(folder, path_initial_model_for_weight_conversion=START).",
+    base_changed,
+)
+_VARIANTS = ("layer_replication", "lora_bias", "use_bdlora", "use_qalora")
+_VARIANT = Rule("variant", "These variants of LoRA are refused or ignored.", _MERGE, entries_set(*_VARIANTS))
+_ACTIVATED = Rule("variant", _VARIANT.says, _MERGE, entries_set(*_VARIANTS, "alora_invocation_tokens"))
+_KEYS = r".*\.lora_[AB]\.weight|.*\.lora_embedding_[AB]|.*\.(embed_tokens|lm_head)\.base_layer\.weight"
+_NAMES = Rule("names", "Keys are X.lora_A.weight and X.lora_B.weight.", _EXPORT, keys_unlike(_KEYS))
 _UNIFORM = Rule(
-    "one-rank", "All modules have the rank r of the configuration: others are scaled wrongly or fail.", _EXPORT, _other_rank
+    "one-rank",
+    "All modules have the rank r of the configuration: others are scaled wrongly or fail.",
+    _EXPORT,
+    other_rank(patterns=False),
 )
-_RANKS = Rule("rank-pattern", "rank_pattern is ignored.", _EXPORT, _set("rank_pattern"))
+_RANKS = Rule("rank-pattern", "rank_pattern is ignored.", _EXPORT, overridden("rank_pattern", "r"))
 _ALPHAS = Rule(
-    "alpha-pattern", "alpha_pattern is ignored: one lora_alpha holds for all modules.", _EXPORT, _set("alpha_pattern")
+    "alpha-pattern",
+    "alpha_pattern is ignored: one lora_alpha holds for all modules.",
+    _EXPORT,
+    overridden("alpha_pattern", "lora_alpha"),
 )
-_RSLORA = Rule("rslora", "use_rslora is ignored: the scale is lora_alpha / r, off by √r.", _EXPORT, _set("use_rslora"))
+_RSLORA = Rule("rslora", "use_rslora is ignored: the scale is lora_alpha / r, off by √r.", _EXPORT, entries_set("use_rslora"))
 
-_COMPONENTS = r"(unet|transformer(_\d)?|text_encoder(_\d)?)\."
-_KOHYA = r"(lora_(unet|te\d?|transformer|prior_unet|prior_te)|lycoris)_[^.]+"
-_KOHYA_LORA = rf"{_KOHYA}\.(alpha|lora_(up|down|mid)\.weight)"
+_CLIP = r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+_KOHYA_CLIP = r"(te[12]?|prior_te)_text_model_" + _CLIP.replace(r"\.", "_")
+_T5 = r"te[123]_encoder_block_\d+_layer_\d_(SelfAttention_[qkvo]|DenseReluDense_w[io](_\d)?)"
+_MODELS = r"(lora_(unet|transformer|prior_unet)|lycoris)_[^.]+"
+_LORA_KEYS = r"(alpha|lora_(up|down|mid)\.weight)"
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "vllm": (
         _LORA,
-        _NAMES,
+        Rule("names", _NAMES.says, _EXPORT, keys_unlike(rf"{_KEYS}|.*\b(score|classifier)\.(weight|bias)")),
         _PAIRS,
         _MATRICES,
         Rule(
             "rank",
             f"max_lora_rank is at most {RUNTIMES['vllm'].ranks[-1]} (serve with --max-lora-rank at or above the rank).",
             "Truncate it: halotune export … --for vllm --rank R.",
-            _rank_above(RUNTIMES["vllm"].ranks[-1]),
+            rank_above(RUNTIMES["vllm"].ranks[-1]),
         ),
-        _UNIFORM,
-        _RANKS,
-        _ALPHAS,
+        Rule(
+            "one-rank",
+            "Every module has the rank that r or rank_pattern says: others are scaled wrongly or fail.",
+            _EXPORT,
+            other_rank(patterns=True),
+        ),
+        _BASE,
+        _ACTIVATED,
         _BIAS,
-        _MODULES,
+        Rule("modules-to-save", "Of fully fine-tuned modules one classifier or score is read.", _MERGE, not_classifier),
         _DORA,
     ),
     "sglang": (
@@ -254,16 +176,22 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _RSLORA,
         Rule(
             "target-names",
-            'target_modules is a list of names: a regular expression counts as "all".',
+            'target_modules is a list of names, or "all-linear": a regular expression is refused.',
             _EXPORT,
-            lambda h: f"target_modules={t!r}" if isinstance(t := h.config.get("target_modules"), str) else None,
+            lambda h: (
+                f"target_modules={t!r}"
+                if isinstance(t := h.config.get("target_modules"), str) and t not in ("all", "all-linear")
+                else None
+            ),
         ),
         Rule(
             "stacked",
             "q, k, v and gate, up are stacked: q needs v and v needs q, k needs q, up needs gate.",
             "Adapt both, or serve with another program.",
-            _lone_projections,
+            lone_projections,
         ),
+        _BASE,
+        _ACTIVATED,
         _BIAS,
         _MODULES,
         _DORA,
@@ -276,11 +204,25 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _ALPHAS,
         _RSLORA,
         Rule(
+            "alpha",
+            "lora_alpha of 0 counts as none: the scale is 1.",
+            _EXPORT,
+            lambda h: "lora_alpha=0" if h.config.get("lora_alpha") == 0 else None,
+        ),
+        Rule(
             "conv1d",
             "Weights of transformers' Conv1D (GPT-2) are transposed with their LoRA: square ones are silently wrong.",
             _MERGE,
-            _set("fan_in_fan_out"),
+            entries_set("fan_in_fan_out"),
         ),
+        Rule(
+            "tied-head",
+            "lm_head and embeddings that are tied are one tensor there, so a LoRA of lm_head alone is refused.",
+            "Leave lm_head out when training, or merge the adapter (which unties them); name the base with --base.",
+            head_of_tied_base,
+        ),
+        _BASE,
+        _VARIANT,
         _BIAS,
         _MODULES,
         _DORA,
@@ -288,35 +230,48 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "diffusers": (
         Rule(
             "names",
-            "Keys begin with the part of the pipeline and end in lora_A.weight or lora_B.weight (or are kohya's); others are "
-            "passed over silently.",
+            "Keys begin with the part of the pipeline (unet, transformer, and text_encoder for CLIP alone) and end in "
+            "lora_A.weight or lora_B.weight (or are kohya's); others are passed over silently.",
             _EXPORT,
-            _keys_unlike(rf"{_COMPONENTS}.*\.lora(_A|_B|\.down|\.up)\.weight|{_KOHYA_LORA}"),
+            keys_unlike(
+                rf"(unet|transformer(_\d)?)\..*\.lora(_A|_B|\.down|\.up)\.weight"
+                rf"|text_encoder(_2)?\.(text_model\.)?({_CLIP}|text_projection)\.lora(_A|_B|(_linear_layer)?\.(up|down))\.weight"
+                rf"|({_MODELS}|lora_{_KOHYA_CLIP})\.{_LORA_KEYS}"
+            ),
         ),
         _PAIRS,
-        Rule("scale", "The scale is 1 unless the file's header or an alpha says more.", _EXPORT, _scale_lost),
+        Rule("scale", "The scale is 1 unless the file's header or an alpha says more.", _EXPORT, scale_lost),
+        Rule("two-scales", "A file has alphas, or ranks and scales in its header; both are refused.", _EXPORT, two_scales),
         Rule(
             "grouped-rank",
             "The rank is read off lora_B, which is wrong for a grouped convolution, unless the header has it.",
             _EXPORT,
-            _grouped_without_rank,
+            grouped_without_rank,
         ),
     ),
     "comfyui": (
         Rule(
             "names",
-            "Keys are kohya's (lora_unet_…, lora_te1_…) or, for transformers and text encoders, those of diffusers; others are "
-            "passed over with a warning.",
+            "Keys are kohya's (lora_unet_…, lora_te1_text_model_…) or, for transformers and CLIP's layers "
+            "(text_encoder.text_model.…), those of diffusers; others are passed over with a warning.",
             _EXPORT,
-            _keys_unlike(
-                rf"(transformer|diffusion_model|text_encoder(_\d)?)\..*\.(lora_[AB]\.weight|lora_(up|down)\.weight|alpha)"
-                rf"|{_KOHYA_LORA}|{_KOHYA}\.(dora_scale|hada_(w\d_[ab]|t\d))"
+            keys_unlike(
+                rf"((transformer|diffusion_model|text_encoders)\..*|text_encoder(_2)?\.text_model\.{_CLIP})"
+                rf"\.(lora_[AB]\.weight|lora_(up|down)\.weight|alpha)"
+                rf"|({_MODELS}|lora_({_KOHYA_CLIP}|{_T5}|te[12]_text_projection|prior_te_text_projection))"
+                rf"\.({_LORA_KEYS}|dora_scale|hada_(w\d_[ab]|t\d))"
             ),
         ),
         _PAIRS,
-        Rule("scale", "The scale is 1 without an alpha beside the factors.", _EXPORT, _scale_lost),
+        Rule("scale", "The scale is 1 without an alpha beside the factors.", _EXPORT, scale_lost),
         Rule(
-            "product", "lora_up times lora_down must be the weight: peft's grouped convolutions are not.", _EXPORT, _no_product
+            "product", "lora_up times lora_down must be the weight: peft's grouped convolutions are not.", _EXPORT, no_product
+        ),
+        Rule(
+            "magnitude",
+            "A magnitude for each output (dora_scale) is divided by the norm of W where it should be that of W + ΔW.",
+            "Merge the adapter into the weights, or train with wd_on_out=False.",
+            magnitude_of_outputs,
         ),
     ),
 }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from ..core.attention import ProjectionBase
 from ..core.base import Convolution, TransposedLinear
 from ..core.errors import HalotuneError, closest
 from ..core.files import WEIGHTS_NAME
 from ..core.layer import AdaptedLayer
+from .components import Component
 
+T = TypeVar("T")
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 
 
@@ -84,22 +87,25 @@ class Runtime:
         """What to add to "reads it", for a rank that it takes."""
         return f"; {self.hint.format(rank=self.fitting_rank(rank))}" if self.hint and rank else ""
 
-    def key(self, path: str, factor: Literal["A", "B"], component: str) -> str:
-        """The key of a tensor in the file; `component` is a pipeline's, such as "unet"."""
-        if self.folder:
-            return f"base_model.model.{path}.lora_{factor}.weight"
-        if self.kohya_names(component):
-            return f"{kohya_name(path)}.lora_{'down' if factor == 'A' else 'up'}.weight"
-        return f"{component}.{path}.lora_{factor}.weight"
+    def keys(self, path: str, component: Component | None) -> tuple[str, str, str | None]:
+        """The keys of A, of B, and of the alpha that the file has beside them, if any.
 
-    def kohya_names(self, component: str) -> bool:
-        """ComfyUI knows the attention of a UNet by kohya's names only (comfy/lora.py, model_lora_keys_unet)."""
-        return self.name == "comfyui" and component == "unet"
+        Args:
+            component: which part of a pipeline the model is; None for folders in PEFT's format.
+        """
+        if component is None:
+            name = f"base_model.model.{path}"
+        elif self.name == "comfyui" and _kohya_alone(component.name, component.stored(path)):
+            name = component.kohya(path)
+            return f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"
+        else:
+            name = f"{component.name}.{component.stored(path)}"
+        return f"{name}.lora_A.weight", f"{name}.lora_B.weight", None
 
 
-def kohya_name(path: str) -> str:
-    """The name of a UNet's module, as kohya's scripts write it."""
-    return f"lora_unet_{path.replace('.', '_')}"
+def _kohya_alone(component: str, path: str) -> bool:
+    """ComfyUI knows UNets, T5 and projections by kohya's names alone; transformers and CLIP's layers by those of diffusers."""
+    return component == "unet" or (component.startswith("text_encoder") and not path.startswith("text_model."))
 
 
 # vLLM: MaxLoRARanks in vllm/config/lora.py.
@@ -119,21 +125,14 @@ RUNTIMES: dict[str, Runtime] = {
 }
 
 
-def runtime_named(name: str) -> Runtime:
-    if name in RUNTIMES:
-        return RUNTIMES[name]
-    near = closest(name.lower(), list(RUNTIMES), n=1)
+def named(known: Mapping[str, T], name: str, what: str) -> T:
+    """The entry of this name.
+
+    Raises:
+        HalotuneError: there is none; it names the nearest.
+    """
+    if name in known:
+        return known[name]
+    near = closest(name.lower(), list(known), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise HalotuneError(f"runtime: expected one of {', '.join(RUNTIMES)}; got {name!r}.{hint}")
-
-
-def component_of(model_class: str) -> str:
-    """The pipeline's name of a model of this class: "unet", "transformer" or "text_encoder"."""
-    kinds = {"UNet": "unet", "Transformer": "transformer", "TextModel": "text_encoder", "Encoder": "text_encoder"}
-    found = next((component for part, component in kinds.items() if part in model_class), None)
-    if found is None:
-        raise HalotuneError(
-            f"component: cannot tell which part of a pipeline a {model_class} is. Give it: 'unet', 'transformer', "
-            "'text_encoder' …, its name in the pipeline."
-        )
-    return found
+    raise HalotuneError(f"{what}: expected one of {', '.join(known)}; got {name!r}.{hint}")

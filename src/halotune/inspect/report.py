@@ -143,9 +143,6 @@ def as_document(saved: Saved, base: BaseModel | None, layers: Sequence[Figures])
     }
 
 
-# -- paths of modules as a grid: which layer of the model, and which module of it
-
-
 def modules(layers: Sequence[Figures]) -> dict[str, list[Figures]]:
     """Layers by the name of their module."""
     out: dict[str, list[Figures]] = {}

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import HalotuneError
+from ..engine.injection.modules import unwrapped
 from ..engine.model import PeftModel
 from ..engine.training import penalty
 
@@ -55,7 +56,7 @@ class AdapterTrainerMixin(Trainer if TYPE_CHECKING else object):
         self._penalty_sum: Tensor | float = 0.0  # since the last log
         self._penalty_count = 0
         if isinstance(self.model, PeftModel):
-            base = type(self.model.get_base_model())
+            base = type(unwrapped(self.model.get_base_model()))
             if self.args.label_names is None:
                 self.label_names = find_labels(base)
             if self.label_smoother is not None and base.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():

@@ -170,7 +170,7 @@ def triton_kernel(module: str, function: str, refuses: Callable[..., str | None]
 def _triton_refuses(x: Any) -> str | None:
     if not _triton_is_installed():
         return "triton is not installed"
-    if not x.is_cuda and not _triton_interprets():
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":  # whose interpreter runs kernels on a CPU, to test them
         return f"it needs a CUDA device, and the tensor is on {x.device}"
     if x.dtype.itemsize not in (2, 4) or not x.dtype.is_floating_point:
         return f"there is none for {x.dtype}"
@@ -180,8 +180,3 @@ def _triton_refuses(x: Any) -> str | None:
 @cache
 def _triton_is_installed() -> bool:
     return find_spec("triton") is not None
-
-
-def _triton_interprets() -> bool:
-    """Triton's interpreter runs kernels on a CPU, to test them."""
-    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -221,7 +221,8 @@ def results(run: Run, score: str) -> dict[str, Any]:
         if "evaluation" in line:
             steps.setdefault(line["step"], {}).update(line["evaluation"])
     last = steps[max(steps)]
-    best = {k: (min if k.endswith("loss") else max)(found[k] for found in steps.values()) for k in last}
+    known = {k: [found[k] for found in steps.values() if found[k] is not None] for k in last}  # NaN is None in a file
+    best = {k: (min if k.endswith("loss") else max)(values, default=None) for k, values in known.items()}
     return {"last": last, "best": best, "best_step": max(steps, key=lambda step: steps[step][score])}
 
 
@@ -255,7 +256,7 @@ class NLUEvaluation:
     Args:
         run: the run's folder.
         which: the adapter of the last step, or that of the best evaluation.
-        data: hub, or a folder with GLUE's own files; by default what the run was trained with.
+        data: hub, or a folder with GLUE's own files; for csv, the file to evaluate on. By default what the run was given.
         output: where the submission's files go; by default the run's folder predictions/.
         batch_size: examples at once.
         device: auto takes the accelerator where there is one.
@@ -274,7 +275,11 @@ def evaluate_nlu(config: NLUEvaluation) -> dict[str, Any]:
     """The figures on the labelled splits; the submission's files are written."""
     trained = TrainedRun(Path(config.run), config.which, config.batch_size, config.device)
     task, own = trained.task, trained.config
-    own.data, own.train_rows = config.data or own.data, None
+    own.train_rows = None
+    if config.data and own.task == "csv":
+        own.evaluation = config.data
+    elif config.data:
+        own.data = config.data
     data = load_data(own)
     found: dict[str, Any] = {}
     for prefix, examples in data.evaluations.items():

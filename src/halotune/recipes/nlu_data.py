@@ -11,7 +11,7 @@ from typing import Any
 from ..core.errors import HalotuneError
 from .common.rows import read_rows, text_of, usable
 from .glue.files import converter, find_file, read_split
-from .glue.tasks import TASKS, Task, accuracy, correlations
+from .glue.tasks import Task, accuracy, correlations
 
 HUB = "nyu-mll/glue"
 SPLIT_SEED = 0  # fixed, so that runs of different seeds see the same rows
@@ -163,7 +163,3 @@ def _split(rows: list[Example], share: float) -> tuple[list[Example], list[Examp
     rows = random.Random(SPLIT_SEED).sample(rows, len(rows))
     held_out = round(share * len(rows))
     return rows[held_out:], rows[:held_out]
-
-
-def task_of(name: str) -> Task:
-    return TASKS[name]

@@ -16,14 +16,17 @@ from ...core.base import TransposedLinear
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
+from ...export.components import Component
+from ...export.gguf import GGUF_NAME, gguf_lora, write_gguf
 from ...export.header import METADATA_KEY, Header
 from ...export.lora import ExportReport, as_lora
 from ...export.rules import RULES, check
-from ...export.runtimes import Runtime, component_of, runtime_named
+from ...export.runtimes import RUNTIMES, Runtime, named
 from ...methods.registry import low_rank_method
-from ..injection.modules import public_path, visible_modules
+from ..injection.modules import plain_modules, public_path, tied_parameters, visible_modules
 from ..injection.targets import shortest_suffixes
 from .card import write_card
+from .keys import adapter_keys, check_readable
 from .save import parameter_count, written_config
 from .state_dict import get_peft_model_state_dict, vocabulary_differs, write_tensors
 
@@ -41,20 +44,31 @@ def export_adapters(
     rank: int | None = None,
     component: str | None = None,
     dtype: torch.dtype | None = None,
+    gguf: bool = False,
 ) -> ExportReport:
     """Write adapters as a LoRA; the arguments are those of `PeftModel.export`."""
     if to != "lora":
         raise HalotuneError(f"export: expected the format 'lora'; got {to!r}.")
     if Path(folder).is_file():
         raise HalotuneError(f"export: {folder} is a file. Give a folder.")
-    target = runtime_named(runtime)
+    target = named(RUNTIMES, runtime, "runtime")
+    if gguf and runtime != "llama.cpp":
+        raise HalotuneError(f'export: GGUF is for llama.cpp. Give runtime="llama.cpp" (--for llama.cpp); got {runtime!r}.')
     names = _names(tuner, adapter_name)
     layers = _exportable(tuner, names, target)
     beside = _beside_the_adapters(tuner, names, target)
-    component = "" if target.folder else component or component_of(type(tuner.model).__name__)
-    tensors, report = as_lora(layers, names, target, component=component, rank=rank, dtype=dtype)
+    part = None if target.folder else Component.of(type(tuner.model).__name__, component)
+    tensors, report = as_lora(layers, names, target, component=part, rank=rank, dtype=dtype)
     config = _lora_config(tuner, names, layers, report.rank)
-    _write({**tensors, **beside}, config, Path(folder), target, component)
+    grouped = target.convolutions == "basic" and any(layer.base.shape.groups > 1 for layer in layers.values())
+    if target.folder and not grouped:  # which peft stores in another form than ours
+        check_readable(tuner.model, config, {**tensors, **beside}, beside)
+    shared = {name for names in tied_parameters(tuner.model) for name in names}
+    tied = any(f"{path}.base_layer.weight" in shared for path in layers)
+    converted = gguf_lora(tensors, tuner.model) if gguf else None
+    _write({**tensors, **beside}, config, Path(folder), target, part, tied)
+    if converted is not None:
+        write_gguf(*converted, alpha=report.rank, file=Path(folder) / GGUF_NAME)
     return report
 
 
@@ -94,7 +108,7 @@ def _exportable(tuner: AdapterModel, names: Sequence[str], runtime: Runtime) -> 
 
 def _every_name(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     """Adapted layers under all their names, as a state dict has them: one that two modules share comes twice."""
-    return [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, AdaptedLayer)]
+    return [(n, m) for n, m in plain_modules(model) if isinstance(m, AdaptedLayer)]
 
 
 def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], runtime: Runtime) -> dict[str, Tensor]:
@@ -108,11 +122,9 @@ def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], runtime: Run
                 'the weights (merge_and_unload), or train with bias="none".'
             )
         resized = vocabulary_differs(tuner.model, config)
-        found.update(get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=resized))
-        for path, layer in _every_name(tuner):
-            if name in layer.adapters:
-                for parameter, _ in layer.adapters[name].named_parameters():
-                    del found[f"{path}.{parameter}"]
+        own = {key for key, at in adapter_keys(tuner, name).items() if f".adapters.{name}." in at}
+        tensors = get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=resized)
+        found.update({key: t for key, t in tensors.items() if key not in own})
     if found and not runtime.modules_to_save:
         modules = ", ".join(sorted({key.removeprefix("model.").rpartition(".")[0] for key in found}))
         raise HalotuneError(
@@ -141,15 +153,18 @@ def _lora_config(tuner: AdapterModel, names: Sequence[str], layers: Mapping[str,
     return replace(create(rank), **entries)
 
 
-def _write(tensors: dict[str, Tensor], config: AdapterConfig, folder: Path, runtime: Runtime, component: str) -> None:
+def _write(
+    tensors: dict[str, Tensor], config: AdapterConfig, folder: Path, runtime: Runtime, component: Component | None, tied: bool
+) -> None:
     """Write the files, once they keep every rule of the runtime."""
     file, entries = folder / runtime.file, config.to_dict()
     metadata: dict[str, str] = {}
-    if not runtime.folder:
-        needed = {f"{component}.{key}": entries[key] for key in ("r", "lora_alpha", "target_modules")}
+    if component is not None and not any(key.endswith(".alpha") for key in tensors):
+        needed = {f"{component.name}.{key}": entries[key] for key in ("r", "lora_alpha", "target_modules")}
         metadata[METADATA_KEY] = json.dumps(needed)
     shapes = {key: tuple(t.shape) for key, t in tensors.items()}
-    problems = check(Header(file, entries, shapes, metadata), runtime.name) if runtime.name in RULES else []
+    header = Header(file, entries, shapes, metadata, tied=tied)
+    problems = check(header, runtime.name) if runtime.name in RULES else []
     if problems:
         raise HalotuneError("export: nothing was written. " + " ".join(map(str, problems)))
     write_tensors(tensors, file, metadata)

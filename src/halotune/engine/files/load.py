@@ -14,6 +14,7 @@ from torch import Tensor
 from ...core.config import AdapterConfig
 from ...core.errors import AdapterFileError
 from ...core.files import WEIGHTS_NAME, check_keywords, locate
+from .keys import PREFIX
 from .state_dict import read_tensors
 
 # The keywords of `from_pretrained` and `load_adapter`.
@@ -64,13 +65,15 @@ class AdapterSource:
 
 
 def _renamed(tensors: dict[str, Tensor], mapping: Mapping[str, str] | None, file: Path) -> dict[str, Tensor]:
+    """Keys by the first pattern that matches; as in PEFT, the prefix of all keys is left out for that."""
     out: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        new = key
+        new = key.removeprefix(PREFIX)
         for pattern, replacement in (mapping or {}).items():
             new, n = re.subn(pattern, replacement, new)
             if n:
                 break
+        new = new if new == key or new.startswith(PREFIX) else PREFIX + new
         if new in out:
             raise AdapterFileError(file, f"key_mapping gives {new} twice.", key=key, remedy="Make the mapping one to one.")
         out[new] = tensor

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
-from ...core.files import WEIGHTS_NAME
+from ...core.files import CONFIG_NAME, WEIGHTS_NAME, write_together
 from ...methods.registry import method_of, under_alias
+from ..injection.modules import unwrapped
 from ..injection.offloading import bring_adapters
 from .card import CARD_NAME, write_card
-from .state_dict import get_peft_model_state_dict, write_tensors
+from .keys import check_readable
+from .state_dict import adapter_tensors, filled_with
 
 if TYPE_CHECKING:
     from ..tuner import AdapterModel
@@ -50,12 +53,22 @@ def save_adapters(
         raise HalotuneError(f"save_pretrained: {folder} is a file. Give a folder.")
     if not is_main_process:
         return
-    for name in names:
-        here = folder if name == "default" else folder / name
-        save_adapter(tuner, name, here, save_embedding_layers=save_embedding_layers, state_dict=state_dict, peft_type=peft_type)
+    ready = [
+        prepare(
+            tuner,
+            name,
+            folder if name == "default" else folder / name,
+            save_embedding_layers=save_embedding_layers,
+            state_dict=state_dict,
+            peft_type=peft_type,
+        )
+        for name in names
+    ]
+    for write in ready:
+        write()
 
 
-def save_adapter(
+def prepare(
     tuner: AdapterModel,
     name: str,
     folder: Path,
@@ -63,23 +76,28 @@ def save_adapter(
     save_embedding_layers: bool | Literal["auto"] = "auto",
     state_dict: Mapping[str, Tensor] | None = None,
     peft_type: str | None = None,
-) -> None:
-    """Write one adapter into the folder itself, under the alias `peft_type` of its method if it has that one."""
+) -> Callable[[], None]:
+    """What writes one adapter into the folder itself, under the alias `peft_type` of its method if it has that one.
+
+    Raises:
+        HalotuneError: it could not be read back.
+    """
     bring_adapters(tuner.model)
-    found = get_peft_model_state_dict(tuner, state_dict, name, save_embedding_layers=save_embedding_layers)
-    tensors = {f"base_model.{key}": t for key, t in found.items()}
     config = written_config(tuner, name)
+    found, beside = adapter_tensors(tuner, name, state_dict or None, save_embedding_layers)  # Trainers pass empty ones, too
+    tensors = check_readable(
+        tuner.model, config, {f"base_model.{key}": t for key, t in found.items()}, {f"base_model.{key}" for key in beside}
+    )
     if peft_type is not None and method_of(peft_type).peft_type in method_of(config.peft_type).aliases:
         config, tensors = under_alias(config, tensors, peft_type)
-    write_adapter(folder, config, tensors)
+    return partial(write_adapter, folder, config, tensors)
 
 
 def write_adapter(
     folder: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write one adapter in PEFT's format: its tensors (and `metadata` beside them), its configuration and a card."""
-    write_tensors(tensors, folder / WEIGHTS_NAME, metadata)
-    config.save_pretrained(folder)
+    write_together({folder / WEIGHTS_NAME: filled_with(tensors, metadata), folder / CONFIG_NAME: config.write})
     write_card(folder / CARD_NAME, config, sum(parameter_count(t) for t in tensors.values()))
 
 
@@ -88,7 +106,7 @@ def written_config(tuner: AdapterModel, name: str) -> AdapterConfig:
     config = copy.copy(tuner.peft_config[name])
     config.inference_mode = True
     if config.task_type is None and config.auto_mapping is None:
-        base = type(tuner.model)
+        base = type(unwrapped(tuner.model))
         config.auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
     return config
 

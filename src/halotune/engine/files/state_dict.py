@@ -1,26 +1,20 @@
-"""An adapter's tensors under PEFT's names, and strict reading of them.
-
-One rule maps a parameter's path to its key: the adapter's name is taken out,
-
-    X.adapters.default.hra_u                    <->  X.hra_u
-    lm_head.modules_to_save.default.weight      <->  lm_head.weight
-
-and biases and embeddings keep their own names.
-"""
+"""An adapter's tensors under PEFT's names (`keys.py`), and strict reading of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...core.config import AdapterConfig
 from ...core.errors import AdapterFileError, HalotuneError, warn
-from ..injection.modules import adapted_layers, visible_modules
+from ...core.files import write_atomically
+from ..injection.modules import adapted_layers, innermost, plain_modules, unwrapped
+from .keys import adapter_keys, bias_keys, embedding_keys, held_tensors, under_own_names, without_sharding
 
 
 class LoadResult(NamedTuple):
@@ -42,49 +36,6 @@ def config_of(model: nn.Module, name: str) -> AdapterConfig:
     return configs[name]
 
 
-def held_tensors(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
-    """The state dict as far as it is parameters and buffers. Quantized layers are left alone: asked for theirs, some repack
-    their weight in place (bitsandbytes on the CPU: to a wrong one).
-    """
-    out: dict[str, Tensor] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        nn.Module._save_to_state_dict(module, out, f"{path}." if path else "", keep_vars)
-    return out
-
-
-def _own_keys(state_keys: list[str], name: str) -> dict[str, str]:
-    """File key -> key of the model's state dict, for the adapter's own tensors and its trained modules."""
-    out = {}
-    for infix in (f".adapters.{name}.", f".modules_to_save.{name}."):
-        out.update({key.replace(infix, ".", 1): key for key in state_keys if infix in key})
-    return out
-
-
-def _bias_keys(model: nn.Module, state_keys: list[str], name: str, bias: str) -> list[str]:
-    if bias == "none":
-        return []
-    if bias == "all":
-        skipped = (".adapters.", ".modules_to_save.", ".original_module.")
-        return [k for k in state_keys if k.rsplit(".", 1)[-1] == "bias" and not any(s in k for s in skipped)]
-    known = set(state_keys)
-    layers = [path for path, layer in adapted_layers(model).items() if name in layer.adapters]
-    return [k for k in (f"{path}.base_layer.bias" for path in layers) if k in known]
-
-
-def embedding_keys(model: nn.Module, state_keys: list[str]) -> list[str]:
-    """Keys of the input and output embeddings, adapted ones through their base."""
-    embeddings = []
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(model, get)()
-        except (AttributeError, NotImplementedError):
-            continue
-        embeddings.append(module)
-    paths = [n for n, m in visible_modules(model) if any(m is e for e in embeddings if e is not None)]
-    wanted = {f"{p}{infix}.weight" for p in paths for infix in ("", ".base_layer")}
-    return [k for k in state_keys if k in wanted]
-
-
 def get_peft_model_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor] | None = None,
@@ -95,51 +46,65 @@ def get_peft_model_state_dict(
     """The tensors of one adapter, under the keys of PEFT's files.
 
     Args:
-        model: a `PeftModel`, or any module that adapters were put into.
-        state_dict: the model's state dict, where it is at hand already.
+        model: a `PeftModel`, or any module that adapters were put into; also inside the wrappers of `torch.compile`,
+            DistributedDataParallel and FSDP.
+        state_dict: the model's state dict, where it is at hand already; what it lacks is left out.
         adapter_name: which adapter.
-        unwrap_compiled: take the model out of `torch.compile`'s wrapper first.
+        unwrap_compiled: accepted for PEFT's sake; the model is always taken out of its wrappers.
         save_embedding_layers: store input and output embeddings too; "auto": those that are targets, and both where the
             vocabulary was resized.
     """
-    if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
-    config = config_of(model, adapter_name)
-    tensors = held_tensors(model) if state_dict is None else state_dict
-    merged = {f"{p}.base_layer.weight": layer for p, layer in adapted_layers(model).items() if layer.merged}
-    tensors = {**tensors, **{key: layer.original_weight for key, layer in merged.items() if key in tensors}}
-    keys = list(tensors)
-    out = {file_key: tensors[key] for file_key, key in _own_keys(keys, adapter_name).items()}
-    out.update({key: tensors[key] for key in _bias_keys(model, keys, adapter_name, config.bias)})
-    embeddings = embedding_keys(model, keys) if save_embedding_layers else []
+    found = adapter_tensors(model, adapter_name, state_dict, save_embedding_layers)[0]
+    return {key: t for key, t in found.items() if t is not None}
+
+
+def adapter_tensors(
+    model: nn.Module,
+    name: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> tuple[dict[str, Tensor | None], set[str]]:
+    """The tensors of one adapter by file key, None where a given state dict lacks one; and which are biases and embeddings."""
+    model = unwrapped(model)
+    config = config_of(model, name)
+    held = held_tensors(model)
+    own = adapter_keys(model, name)
+    biases = bias_keys(model, held, name, config.bias)
+    embeddings = embedding_keys(model, held) if save_embedding_layers else []
     if save_embedding_layers == "auto" and not vocabulary_differs(model, config):
         layers = adapted_layers(model)
-        targets = {f"{path}.base_layer.weight" for path, layer in layers.items() if adapter_name in layer.adapters}
+        targets = {f"{path}.base_layer.weight" for path, layer in layers.items() if name in layer.adapters}
         embeddings = [key for key in embeddings if key in targets]
-    out.update({key: tensors[key] for key in embeddings if key not in out})
-    return out
+    beside = {key: key for key in (*biases, *embeddings) if key not in own}
+    tensors: Mapping[str, Tensor] = held
+    if state_dict is not None:
+        tensors = under_own_names(state_dict, {*own.values(), *beside})
+        if not any(key in tensors for key in own.values()):  # it has a file's keys already, perhaps
+            tensors = under_own_names(state_dict, {*own, *beside})
+    merged = {f"{p}.base_layer.weight": layer for p, layer in adapted_layers(model).items() if layer.merged}
+    tensors = {**tensors, **{key: layer.original_weight for key, layer in merged.items() if key in tensors}}
+    return {key: tensors.get(at, tensors.get(key)) for key, at in {**own, **beside}.items()}, set(beside)
 
 
 def vocabulary_differs(model: nn.Module, config: AdapterConfig) -> bool:
-    """Whether the model holds another number of words than the base model's own file says."""
-    base = config.base_model_name_or_path
-    here = getattr(getattr(model, "config", None), "vocab_size", None)
-    if not base or here is None:
+    """Whether the model holds another number of words than the base model's own file says, in itself or in a part of it."""
+    base, here = config.base_model_name_or_path, getattr(innermost(model), "config", None)
+    if not base or not hasattr(here, "get_text_config"):  # of transformers: no other model has a vocabulary to resize
         return False
-    from ...core.files import read_json
+    try:  # its class fills in what the file leaves out
+        there = type(here).from_pretrained(base, revision=config.revision or "main", local_files_only=True)  # type: ignore[union-attr]
+    except (OSError, ValueError):  # not here, or of another class
+        return False
+    return _vocabularies(here.to_dict()) != _vocabularies(there.to_dict())  # type: ignore[union-attr]
 
-    file = Path(base) / "config.json"
-    if not file.is_file():
-        try:
-            from huggingface_hub import try_to_load_from_cache
 
-            cached = try_to_load_from_cache(base, "config.json", revision=config.revision)
-        except (ImportError, ValueError):
-            return False
-        if not isinstance(cached, str):
-            return False
-        file = Path(cached)
-    return read_json(file).get("vocab_size", here) != here
+def _vocabularies(entries: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Every `vocab_size` of a configuration and of those inside it, by its path."""
+    out = {path: entries["vocab_size"]} if "vocab_size" in entries else {}
+    for key, inner in entries.items():
+        if isinstance(inner, dict):
+            out.update(_vocabularies(inner, f"{path}.{key}"))
+    return out
 
 
 def set_peft_model_state_dict(
@@ -166,49 +131,57 @@ def set_peft_model_state_dict(
     Raises:
         AdapterFileError: missing, extra, misshapen or non-finite tensors.
     """
-    config = config_of(model, adapter_name)
+    model = unwrapped(model)
     if any(adapter_name in layer.merged_adapters for layer in adapted_layers(model).values()):
         raise HalotuneError(
             f"adapter {adapter_name!r} is merged into the weights, which new tensors would not change. Call "
             "unmerge_adapter() first."
         )
-    tensors = _dropping_ignored(dict(peft_model_state_dict))
     state = held_tensors(model, keep_vars=True)
-    keys = list(state)
-    expected = _own_keys(keys, adapter_name)
-    biases = {k: k for k in _bias_keys(model, keys, adapter_name, config.bias)}
-    optional = {k: k for k in embedding_keys(model, keys)}
-    tensors = _under_prefix_of(tensors, {*expected, *biases, *optional})
-    _check_keys(tensors, expected, biases, optional, file)
-    targets = {**optional, **biases, **expected}
+    tensors, targets = _placed(model, peft_model_state_dict, adapter_name, state, file)
     for key in list(tensors):
         if not _fits(key, tensors[key], state[targets[key]], ignore_mismatched_sizes, file):
             del tensors[key]
-    _warn_of_changed_embeddings({k: t for k, t in tensors.items() if k in optional}, state, file)
+    embeddings = set(embedding_keys(model, state)) - adapter_keys(model, adapter_name).keys()
+    _warn_of_changed_embeddings({k: t for k, t in tensors.items() if k in embeddings}, state, file)
+    modules = dict(plain_modules(model))
     for key, tensor in tensors.items():
-        _assign(model, targets[key], tensor, replace=low_cpu_mem_usage or keep_dtype, keep_dtype=keep_dtype)
+        _assign(modules, targets[key], tensor, replace=low_cpu_mem_usage or keep_dtype, keep_dtype=keep_dtype)
     _pass_on_warnings(model, adapter_name)
     return LoadResult([], [])
 
 
-_PREFIXES = ("base_model.model.", "model.", "")  # of a PeftModel, an AdapterModel, a bare module
+def keys_in_model(
+    model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """An adapter's tensors, checked, and for each of their keys that of the model's own state dict."""
+    inner = unwrapped(model)
+    checked, targets = _placed(inner, tensors, adapter_name, held_tensors(inner), "the state dict")
+    modules, paths = dict(plain_modules(model)), {m: path for path, m in model.named_modules()}
+
+    def in_state_dict(key: str) -> str:
+        path, _, leaf = key.rpartition(".")
+        return without_sharding(f"{paths[modules[path]]}.{leaf}")
+
+    return checked, {key: in_state_dict(at) for key, at in targets.items()}
 
 
-def _under_prefix_of(tensors: dict[str, Tensor], known: set[str]) -> dict[str, Tensor]:
-    """The tensors under the prefix of the model at hand, whichever of the three they were written under."""
-    if not tensors or known & tensors.keys():
-        return tensors
-    for old in _PREFIXES:
-        for new in _PREFIXES:
-            renamed = {new + key.removeprefix(old): t for key, t in tensors.items() if key.startswith(old)}
-            if len(renamed) == len(tensors) and known & renamed.keys():
-                return renamed
-    return tensors
+def _placed(
+    model: nn.Module, given: Mapping[str, Tensor], name: str, state: Mapping[str, Tensor], file: str | PathLike[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors under a file's keys, checked to be those of this adapter; and for each key that of the state dict."""
+    expected = adapter_keys(model, name)
+    biases = {k: k for k in bias_keys(model, state, name, config_of(model, name).bias)}
+    optional = {k: k for k in embedding_keys(model, state)}
+    tensors = dict(under_own_names(_dropping_ignored(given), expected))
+    _check_keys(tensors, expected, biases, optional, file)
+    return tensors, {**optional, **biases, **expected}
 
 
-def _dropping_ignored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """peft's bias="all" also writes biases of the originals of `modules_to_save`, which never run."""
-    return {k: t for k, t in tensors.items() if ".original_module." not in k}
+def _dropping_ignored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """peft also writes originals of `modules_to_save`, which never run, with bias="all"; and with embeddings, copies twice."""
+    twice = {k for k in tensors if ".modules_to_save." in k and k.replace(".modules_to_save.", ".") in tensors}
+    return {k: t for k, t in tensors.items() if ".original_module." not in k and k not in twice}
 
 
 def _check_keys(
@@ -263,6 +236,8 @@ def _fits(key: str, tensor: Tensor, target: Tensor, ignore_shape: bool, file: st
             key=key,
             remedy="Use the rank in adapter_config.json and the base model that belong to this file.",
         )
+    if not target.is_floating_point():  # a counter in a fully fine-tuned module, say
+        return True
     if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
         what = f"{tensor.dtype}" if not tensor.is_floating_point() else "values that are not finite"
         raise AdapterFileError(
@@ -284,27 +259,27 @@ def _warn_of_changed_embeddings(tensors: Mapping[str, Tensor], state: Mapping[st
 
 
 @torch.no_grad()
-def _assign(model: nn.Module, key: str, tensor: Tensor, *, replace: bool, keep_dtype: bool) -> None:
+def _assign(modules: Mapping[str, nn.Module], key: str, tensor: Tensor, *, replace: bool, keep_dtype: bool) -> None:
     path, _, leaf = key.rpartition(".")
-    module = model.get_submodule(path)
+    module = modules[path]
     old = getattr(module, leaf)
     ours = ".adapters." in key or ".modules_to_save." in key
     if not old.is_meta and not (replace and ours):  # a tensor of the base may be shared: it stays the same object
         old.copy_(tensor)
         return
-    device = _device_beside(model, path) if old.is_meta else old.device
+    device = _device_beside(modules, path) if old.is_meta else old.device
     dtype = tensor.dtype if keep_dtype and ours else old.dtype
     new = tensor.to(device=device, dtype=dtype, copy=True)
     setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
 
-def _device_beside(model: nn.Module, path: str) -> torch.device:
+def _device_beside(modules: Mapping[str, nn.Module], path: str) -> torch.device:
     """Where a parameter of the meta device belongs: where its layer runs, or beside the module that it is a copy of."""
     owner, in_layer, _ = path.partition(".adapters.")
     if in_layer:
-        return model.get_submodule(owner).base.device  # type: ignore[union-attr, return-value]
+        return modules[owner].base.device  # type: ignore[union-attr, return-value]
     owner, _, _ = path.partition(".modules_to_save")
-    return next(model.get_submodule(f"{owner}.original_module").parameters()).device
+    return next(modules[f"{owner}.original_module"].parameters()).device
 
 
 def _pass_on_warnings(model: nn.Module, name: str) -> None:
@@ -354,9 +329,12 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, atomically; tensors that share memory are stored each on its own."""
-    from safetensors.torch import save_file
+    write_atomically(file, filled_with(tensors, metadata))
 
-    from ...core.files import write_atomically
+
+def filled_with(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Callable[[Path], None]:
+    """What fills a safetensors file."""
+    from safetensors.torch import save_file
 
     own: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -364,4 +342,4 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[s
         t = t.detach().contiguous()
         own[key] = t.clone() if t.data_ptr() in seen else t
         seen.add(t.data_ptr())
-    write_atomically(file, lambda path: save_file(own, path, metadata={"format": "pt", **(metadata or {})}))
+    return lambda path: save_file(own, path, metadata={"format": "pt", **(metadata or {})})

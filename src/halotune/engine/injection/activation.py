@@ -11,8 +11,8 @@ from torch import nn
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
-from ...core.rows import BASE, Rows
-from .modules import adapted_layers, modules_to_save_wrappers
+from ...core.rows import BASE, Batch, Rows
+from .modules import adapted_layers, modules_to_save_wrappers, public_path
 
 
 def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None:
@@ -37,39 +37,55 @@ def enable(model: nn.Module, on: bool) -> None:
 
 @contextmanager
 def per_sample(
-    model: nn.Module, names: Sequence[str], batch: int | None = None, modules: Sequence[Any] | None = None
+    model: nn.Module, names: Sequence[str], batch: int | None = None, modules: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
     """Inside, sample i of a batch goes through adapter `names[i]`, or through the base for `"__base__"`.
 
     Args:
+        model: the base model, with adapters.
         batch: the number of samples, where it is known.
-        modules: the layers with adapters, where they are no submodules of the model.
+        modules: the layers with adapters, by their paths, where they are no submodules of the model.
     """
     if batch is not None and len(names) != batch:
         raise HalotuneError(f"adapter_names: got {len(names)} names for a batch of {batch} samples. Give one name per sample.")
     if modules is None:
-        modules = [*adapted_layers(model).values(), *modules_to_save_wrappers(model).values()]
-    known = {n for m in modules for n in (m.adapters if isinstance(m, AdaptedLayer) else m.modules_to_save)}
+        modules = {**adapted_layers(model), **modules_to_save_wrappers(model)}
+    known = {n for m in modules.values() for n in (m.adapters if isinstance(m, AdaptedLayer) else m.modules_to_save)}
     unknown = sorted(set(names) - known - {BASE})
     if unknown or not names:
         raise HalotuneError(f"adapter_names: {unknown or 'empty'}; the model has {sorted(known)}, and {BASE!r} for none.")
-    if any(isinstance(m, AdaptedLayer) and m.merged for m in modules):
+    if any(isinstance(m, AdaptedLayer) and m.merged for m in modules.values()):
         raise HalotuneError("adapter_names: adapters are merged into the weights. Call unmerge_adapter() first.")
-    if not all(m.enabled for m in modules):
+    if not all(m.enabled for m in modules.values()):
         raise HalotuneError(f"adapter_names: adapters are disabled. Leave disable_adapter(), or name {BASE!r} for samples.")
     if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         raise HalotuneError(
             "adapter_names: checkpointed blocks are recomputed in backward, when the names are gone. Turn gradient "
             "checkpointing off, or train one adapter at a time."
         )
-    rows = Rows(tuple(names))
-    for m in modules:
-        m.rows = rows
+    sizes, main = Batch(len(names)), getattr(model, "main_input_name", "input_ids")
+    look = model.register_forward_pre_hook(lambda m, args, kwargs: sizes.look(main, args, kwargs), with_kwargs=True)
+    around = dict(model.named_modules())
+    for path, m in modules.items():
+        inner = m.base_layer if isinstance(m, AdaptedLayer) else m.original_module
+        is_convolution = isinstance(inner, nn.modules.conv._ConvNd)
+        m.rows = Rows(tuple(names), sizes, public_path(path), _batch_first(path, around), is_convolution)
     try:
         yield
     finally:
-        for m in modules:
+        look.remove()
+        for m in modules.values():
             m.rows = None
+
+
+def _batch_first(path: str, modules: Mapping[str, nn.Module]) -> bool | None:
+    """What the nearest module around says, or one of those that it holds: torch's attention does."""
+    while path:
+        path = path.rpartition(".")[0]
+        for module in (modules[path], *modules[path].children()):
+            if isinstance(said := getattr(module, "batch_first", None), bool):
+                return said
+    return None
 
 
 def freeze(model: nn.Module) -> None:

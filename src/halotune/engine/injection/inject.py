@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 
@@ -10,15 +11,17 @@ from torch import nn
 
 from ...core.adapter import Adapter
 from ...core.attention import Projection
+from ...core.base import Base
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError, warn
 from ...core.layer import AdaptedLayer
 from ...methods.registry import method_of
-from .modules import is_attention, tied_parameters, visible_modules
+from .modules import adapted_layers, is_attention, tied_parameters, visible_modules
 from .modules_to_save import ModulesToSaveWrapper
 from .offloading import check_offloaded
 from .resolve import modules_to_save_paths, resolve_targets
-from .surgery import leave_fused_paths, swap
+from .surgery import leave_fused_paths, swap, tie_own_modules
+from .targets import shortest_suffixes
 
 
 def check_name(name: str) -> None:
@@ -52,6 +55,10 @@ def inject(
     check_name(name)
     if paths is None:
         config, paths = resolve_targets(model, config)
+    else:
+        config = copy.copy(config)
+        config.target_modules = shortest_suffixes(paths, [n for n, _ in visible_modules(model)])
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     if isinstance(model, nn.MultiheadAttention):
         raise HalotuneError(
             "the model itself is a torch.nn.MultiheadAttention, and attention is adapted in its place in a model. Make it a "
@@ -71,17 +78,15 @@ def inject(
                 adapter = method.create(base.shape, config.at(path))
             except HalotuneError as e:
                 raise HalotuneError(f"{path}: {e}") from e
-        if adapter.dropout and is_attention(modules.get(path.rpartition(".")[0])):
-            raise HalotuneError(
-                f"{path}: the projections of torch.nn.MultiheadAttention are adapted as weights, where dropout is not defined; "
-                f"got {adapter.dropout:g}. Set the dropout to 0, or leave the module out with exclude_modules."
-            )
+        if is_attention(modules.get(path.rpartition(".")[0])):
+            _check_projection(path, base, adapter)
         created[path] = layer, adapter.to(_parameter_dtype(base.dtype, autocast_adapter_dtype))
     reading = _reading_weights(created)
     if not low_cpu_mem_usage:
         for layer, adapter in created.values():
             adapter.start_from(layer.base)
     to_save = modules_to_save_paths(modules, config)
+    _check_free(model, modules, paths, to_save)
     check_offloaded(modules, config, paths, to_save)
     for notice in [*([] if low_cpu_mem_usage else config.notices()), *reading]:
         warn(notice)
@@ -97,7 +102,26 @@ def inject(
         wrappers[modules[path]] = wrapper.train(modules[path].training)
     swap(model, {old: new for old, new in wrappers.items() if old is not new})
     leave_fused_paths(model)
+    tie_own_modules(model)
     return config
+
+
+def _check_free(model: nn.Module, modules: Mapping[str, nn.Module], paths: Iterable[str], to_save: Iterable[str]) -> None:
+    """Refuse what would never run, or hold another adapter."""
+    compiled = {m._modules["_orig_mod"] for m in model.modules() if "_orig_mod" in m._modules}
+    for path in (*paths, *to_save):
+        if path and modules[path] in compiled:
+            raise HalotuneError(
+                f"{path}: torch.compile wraps this module itself, and would go on calling it without its adapter. Put adapters "
+                f"in before it is compiled, or compile it in place: model.{path}.compile()."
+            )
+    for path in to_save:
+        inside = [path] if isinstance(modules[path], AdaptedLayer) else [f"{path}.{n}" for n in adapted_layers(modules[path])]
+        if inside:
+            raise HalotuneError(
+                f"modules_to_save: {path!r} would be copied with the adapters of {inside[0]}, and no file can hold that copy. "
+                "Give this adapter the same targets instead, or delete the other first."
+            )
 
 
 def _wrapped_attention(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[nn.Module, nn.Module]:
@@ -117,13 +141,7 @@ def _reading_weights(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> lis
     found: list[tuple[str, Adapter, str]] = []
     for path, (layer, adapter) in created.items():
         base = layer.base
-        if adapter.replaces_weight(base) and not base.opaque and not base.is_product():
-            raise HalotuneError(
-                f"{path}: {type(adapter).__name__} is a map on the weight itself, and this {type(base.module).__name__} "
-                "computes its weight from other parameters (weight_norm, spectral_norm, prune), or does more in a forward of "
-                "its own than multiply by it. Use a method that calls the layer as it is (low-rank deltas and rotations do), "
-                "or leave the layer out with exclude_modules."
-            )
+        _check_calls(path, base, adapter)
         if not (base.quantization and adapter.reads_weight(base)):
             continue
         if base.opaque:
@@ -142,13 +160,45 @@ def _reading_weights(created: Mapping[str, tuple[AdaptedLayer, Adapter]]) -> lis
     ]
 
 
+def _check_projection(path: str, base: Base, adapter: Adapter) -> None:
+    """Attention is run with other weights in the place of its own."""
+    if adapter.dropout:
+        raise HalotuneError(
+            f"{path}: the projections of torch.nn.MultiheadAttention are adapted as weights, where dropout is not defined; "
+            f"got {adapter.dropout:g}. Set the dropout to 0, or leave the module out with exclude_modules."
+        )
+    if not isinstance(base.parameter, nn.Parameter):
+        raise HalotuneError(
+            f"{path}: the projections of torch.nn.MultiheadAttention are adapted as weights, and this one is computed from "
+            "other parameters. Make it a plain parameter first, or leave the module out with exclude_modules."
+        )
+
+
+def _check_calls(path: str, base: Base, adapter: Adapter) -> None:
+    """Refuse an adapter on a layer that does not do what it says, as far as this adapter needs it."""
+    if base.opaque:
+        return
+    replaces, reads = adapter.replaces_weight(base), adapter.reads_weight(base)
+    if (replaces or reads) and not base.is_product(written=replaces):
+        raise HalotuneError(
+            f"{path}: {type(adapter).__name__} is a map on the weight itself, and this {type(base.module).__name__} "
+            f"{base.does_more}. Use a method that calls the layer as it is (low-rank deltas and rotations do), or leave the "
+            "layer out with exclude_modules."
+        )
+    if not base.takes_weight and not base.quantization and (answer := base.unusual_output()):
+        raise HalotuneError(
+            f"{path}: this {type(base.module).__name__} {base.shape} {base.does_more}: it gives {answer}. Leave it out with "
+            "exclude_modules, or train it in full with modules_to_save."
+        )
+
+
 def _parameter_dtype(base: torch.dtype, autocast: bool) -> torch.dtype:
     half = base in (torch.float16, torch.bfloat16)
     return base if base in (torch.float32, torch.float64) or (half and not autocast) else torch.float32
 
 
 def _warn_if_tied(model: nn.Module, paths: list[str]) -> None:
-    shared = {n: others for others in tied_parameters(model).values() for n in others}
+    shared = {n: others for others in tied_parameters(model) for n in others}
     for path in paths:
         for key in (f"{path}.weight", f"{path}.base_layer.weight"):
             others = [n for n in shared.get(key, []) if n != key]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from ...core.attention import AdaptedAttention
 from ...core.layer import AdaptedLayer
+from ...core.wrapper import Wrapper
 from .modules_to_save import ModulesToSaveWrapper
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def public_path(path: str) -> str:
@@ -16,14 +20,54 @@ def public_path(path: str) -> str:
     return path.replace(".base_layer.", ".")
 
 
+def _wraps(module: nn.Module) -> str | None:
+    """What a wrapper of torch's calls the module inside: `torch.compile`, FSDP, checkpoints, (Distributed)DataParallel."""
+    for name in ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"):
+        if name in module._modules:
+            return name
+    return "module" if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside all of torch's wrappers around it."""
+    while (name := _wraps(module)) is not None:
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The base model, inside our own wrappers too."""
+    while isinstance(model := unwrapped(model), Wrapper):
+        model = getattr(model, model._wraps)
+    return model
+
+
+def plain_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules(remove_duplicate=False)`, without torch's wrappers: neither they nor their names are there."""
+    model = unwrapped(model)
+    yield path, model
+    for name, child in model._modules.items():
+        if child is not None:
+            yield from plain_modules(child, f"{path}.{name}" if path else name)
+
+
+def _of_kind(model: nn.Module, kind: type[M]) -> dict[str, M]:
+    """Each once, under its first name."""
+    found: dict[M, str] = {}
+    for path, module in plain_modules(model):
+        if isinstance(module, kind):
+            found.setdefault(module, path)
+    return {path: module for module, path in found.items()}
+
+
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Every adapted layer, by its path in `model`."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLayer)}
+    return _of_kind(model, AdaptedLayer)
 
 
 def modules_to_save_wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     """Every module with trained copies, by its path in `model`."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    return _of_kind(model, ModulesToSaveWrapper)
 
 
 def visible_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -32,6 +76,7 @@ def visible_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     wrapped: dict[nn.Module, AdaptedAttention] = {}
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrapped(module)
         yield name, module
         if isinstance(module, AdaptedLayer):
             return
@@ -58,13 +103,14 @@ def is_attention(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.MultiheadAttention, AdaptedAttention))
 
 
-def tied_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """Parameters that several modules share: id -> all their names."""
+def tied_parameters(model: nn.Module) -> list[list[str]]:
+    """Parameters, or memory, that several modules share: all names of each."""
     names: dict[int, list[str]] = {}
-    for prefix, module in model.named_modules():  # each module once, though it may have two names
+    for prefix, module in _of_kind(model, nn.Module).items():  # each module once, though it may have two names
         for name, p in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
-            names.setdefault(id(p), []).append(name)
-    return {i: n for i, n in names.items() if len(n) > 1}
+            plain = type(p) is nn.Parameter and not p.is_meta and p.numel() > 0
+            names.setdefault(p.data_ptr() if plain else id(p), []).append(name)
+    return [n for n in names.values() if len(n) > 1]
 
 
 def paths_in_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> list[str]:

@@ -46,6 +46,13 @@ def resolve_targets(model: nn.Module, config: AdapterConfig) -> tuple[AdapterCon
     return config, paths
 
 
+def named_paths(modules: Mapping[str, nn.Module], config: AdapterConfig) -> list[str]:
+    """The paths that targets spelled out before mean, without a word on those that match nothing."""
+    free = {n: m for n, m in modules.items() if n and not any(_inside(n, w) for w in config.modules_to_save or [])}
+    targets = config.target_modules or ()
+    return _expanded(select(config, free, (), (), () if isinstance(targets, str) else targets), free)
+
+
 def modules_to_save_paths(modules: Mapping[str, nn.Module], config: AdapterConfig) -> list[str]:
     found: dict[nn.Module, str] = {}
     for wanted in config.modules_to_save or []:

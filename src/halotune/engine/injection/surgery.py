@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -29,12 +31,19 @@ def eject(model: nn.Module, *, trained: bool) -> None:
     """
     swap(model, _bases(model, trained=trained))
     leave_fused_paths(model, back=True)
+    tie_own_modules(model, back=True)
 
 
 @contextmanager
-def taken_out(model: nn.Module) -> Iterator[None]:
-    """Inside, the model holds its own modules alone, with the weights that they have now: merged adapters stay in them."""
-    bases = _bases(model, trained=any(layer.merged for layer in adapted_layers(model).values()))
+def taken_out(model: nn.Module, *, trained: bool | None = None) -> Iterator[None]:
+    """Inside, the model holds its own modules alone, with the weights that they have now: merged adapters stay in them.
+
+    Args:
+        trained: with the active trained copies of `modules_to_save`; None is where adapters are merged.
+    """
+    if trained is None:
+        trained = any(layer.merged for layer in adapted_layers(model).values())
+    bases = _bases(model, trained=trained)
     swap(model, bases)
     try:
         yield
@@ -54,6 +63,7 @@ def remove(model: nn.Module, name: str) -> None:
     swap(model, {m: m.base_layer for m in attentions})
     if not any(isinstance(m, (AdaptedLayer, ModulesToSaveWrapper)) for m in model.modules()):
         leave_fused_paths(model, back=True)
+        tie_own_modules(model, back=True)
 
 
 def _bases(model: nn.Module, *, trained: bool) -> dict[nn.Module, nn.Module]:
@@ -81,3 +91,19 @@ def leave_fused_paths(model: nn.Module, *, back: bool = False) -> None:
                 setattr(m, name, own if back else 0)
                 if back:
                     del m.__dict__["_halotune_fused"]
+
+
+def tie_own_modules(model: nn.Module, *, back: bool = False) -> None:
+    """Let transformers' `tie_weights` see the model without adapters: it looks modules up by name, and would put parameters
+    into ours, or tie to a trained copy what the model itself ties to the original.
+    """
+    for m in model.modules():
+        if back:
+            m.__dict__.pop("tie_weights", None)
+        elif callable(getattr(type(m), "tie_weights", None)):
+            m.__dict__["tie_weights"] = partial(_tie_weights, m)
+
+
+def _tie_weights(model: Any, *args: Any, **kwargs: Any) -> Any:
+    with taken_out(model, trained=False):
+        return type(model).tie_weights(model, *args, **kwargs)

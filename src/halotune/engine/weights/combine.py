@@ -129,6 +129,7 @@ def _as_low_rank(layers: Mapping[str, AdaptedLayer], names: Sequence[str], weigh
                 f"{path}: the delta of {full[0]} has full rank, so it is no part of a LoRA. Combine adapters of this kind and "
                 'one r with combination_type="linear", or merge one after the other.'
             )
+        layer.base.require_known(path, adapters)
         W = layer.base.weight()
         W = W.to(exact_dtype(W.dtype))
         pairs = [a.factors(W) for a in adapters]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,12 +11,11 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from ...core.base import is_parametrized
 from ...core.errors import HalotuneError, warn
 from ...core.kinds import LowRank
 from ...core.layer import AdaptedLayer
 from ...core.merge_record import MergeRecord
-from ..injection.modules import adapted_layers, tied_parameters
+from ..injection.modules import adapted_layers, modules_to_save_wrappers, tied_parameters, unwrapped
 
 T = TypeVar("T")
 
@@ -72,11 +72,11 @@ def merge(
     layers = {path: layer for path, layer in adapted_layers(model).items() if _pending(layer, names)}
     for path, layer in layers.items():
         check_order(path, layer, _pending(layer, names))
-        check_storage(path, layer, as_float)
+        layer.base.require_mergeable(path, as_float is not None)
     if safe:
         for path, layer in layers.items():
             layer.check_finite(_pending(layer, names), path)
-    shared = {n for others in tied_parameters(model).values() for n in others}
+    shared = {n for others in tied_parameters(model) for n in others}
     tied = {path for path in layers if f"{path}.base_layer.weight" in shared}
     report, done = MergeReport(), []
     try:
@@ -86,7 +86,9 @@ def merge(
             kept = keep or layer.base.quantization is not None  # few bits more, and a failure can be undone
             if kept:
                 done.append(layer)
-            report.layers[path] = layer.merge(_pending(layer, names), keep=kept, untie=path in tied, as_float=as_float)
+            record = layer.merge(_pending(layer, names), keep=kept, untie=path in tied, as_float=as_float)
+            _check_written(path, layer, record)
+            report.layers[path] = record
     except BaseException:
         for layer in done:
             layer.unmerge()
@@ -111,8 +113,23 @@ def _warn_of_loss(layers: list[AdaptedLayer], total: MergeRecord) -> None:
         )
 
 
+def _check_written(path: str, layer: AdaptedLayer, record: MergeRecord) -> None:
+    """Refuse a loss that rounding does not explain: what was written is not what is read."""
+    base = layer.base
+    if base.quantization or not record.lost_norm > record.rounding(base.dtype):  # values that are not finite pass
+        return
+    raise HalotuneError(
+        f"{path}: the weight of this {type(base.module).__name__} was written, but what is read lacks {record.lost:.0%} of the "
+        f"adapter's delta, more than rounding to {base.dtype} can lose. Make it a plain parameter first, or keep the adapter "
+        "beside it."
+    )
+
+
 def unmerge(model: nn.Module) -> None:
     """Put back every weight that a merge changed."""
+    for path, layer in adapted_layers(model).items():
+        if layer.merged:
+            layer.base.require_stored(path)
     for layer in adapted_layers(model).values():
         layer.unmerge()
     _retie(model)
@@ -135,28 +152,6 @@ def check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:
     )
 
 
-def check_storage(path: str, layer: AdaptedLayer, as_float: torch.dtype | None) -> None:
-    """Refuse what is stored in a way that cannot be read, or not be written."""
-    base = layer.base
-    if base.opaque:
-        raise HalotuneError(
-            f"{path}: {base} can be called, but its weight cannot be read, so nothing can be merged into it. Nothing was "
-            "merged. Keep the adapter beside it, or load the base in floats to merge."
-        )
-    if is_parametrized(base.module) or not base.is_product():
-        raise HalotuneError(
-            f"{path}: this {type(base.module).__name__} computes its weight from other parameters (weight_norm, spectral_norm, "
-            "prune, a parametrization), or does more in a forward of its own than multiply by it, so a merged weight would be "
-            "lost. Nothing was merged. Make the weight a plain parameter first, for example with "
-            "torch.nn.utils.parametrize.remove_parametrizations, or keep the adapter beside it."
-        )
-    if as_float is None and not base.can_write:
-        raise HalotuneError(
-            f"{path}: {base} can be read, but not requantized here. Nothing was merged. Merge with "
-            "quantized='keep_float', which puts float layers instead of quantized ones."
-        )
-
-
 def _float_dtype(model: nn.Module) -> torch.dtype:
     """The dtype in which a model computes: that of most of its own numbers that are plain floats."""
     ours = {id(p) for layer in adapted_layers(model).values() for p in layer.adapters.parameters()}
@@ -168,16 +163,46 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _untie(model: nn.Module, path: str, keep: bool) -> None:
-    warn(f"{path} shares its weight with another module; the merge gives it a weight of its own, and the other stays as it is.")
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # type: ignore[union-attr]  # else the next tie_weights() undoes the merge
-        model.__dict__["_halotune_untied"] = keep  # not on the configuration, which is written to files
+    """Say in the configurations of the model and its parts that nothing is tied: else a reader of the file undoes the merge."""
+    message = (
+        f"{path} shares its weight with another module; the merge gives it a weight of its own, and the other stays as it is."
+    )
+    held = [c for m in model.modules() if (c := getattr(m, "config", None)) is not None]
+    tying = [c for c in held if getattr(c, "tie_word_embeddings", False)]
+    if not all(_may_say_untied(model, c) for c in tying):
+        warn(
+            f"{message} The configuration of {type(model).__name__} goes on saying that they are tied, since its outputs are "
+            "scaled by that entry: transformers 5 reads both weights from a saved file, but tie_weights() would undo the merge."
+        )
+        return
+    warn(message)
+    for config in tying:
+        config.tie_word_embeddings = False
+    if tying:
+        model.__dict__["_halotune_untied"] = tying if keep else []  # not on a configuration, which is written to files
+
+
+def _may_say_untied(model: nn.Module, config: Any) -> bool:
+    """T5 and its kin compute with the entry, or read it back as True."""
+    code = getattr(inspect.unwrap(type(unwrapped(model)).forward), "__code__", None)
+    if "tie_word_embeddings" in getattr(code, "co_names", ()):
+        return False
+    read = getattr(type(config), "from_dict", None)
+    return read is None or read({**config.to_dict(), "tie_word_embeddings": False}).tie_word_embeddings is False
+
+
+def untie_copies(model: nn.Module) -> None:
+    """Say in the model's configuration that a trained copy, which stays for good, has a weight of its own."""
+    shared = {n for others in tied_parameters(model) for n in others}
+    for path, wrapper in modules_to_save_wrappers(model).items():
+        own = wrapper.original_module
+        if wrapper.current is not own and any(f"{path}.original_module.{n}" in shared for n, _ in own.named_parameters()):
+            _untie(model, path, keep=False)
 
 
 def _retie(model: nn.Module) -> None:
-    if model.__dict__.pop("_halotune_untied", False):
-        model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+    for config in model.__dict__.pop("_halotune_untied", ()):
+        config.tie_word_embeddings = True
 
 
 def _with_progress(items: Iterable[T], show: bool) -> Iterable[T]:

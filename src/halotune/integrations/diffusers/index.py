@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ...core.config import AdapterConfig
 from ...core.errors import AdapterFileError, HalotuneError
 from ...core.files import CONFIG_NAME, locate, read_json
 
 INDEX_NAME = "adapter_index.json"
-
-
-def with_base(config: AdapterConfig, pipe: Any) -> AdapterConfig:
-    """A copy of the configuration that knows the base."""
-    config, base = copy.copy(config), getattr(pipe, "name_or_path", None)
-    if config.base_model_name_or_path is None and base:
-        config.base_model_name_or_path = str(base)
-    return config
 
 
 def read_index(

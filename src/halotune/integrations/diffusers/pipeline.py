@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError, closest
 from ...core.files import WEIGHTS_NAME, locate, write_atomically
-from ...engine.files.save import save_adapter
+from ...engine.files.save import prepare
 from ...engine.files.state_dict import read_tensors, set_peft_model_state_dict
 from ...engine.injection.in_place import adapters_in, add_in_place, forget, remove_in_place
 from ...engine.injection.surgery import taken_out
 from ...engine.tuner import AdapterModel
 from ...engine.weights.merge import MergeReport
 from ..peft_types import peft_types
-from .index import INDEX_NAME, read_index, with_base
+from .index import INDEX_NAME, read_index
 from .models import check_alone, check_in_memory, follow, in_order, mark, reapply_group_offloading, tidy
 
 Weight = float | Mapping[str, float]
@@ -114,7 +115,9 @@ class PipelineAdapters:
                 )
         with self._adding(configs, name) as models:
             for component, model in models.items():
-                config = with_base(configs[component], self.pipe)
+                config, base = copy.copy(configs[component]), getattr(self.pipe, "name_or_path", None)
+                if config.base_model_name_or_path is None and base:
+                    config.base_model_name_or_path = str(base)
                 add_in_place(model, name, config, autocast_adapter_dtype=autocast_adapter_dtype)
 
     def load(
@@ -169,8 +172,9 @@ class PipelineAdapters:
         tuners = {c: tuner for c, tuner in self._tuners() if name in tuner.peft_config}
         for tuner in tuners.values():
             check_alone(tuner.model, "save")
-        for component, tuner in tuners.items():
-            save_adapter(tuner, name, folder / component, peft_type="MISS" if bone_as_miss else peft_type)
+        alias = "MISS" if bone_as_miss else peft_type
+        for write in [prepare(tuner, name, folder / c, peft_type=alias) for c, tuner in tuners.items()]:
+            write()
         index = {
             "adapter_name": name,
             "components": {c: type(tuner.model).__name__ for c, tuner in tuners.items()},

@@ -12,7 +12,7 @@ from ...core.base import base_for
 from ...core.errors import HalotuneError, warn
 from ...core.layer import AdaptedLayer
 from ...core.prepared import compute_dtype, is_transformed
-from ...engine.weights.merge import check_order, check_storage
+from ...engine.weights.merge import check_order
 from ...methods.registry import Method, method_of, methods
 from .classes import InFront
 
@@ -184,7 +184,7 @@ class FastLayer(InFront):
         if not names:
             return
         check_order(adapted.path, adapted, names)
-        check_storage(adapted.path, adapted, as_float=None)
+        adapted.base.require_mergeable(adapted.path)
         adapted.check_finite(names, adapted.path)
         if left := [n for n in adapted.active_adapters if n not in (*names, *adapted.merged_adapters)]:
             say_once(f"{left} stay active beside the merged adapters and are applied; peft drops them.")

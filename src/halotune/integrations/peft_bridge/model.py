@@ -116,7 +116,7 @@ class Bridge(Scope):
         """Speed up the layers that are new since the last time."""
         self.reset()
         self.configs = _configs(host)
-        shared = tied_parameters(host)
+        shared = {n for names in tied_parameters(host) for n in names}
         left: dict[str, str] = {}
         layer: Any
         for path, layer in host.named_modules():
@@ -135,7 +135,7 @@ class Bridge(Scope):
             if isinstance(layer, FastLayer):
                 adapted = layer._halotune
                 if not adapted.merged:  # else it may have a weight of its own for the time being
-                    adapted.tied = id(getattr(adapted.base_layer, "weight", None)) in shared
+                    adapted.tied = f"{path}.base_layer.weight" in shared
                 self.fast[path] = layer
         if left:
             path, reason = next(iter(left.items()))
@@ -213,7 +213,7 @@ class FastTuner(InFront):
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     hook = partial(_with_names, names=names)
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            adapted = [layer._halotune for layer in layers.values()]
+            adapted = {path: layer._halotune for path, layer in layers.items()}
             stack.enter_context(per_sample(self.model, names, modules=adapted))
             yield
 

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
-from ...core.kinds import Rotation, add_low_rank
+from ...core.kinds import Rotation
 from ...core.operator import Operator, WeightShape
 from ...core.prepared import Tensors
 from ...ops.build import build_low_rank, wide_product
@@ -109,8 +109,9 @@ class HRA(Rotation):
         return False
 
     def run_on_patches(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
-        W = op.weight().to(x.device)  # offloaded weights may be elsewhere
-        return add_low_rank(x, x, op, self.low_rank(W, *factors), scale)
+        y = op(x)  # first: a weight that is computed in a call is fresh after it
+        B, A = self.low_rank(op.weight().to(x.device), *factors)  # offloaded weights may be elsewhere
+        return op.add_low_rank(y, x, B.to(x.dtype) * scale, A.to(x.dtype))
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
         return ops.reflected_linear(x, W, bias, *factors)

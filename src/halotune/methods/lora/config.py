@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from typing_extensions import Self
+
 from ...core.config import AdapterConfig
+
+# PEFT's ways to start A and B that leave the base's weights alone.
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
 @dataclass(kw_only=True)
@@ -41,6 +47,36 @@ class LoraConfig(AdapterConfig):
     PATTERNS: ClassVar[dict[str, str]] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
     FILE_NAMES: ClassVar[dict[str, str]] = {"init_weights": "init_lora_weights"}
     INERT: ClassVar[dict[str, tuple[Any, ...]]] = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
+    FOREIGN: ClassVar[dict[str, str]] = {
+        "use_dora": "DoRA, a LoRA with a magnitude for each output",
+        "target_parameters": "a LoRA on single parameters, such as fused experts",
+        "trainable_token_indices": "a LoRA with embeddings for single tokens",
+        "layer_replication": "a LoRA on a model whose layers are repeated",
+        "alora_invocation_tokens": "aLoRA, which is active from an invocation on",
+        "lora_bias": "a LoRA with biases in lora_B",
+        "use_qalora": "QALoRA, which pools its input",
+        "use_bdlora": "a LoRA with block-diagonal factors",
+        "arrow_config": "Arrow, which routes tokens between LoRAs",
+        "megatron_config": "a LoRA on Megatron's parallel layers",
+    }
+
+    @classmethod
+    def foreign(cls, entries: Mapping[str, Any]) -> tuple[str, str] | None:
+        start = entries.get("init_lora_weights")
+        if not isinstance(start, str) or start in PLAIN_STARTS:
+            return super().foreign(entries)
+        return (
+            f"LoraConfig.init_lora_weights: set to {start!r}: the adapter is a LoRA over other base weights (as PiSSA, OLoRA, "
+            "CorDA and LoftQ are), which peft makes anew whenever it loads the adapter; that is not supported.",
+            "peft reads it, and makes it a plain LoRA: model.save_pretrained(folder, "
+            "path_initial_model_for_weight_conversion=…).",
+        )
+
+    @classmethod
+    def from_dict(cls, entries: dict[str, Any]) -> Self:
+        if entries.get("init_lora_weights") in PLAIN_STARTS:  # it has been started, and is a plain LoRA now
+            entries = {k: v for k, v in entries.items() if k not in ("init_lora_weights", "eva_config", "lora_ga_config")}
+        return super().from_dict(entries)
 
     def check(self) -> None:
         super().check()

@@ -52,7 +52,10 @@ def fetch(remote: Remote, folder: Path) -> Path:
     try:
         _receive(remote, part)
     except (OSError, ValueError) as e:  # URLError is an OSError; ValueError is of malformed addresses
-        reason = e if isinstance(e, urllib.error.HTTPError) else getattr(e, "reason", e)
+        reason = getattr(e, "reason", e)
+        if isinstance(e, urllib.error.HTTPError):  # it holds the connection
+            reason = e
+            e.close()
         raise HalotuneError(
             f"{remote.url}: could not be fetched ({reason}). The same command goes on where it ended; "
             "what you have already is taken with --from FILE."

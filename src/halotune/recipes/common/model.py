@@ -6,10 +6,10 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ...cli.loading import loadable
 from ...cli.main import require
@@ -37,7 +37,7 @@ def load_base(auto_class: Any, config: RunConfig, heads: Sequence[str] | None = 
         require("quant", ["bitsandbytes"])
         kwargs = {"quantization_config": quantization(config, heads), "device_map": _placed(config), **kwargs}
     if not sys.stderr.isatty():  # progress bars are for terminals, not for log files
-        import_module("transformers.utils.logging").disable_progress_bar()
+        logging.disable_progress_bar()
     with loadable("the model", config.model):
         return auto_class.from_pretrained(
             model_source(config.model), revision=config.revision or "main", dtype=DTYPES[config.precision], **kwargs

@@ -104,7 +104,8 @@ class Run:
         usual = signal.signal(signal.SIGTERM, _interrupt) if main else None
         try:
             write_atomically(self.folder / "config.yaml", lambda file: file.write_text(self.as_yaml, encoding="utf-8"))
-            self.update(status=RUNNING, versions=versions(), hardware=hardware(), commit=commit(), error=None)
+            self.update(status=RUNNING, config=self.config, label=self.config["label"], error=None)
+            self.update(versions=versions(), hardware=hardware(), commit=commit())
             yield self
         except KeyboardInterrupt:
             self.update(status=INTERRUPTED)

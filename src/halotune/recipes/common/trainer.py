@@ -176,7 +176,7 @@ class RunTrainerMixin(AdapterTrainerMixin):
             self.run.update(
                 status=FINISHED,
                 parameters=count(model),
-                seconds=lines[-1]["seconds"] if lines else 0.0,
+                seconds=max((line.get("seconds", 0.0) for line in lines), default=0.0),
                 memory={"peak_bytes": max((line.get("memory_bytes", 0) for line in lines), default=0)},
                 results=dict(results),
             )
@@ -200,7 +200,7 @@ class RunCallback(TrainerCallback):
         lines = run.metrics()  # of a run that goes on, up to its checkpoint
         scores = [line["evaluation"].get(best) for line in lines if "evaluation" in line]
         self.best: float | None = max((s for s in scores if s is not None), default=None)
-        self.before: float = lines[-1]["seconds"] if lines else 0.0  # seconds of training in earlier sessions
+        self.before: float = lines[-1].get("seconds", 0.0) if lines else 0.0  # seconds of training in earlier sessions
         self.seconds = 0.0  # and in this one
         self.last_tokens = 0
         self.last_seconds = 0.0

@@ -76,4 +76,7 @@ def _reason(suite: str, sample: Sample, grade: Grade) -> str:
         if grade.right["strict"]:
             return f"the same number, written another way: {last_number(sample.answer)!r} and {gold!r}; lm-eval compares texts"
         return f"other numbers: {last_number(sample.answer)!r} and {gold!r}"
-    return f"math-verify says otherwise here: {grade.final!r}; it ran into a limit of time in one of the two"
+    return (
+        f"the same call of math-verify says otherwise here ({grade.final!r}): there it ran into its limit of time, or into what "
+        "that process had parsed before"
+    )
