@@ -77,6 +77,6 @@ def _reason(suite: str, sample: Sample, grade: Grade) -> str:
             return f"the same number, written another way: {last_number(sample.answer)!r} and {gold!r}; lm-eval compares texts"
         return f"other numbers: {last_number(sample.answer)!r} and {gold!r}"
     return (
-        f"the same call of math-verify says otherwise here ({grade.final!r}): there it ran into its limit of time, or into what "
-        "that process had parsed before"
+        f"the same call of math-verify says otherwise here ({grade.final!r}): there it ran into its limit of time, or into "
+        "what that process had parsed before"
     )
