@@ -27,7 +27,7 @@ class HarnessEvaluation:
         limit: so many examples of each task.
         batch_size: requests side by side.
         chat_template: put questions into the model's chat template.
-        precision: of the model; auto is as it is stored.
+        precision: of the model; auto is as it is stored, on a CPU float32.
         device: auto takes the accelerator where there is one.
         seed: of lm-eval's choices.
         allow_code: run tasks that execute what a model writes.

@@ -126,7 +126,7 @@ class MathEvaluation:
         top_p: sample from the likeliest tokens of this share alone.
         seed: of the sampling.
         backend: transformers; vllm with the adapter as the LoRA that equals it; auto is vllm where it is installed.
-        precision: of the model; auto is as it is stored.
+        precision: of the model; auto is as it is stored, on a CPU float32.
         device: auto takes the accelerator where there is one.
         seconds: that grading an answer may take.
         workers: processes that grade; by default one to a core.

@@ -63,6 +63,8 @@ class Evaluated:
     def load(self, precision: str, device: str) -> tuple[Any, Any]:
         """The model, adapter unmerged, and the tokenizer that belongs to it."""
         where = find_device(device)
+        if precision == "auto" and where.type == "cpu":
+            precision = "float32"  # most processors take several times as long for 16 bits
         if self.adapter is not None:
             saved = Saved.read(self.adapter)
             model = saved.on(BaseModel.load(saved, self.base, precision, where))
