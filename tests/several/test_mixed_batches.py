@@ -416,6 +416,13 @@ def test_models_of_transformers_have_the_batch_first(compiled: bool):
 
 
 @torch.no_grad()
+def test_so_have_models_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    kind: type[Layout] = type("Model", (diffusers.ModelMixin, Layout), {})
+    run_mixed(kind("batch first"), 4, 4)
+
+
+@torch.no_grad()
 def test_but_for_those_that_transpose():
     plain = XLNetModel(XLNetConfig(d_model=12, vocab_size=37, d_inner=18, n_layer=1, n_head=2)).eval()
     model = adapted(plain, a=config("hra-r4", ["layer_1"]), b=config("hra-r4", ["layer_1"]))

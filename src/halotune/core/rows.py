@@ -53,7 +53,7 @@ class Rows:
         names: one per sample.
         batch: of the running pass.
         path: the layer.
-        batch_first: what the modules around the layer say; "usual" where they say nothing, and all others of their kind are.
+        batch_first: what the modules around the layer say; "usual" where they say nothing, and it is the rule.
         is_convolution: its input has the batch, channels and sizes.
     """
 

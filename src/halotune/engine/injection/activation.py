@@ -81,17 +81,19 @@ _SEQUENCE_FIRST = ("BridgeTower", "FSMT", "LED", "Longformer", "Mask2Former", "O
 
 
 def _batch_first(path: str, modules: Mapping[str, nn.Module]) -> bool | Literal["usual"] | None:
-    """What the nearest module around says, or one of those that it holds: torch's attention does; "usual" in transformers."""
+    """What the nearest module around says, or one of those that it holds, as torch's attention; or else its library's rule."""
     while path:
         path = path.rpartition(".")[0]
         for module in (modules[path], *modules[path].children()):
             if isinstance(said := getattr(module, "batch_first", None), bool):
                 return said
-        kinds = [kind for kind in type(modules[path]).__mro__ if kind.__module__.startswith("transformers.")]
-        if any(kind.__name__.startswith(_SEQUENCE_FIRST) for kind in kinds):
-            return None
-        if any(kind.__name__ == "PreTrainedModel" for kind in kinds):
-            return "usual"
+        for kind in type(modules[path]).__mro__:
+            if kind.__module__.startswith("transformers.") and kind.__name__.startswith(_SEQUENCE_FIRST):
+                return None
+            if kind.__name__ in ("PreTrainedModel", "ModelMixin") and kind.__module__.startswith(
+                ("transformers.", "diffusers.")
+            ):
+                return "usual"
     return None
 
 
