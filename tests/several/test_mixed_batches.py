@@ -418,7 +418,7 @@ def test_models_of_transformers_have_the_batch_first(compiled: bool):
 @torch.no_grad()
 def test_so_have_models_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
-    kind: type[Layout] = type("Model", (diffusers.ModelMixin, Layout), {})
+    kind: type[Layout] = type("Model", (Layout, diffusers.ModelMixin), {})
     run_mixed(kind("batch first"), 4, 4)
 
 
