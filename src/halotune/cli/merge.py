@@ -54,6 +54,7 @@ def _run(args: argparse.Namespace) -> int:
     model = saved.on(base)
     tuner = model.base_model
     plain = model.merge_and_unload(safe_merge=False)  # nothing is lost where it fails: no second copy of the weights is needed
+    assert tuner.merge_report is not None
     if not args.no_safe_merge:
         check_finite(tuner.merge_report)
     merged = BaseModel(base.name, plain, base.component)
