@@ -42,10 +42,17 @@ RECIPES = {
         "train_nlu",
         ("NLUEvaluation", "evaluate_nlu"),
     ),
+    "subject": Recipe(
+        "subject",
+        "image",
+        ("diffusers", "transformers", "accelerate", "PIL", "jsonargparse"),
+        "SubjectConfig",
+        "train_subject",
+    ),
 }
 
 # Data sets of `halotune data`, and their modules: PARTS, and get(folder, parts, given) -> the paths that were made.
-DATASETS = {"glue": "glue.download", "vader": "vader"}
+DATASETS = {"glue": "glue.download", "vader": "vader", "dreambooth": "dreambooth"}
 
 
 def dataset(name: str) -> Any:
@@ -59,6 +66,8 @@ if TYPE_CHECKING:
     from .nlu import NLUEvaluation as NLUEvaluation
     from .nlu import evaluate_nlu as evaluate_nlu
     from .nlu import train_nlu as train_nlu
+    from .subject import SubjectConfig as SubjectConfig
+    from .subject import train_subject as train_subject
 else:
 
     def __getattr__(name):
