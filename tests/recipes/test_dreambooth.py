@@ -84,7 +84,7 @@ def test_the_data_are_laid_out(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_tables_that_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(HalotuneError, match="holds no prompts_and_classes.txt"):
+    with pytest.raises(HalotuneError, match=r"holds no prompts_and_classes\.txt"):
         read_suite(tmp_path)
     with pytest.raises(HalotuneError, match="two subjects named 'dog'"):
         read_suite(write_suite(tmp_path / "twice", "dog,dog\ndog,toy\n"))

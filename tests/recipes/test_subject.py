@@ -23,13 +23,15 @@ from halotune.recipes.subject import Denoiser, SubjectConfig, adapt, train_subje
 from halotune.recipes.subject_data import Cache, Encoder, buckets, class_pictures, collate, find_pictures, read_picture
 
 from ..examples.models import save_stable_diffusion
-from .pictures import save_flux, save_subject
+from .pictures import save_flux, save_sd3, save_sdxl, save_subject
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("image")
     save_stable_diffusion(folder / "sd")
+    save_sdxl(folder / "sdxl")
+    save_sd3(folder / "sd3")
     save_flux(folder / "flux")
     save_subject(folder / "flower")
     return folder
@@ -135,15 +137,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         torch.testing.assert_close(adapter(tmp_path / "parts")[name], p, atol=0, rtol=0)
 
 
-def test_every_family_learns(root: Path, tmp_path: Path) -> None:
-    """A flow transformer, whose loss falls; min-SNR is refused for it."""
-    values = {"model": str(root / "flux"), "prior_weight": 0.0, "learning_rate": 0.02, "max_steps": 6}
-    record = train_subject(SubjectConfig(**options(root, tmp_path / "flux", **values)))
-    lines = [json.loads(line) for line in (tmp_path / "flux" / "metrics.jsonl").read_text().splitlines()]
-    assert record["pipeline"] == "FluxPipeline"
-    assert lines[-1]["evaluation"]["loss"] < next(line for line in lines if "evaluation" in line)["evaluation"]["loss"]
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+def test_every_family_learns(root: Path, tmp_path: Path, kind: str) -> None:
+    values = {"model": str(root / kind), "prior_weight": 0.0, "learning_rate": 0.02, "max_steps": 6}
+    train_subject(SubjectConfig(**options(root, tmp_path / kind, **values)))
+    lines = [json.loads(line) for line in (tmp_path / kind / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["evaluation"]["loss"] for line in lines if "evaluation" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_min_snr_is_for_noise_alone(root: Path, tmp_path: Path) -> None:
+    config = SubjectConfig(**options(root, tmp_path / "run", min_snr=5.0))
+    family, latents = load_family(config), torch.zeros(64, 4, 2, 2)
+    torch.manual_seed(0)
+    _, t, _, weight = family.noised(latents, 5.0)
+    alpha = family.scheduler.alphas_cumprod[t]
+    torch.testing.assert_close(weight, torch.clamp(5 * (1 - alpha) / alpha, max=1.0))
+    assert torch.equal(family.noised(latents).weight, torch.ones(64))
+    config = SubjectConfig(**options(root, tmp_path / "run", min_snr=5.0, model=str(root / "flux")))
     with pytest.raises(HalotuneError, match="min_snr: a FluxPipeline learns a flow"):
-        train_subject(SubjectConfig(**options(root, tmp_path / "refused", **values | {"min_snr": 5.0})))
+        adapt(load_family(config), config)
 
 
 def test_fluxs_answer_is_laid_out_as_its_latents(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
