@@ -19,7 +19,7 @@ class Recipe:
         extra: the packages it needs, as `pip install "halotune[extra]"` has them.
         packages: those of them whose absence is looked for.
         config, train: the dataclass, and the function that takes one.
-        evaluate: the dataclass and the function of `halotune eval`, for recipes that have one.
+        evaluate: the dataclass and the function of `halotune eval`, for recipes that have one; MODULE:NAME elsewhere.
     """
 
     module: str
@@ -30,7 +30,8 @@ class Recipe:
     evaluate: tuple[str, str] | None = None
 
     def part(self, name: str) -> Any:
-        return getattr(import_module(f".{self.module}", __name__), name)
+        module, _, inner = name.rpartition(":")
+        return getattr(import_module(f".{module or self.module}", __name__), inner)
 
 
 RECIPES = {
@@ -48,6 +49,7 @@ RECIPES = {
         ("diffusers", "transformers", "accelerate", "PIL", "jsonargparse"),
         "SubjectConfig",
         "train_subject",
+        ("subject_eval:SubjectEvaluation", "subject_eval:evaluate_subject"),
     ),
 }
 
@@ -59,7 +61,11 @@ def dataset(name: str) -> Any:
     return import_module(f".{DATASETS[name]}", __name__)
 
 
-_PARTS = {name: recipe for recipe in RECIPES.values() for name in (recipe.config, recipe.train, *(recipe.evaluate or ()))}
+_PARTS = {
+    name.rpartition(":")[2]: (recipe, name)
+    for recipe in RECIPES.values()
+    for name in (recipe.config, recipe.train, *(recipe.evaluate or ()))
+}
 
 if TYPE_CHECKING:
     from .nlu import NLUConfig as NLUConfig
@@ -68,12 +74,15 @@ if TYPE_CHECKING:
     from .nlu import train_nlu as train_nlu
     from .subject import SubjectConfig as SubjectConfig
     from .subject import train_subject as train_subject
+    from .subject_eval import SubjectEvaluation as SubjectEvaluation
+    from .subject_eval import evaluate_subject as evaluate_subject
 else:
 
     def __getattr__(name):
         if name not in _PARTS:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return _PARTS[name].part(name)
+        recipe, part = _PARTS[name]
+        return recipe.part(part)
 
     def __dir__():
         return sorted({*globals(), *_PARTS})
