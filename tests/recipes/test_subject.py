@@ -318,3 +318,39 @@ def test_shapes_of_pictures(root: Path, tmp_path: Path) -> None:
     assert tall["mean"].shape[-2] > tall["mean"].shape[-1]
     assert wide["mean"].shape[-2] < wide["mean"].shape[-1]
     assert Denoiser(family, config)(**collate([[tall], [wide]]))["loss"] > 0
+
+
+def learns(root: Path, run: Path, **held: str) -> bool:
+    train_subject(SubjectConfig(**options(root, run, learning_rate=0.02, prior_weight=0.0, max_steps=6, **held)))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["evaluation"]["loss"] for line in lines if "evaluation" in line]
+    return losses[-1] < losses[0]
+
+
+def test_the_base_in_half_precision(root: Path, tmp_path: Path) -> None:
+    assert learns(root, tmp_path / "run", precision="bf16")
+    assert all(p.dtype == torch.float32 for p in adapter(tmp_path / "run").values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_the_base_in_few_bits(root: Path, tmp_path: Path, quant: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert learns(root, tmp_path / "run", precision="bf16", quant=quant, device="auto")
+
+
+def test_few_bits_need_an_accelerator(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(HalotuneError, match="quant: diffusers quantizes on an accelerator alone; got 'nf4'"):
+        learns(root, tmp_path / "run", quant="nf4")
+
+
+def test_a_dry_run_writes_nothing(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = flags(options(root, tmp_path / "run", class_folder=str(tmp_path / "class")))
+    assert main(["train", "subject", *given, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "subject  4 × 8 × 8 latents, 100% of them in the loss  a photo of qwe flower" in out
+    assert "trained parameters" in out
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "class").exists()

@@ -213,7 +213,9 @@ def load_family(config: RunConfig) -> Family:
 
 
 def _quantization(config: RunConfig, model_name: str) -> PipelineQuantizationConfig:
-    require("image", ["bitsandbytes"])
+    require("quant", ["bitsandbytes"])
+    if config.device == "cpu" or not torch.accelerator.is_available():
+        raise HalotuneError(f"quant: diffusers quantizes on an accelerator alone; got {config.quant!r}. Leave it out on a CPU.")
     four: dict[str, Any] = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
