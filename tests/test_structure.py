@@ -154,6 +154,9 @@ NAMED: dict[str, set[str]] = {
     "demo/methods.py": {"hra", "loha", "bone", "bat", "lora"},
     "recipes/common/config.py": {"hra"},  # the default method
     "recipes/diffusion.py": {"lora"},  # --also
+    "recipes/language/answers.py": {"lora"},  # the form in which vLLM takes an adapter
+    "recipes/language/evaluated.py": {"lora"},
+    "recipes/math.py": {"hra"},  # whose paper the presets are of
     "demo/report.py": {"hra", "loha", "bone", "bat", "lora"},
     "engine/adapted.py": {"lora"},  # export("lora")
     "engine/model.py": {"bone", "miss"},  # save_pretrained(bone_as_miss=True)

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -119,11 +118,12 @@ def load_tokenizer(config: NLUConfig) -> Any:
     return tokenizer
 
 
-def tokenized(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> Dataset:
-    """Token ids, and the labels where there are any."""
+def tokenized(examples: Sequence[Example], tokenizer: Any, max_length: int | None) -> Any:
+    """Token ids, and the labels where there are any: a dataset as torch has them, one dictionary an example."""
     texts = [[e["a"] for e in examples]] + ([[e["b"] for e in examples]] if "b" in examples[0] else [])
     columns = dict(tokenizer(*texts, truncation=True, max_length=max_length))
-    return Dataset.from_dict(columns | ({"labels": [e["label"] for e in examples]} if "label" in examples[0] else {}))
+    columns |= {"labels": [e["label"] for e in examples]} if "label" in examples[0] else {}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def load_classifier(config: NLUConfig, labels: Sequence[str] | None, tokenizer: Any) -> Any:
@@ -172,7 +172,7 @@ def train_nlu(config: NLUConfig, *, dry_run: bool = False, command: str | None =
         model=model,
         args=arguments(config, run, adam_epsilon=1e-6 if config.preset else 1e-8),
         train_dataset=tokenized(data.train, tokenizer, config.max_length),
-        eval_dataset=evaluations if len(evaluations) > 1 else evaluations[""],  # type: ignore[arg-type]
+        eval_dataset=evaluations if len(evaluations) > 1 else evaluations[""],
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=metrics(task),
@@ -199,7 +199,7 @@ def train_nlu(config: NLUConfig, *, dry_run: bool = False, command: str | None =
         if not any(line["step"] == trainer.state.global_step for line in run.metrics() if "evaluation" in line):
             trainer.evaluate()
         for name, examples in evaluations.items():
-            predicted = answers(trainer.predict(examples).predictions, task.regression)  # type: ignore[arg-type]
+            predicted = answers(trainer.predict(examples).predictions, task.regression)
             write_answers(
                 run, f"predictions/{name or 'validation'}.jsonl", data.evaluations[name and f"{name}_"], predicted, task
             )
@@ -388,7 +388,7 @@ class TrainedRun:
 
     def logits(self, examples: Sequence[Example]) -> np.ndarray[Any, Any]:
         texts = [{k: e[k] for k in "ab" if k in e} for e in examples]
-        return np.asarray(self.trainer.predict(tokenized(texts, self.tokenizer, self.config.max_length)).predictions)  # type: ignore[arg-type]
+        return np.asarray(self.trainer.predict(tokenized(texts, self.tokenizer, self.config.max_length)).predictions)
 
     def answers(self, examples: Sequence[Example]) -> np.ndarray[Any, Any]:
         return answers(self.logits(examples), self.task.regression)
