@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PipelineQuantizationConfig
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 from torch import Tensor, nn
 
@@ -199,7 +202,7 @@ def family_class(name: str, model: str) -> type[Family]:
 def load_family(config: RunConfig) -> Family:
     """The pipeline of a configuration, held as that wants it, in its family."""
     with loadable("the pipeline", config.model):
-        stored = DiffusionPipeline.load_config(config.model, revision=config.revision)
+        stored: Any = DiffusionPipeline.load_config(config.model, revision=config.revision)
         kind = family_class(str(stored.get("_class_name")), config.model)
         options: dict[str, Any] = {"dtype": DTYPES[config.precision], "revision": config.revision}
         if config.quant:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
+from diffusers.utils.pil_utils import make_image_grid
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 

@@ -112,7 +112,7 @@ def buckets(resolution: int, divisor: int, aspect: bool) -> list[tuple[int, int]
 
 def fitted(image: Image.Image, sizes: list[tuple[int, int]]) -> Image.Image:
     """The picture in the size nearest to its shape: scaled to cover it, the rest cut off on both sides alike."""
-    height, width = sizes[find_nearest_bucket(image.height, image.width, sizes)]
+    height, width = sizes[find_nearest_bucket(image.height, image.width, sizes) or 0]
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
@@ -172,7 +172,7 @@ def sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-class Examples(Dataset[dict[str, Any]]):
+class Examples(Dataset[list[dict[str, Any]]]):
     """Pictures of the subject, each beside one of the class, if there are any; as many as the longer of the two lists."""
 
     def __init__(self, subject: Sequence[dict[str, Any]], prior: Sequence[dict[str, Any]] = ()) -> None:
