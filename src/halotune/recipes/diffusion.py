@@ -5,7 +5,9 @@ A family is told by the pipeline's own class; everything else of a recipe is the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -201,6 +203,9 @@ def family_class(name: str, model: str) -> type[Family]:
 
 def load_family(config: RunConfig) -> Family:
     """The pipeline of a configuration, held as that wants it, in its family."""
+    if not sys.stderr.isatty():  # progress bars are for terminals, not for log files
+        for package in ("diffusers", "transformers"):
+            import_module(f"{package}.utils.logging").disable_progress_bar()
     with loadable("the pipeline", config.model):
         stored: Any = DiffusionPipeline.load_config(config.model, revision=config.revision)
         kind = family_class(str(stored.get("_class_name")), config.model)
