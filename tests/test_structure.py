@@ -153,6 +153,7 @@ NAMED: dict[str, set[str]] = {
     "bench/report.py": {"lora"},
     "demo/methods.py": {"hra", "loha", "bone", "bat", "lora"},
     "recipes/common/config.py": {"hra"},  # the default method
+    "recipes/diffusion.py": {"lora"},  # --also
     "recipes/language/answers.py": {"lora"},  # the form in which vLLM takes an adapter
     "recipes/language/evaluated.py": {"lora"},
     "recipes/math.py": {"hra"},  # whose paper the presets are of

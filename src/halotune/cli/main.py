@@ -27,7 +27,7 @@ COMMANDS = {
     "export": "write an adapter as a LoRA; check which programs can read one",
     "convert": "convert adapters: PEFT, LyCORIS, kohya",
     "merge": "write an adapter into its base model, and save the model",
-    "generate": "continue a prompt with an adapter",
+    "generate": "continue a prompt with an adapter; or draw pictures: generate subject",
     "chat": "talk to a model with an adapter",
     "demo": "compare all methods on a real model, in minutes",
     "report": "compare runs in one page: table, learning curves, costs, what the adapters changed",
@@ -55,7 +55,8 @@ def _run(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, text in COMMANDS.items():
         if name in argv[:1]:
-            import_module(f"{__package__}.{name}").add(commands)
+            module = "draw" if list(argv[:2]) == ["generate", "subject"] else name
+            import_module(f"{__package__}.{module}").add(commands)
         else:
             commands.add_parser(name, help=text)
     try:

@@ -19,7 +19,7 @@ class Recipe:
         extra: the packages it needs, as `pip install "halotune[extra]"` has them.
         packages: those of them whose absence is looked for.
         config, train: the dataclass, and the function that takes one; "" where there is nothing to train.
-        evaluate: the dataclass and the function of `halotune eval`, for recipes that have one.
+        evaluate: the dataclass and the function of `halotune eval`, for recipes that have one; MODULE:NAME elsewhere.
     """
 
     module: str
@@ -30,7 +30,8 @@ class Recipe:
     evaluate: tuple[str, str] | None = None
 
     def part(self, name: str) -> Any:
-        return getattr(import_module(f".{self.module}", __name__), name)
+        module, _, inner = name.rpartition(":")
+        return getattr(import_module(f".{module or self.module}", __name__), inner)
 
 
 RECIPES = {
@@ -41,6 +42,14 @@ RECIPES = {
         "NLUConfig",
         "train_nlu",
         ("NLUEvaluation", "evaluate_nlu"),
+    ),
+    "subject": Recipe(
+        "subject",
+        "image",
+        ("diffusers", "transformers", "accelerate", "PIL", "jsonargparse"),
+        "SubjectConfig",
+        "train_subject",
+        ("subject_eval:SubjectEvaluation", "subject_eval:evaluate_subject"),
     ),
     "sft": Recipe("sft", "sft", ("transformers", "accelerate", "datasets", "trl", "jsonargparse"), "SFTConfig", "train_sft"),
     "math": Recipe(
@@ -63,6 +72,7 @@ RECIPES = {
 DATASETS = {
     "glue": "glue.download",
     "vader": "vader",
+    "dreambooth": "dreambooth",
     "metamath": "problem_sets.metamath",
     "gsm8k": "problem_sets.gsm8k",
     "math": "problem_sets.math",
@@ -74,7 +84,10 @@ def dataset(name: str) -> Any:
 
 
 _PARTS = {
-    name: recipe for recipe in RECIPES.values() for name in (recipe.config, recipe.train, *(recipe.evaluate or ())) if name
+    name.rpartition(":")[2]: (recipe, name)
+    for recipe in RECIPES.values()
+    for name in (recipe.config, recipe.train, *(recipe.evaluate or ()))
+    if name
 }
 
 if TYPE_CHECKING:
@@ -90,12 +103,17 @@ if TYPE_CHECKING:
     from .nlu import train_nlu as train_nlu
     from .sft import SFTConfig as SFTConfig
     from .sft import train_sft as train_sft
+    from .subject import SubjectConfig as SubjectConfig
+    from .subject import train_subject as train_subject
+    from .subject_eval import SubjectEvaluation as SubjectEvaluation
+    from .subject_eval import evaluate_subject as evaluate_subject
 else:
 
     def __getattr__(name):
         if name not in _PARTS:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return _PARTS[name].part(name)
+        recipe, part = _PARTS[name]
+        return recipe.part(part)
 
     def __dir__():
         return sorted({*globals(), *_PARTS})

@@ -240,10 +240,11 @@ class RunCallback(TrainerCallback):
         shown = {k: v for k, v in logs.items() if k in ("loss", "learning_rate", "grad_norm", "penalty")}
         entries = {"step": state.global_step, "epoch": state.epoch, **shown, "tokens_per_second": round(speed, 1)}
         self.run.append({**entries, "memory_bytes": memory_bytes(), "seconds": round(self.before + self.seconds, 3)})
+        rate = f"  {speed:,.0f} tokens/s" if speed else ""  # of pictures no tokens are counted
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {logs['loss']:.4f}, {speed:,.0f} tokens/s")
+            self.bar.set_postfix_str(f"loss {logs['loss']:.4f}{rate}")
         else:
-            said(f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  {speed:,.0f} tokens/s")
+            said(f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}{rate}")
 
     def on_evaluate(
         self,

@@ -1,0 +1,337 @@
+"""Subject-driven generation with every method at about equal parameters: `docs/results/subject/`, in sittings.
+
+    python benchmarks/subject.py images --archive tiny_imagenet.tar --output images
+    python examples/tiny_latent_diffusion.py --images images --output base --minutes 8        # the base; until it is finished
+    python benchmarks/subject.py train --model base/pipeline --data dreambooth --minutes 9
+    python benchmarks/subject.py cost --minutes 9
+    python benchmarks/subject.py table
+
+`train` adapts the base to three subjects: all methods at the first, with three seeds; HRA and LoRA at the others. Figures are
+those of `halotune eval subject`; the drift is that of prompts of the base's other classes. `cost` times a training step on
+Stable Diffusion 1.5's UNet and on a FLUX-class transformer, with random weights at the released sizes, beside peft's HRA.
+
+A sitting starts nothing after `--minutes`, leaves the JSON and a small picture of each finished run in `--results`, and goes on
+from what it finds there. The learning rate of each method is the library's default times `--rate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+# name -> method and configuration; of square layers of n each has 8 n parameters.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "HRA": ("hra", {"r": 8}),
+    "HRA GS": ("hra", {"r": 8, "apply_GS": True}),
+    "LoRA": ("lora", {"r": 4, "lora_alpha": 4}),
+    "LoHa": ("loha", {"r": 2, "alpha": 2}),
+    "Bone": ("bone", {"r": 8}),
+    "BAT": ("bat", {"r": 8}),
+}
+# Tiny-ImageNet's folders with subjects in DreamBooth's data set, by the words for them there; and two others.
+CLASSES = {
+    **dict.fromkeys(("n02085620", "n02094433", "n02099601", "n02099712", "n02106662", "n02113799"), "dog"),
+    **dict.fromkeys(("n02123045", "n02123394", "n02124075"), "cat"),
+    "n02769748": "backpack",
+    "n02948072": "candle",
+    "n04285008": "sports car",
+    "n04356056": "glasses",
+    "n04398044": "teapot",
+    "n04399382": "stuffed animal",
+}
+AT_EVERY_SUBJECT = ("HRA", "LoRA")
+SEEDS = (0, 1, 2)
+WARM_UP, STEPS = 3, 10
+
+
+def make_images(args: argparse.Namespace) -> None:
+    """The folder that the base is trained on, out of an archive: of CLASS/FILE by the classes' names, else of one caption."""
+    folder, lines = Path(args.output), []
+    folder.mkdir(parents=True)
+    with tarfile.open(args.archive) as archive:
+        archive.extractall(folder, filter="data")
+    for file in sorted(f for f in folder.rglob("*") if f.suffix.lower() in (".jpg", ".jpeg", ".png")):
+        place = file.relative_to(folder)
+        known = CLASSES.get(place.parts[0])
+        text = f"a photo of a {known}" if known else args.caption
+        lines.append(json.dumps({"file_name": place.as_posix(), "text": text}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{folder}: {len(lines)} images")
+
+
+# -- training
+
+
+def jobs(subjects: list[str]) -> Iterator[tuple[str, str, int]]:
+    """(subject, method, seed), the most telling first."""
+    for method in METHODS:
+        yield subjects[0], method, SEEDS[0]
+    for subject in subjects[1:]:
+        for method in AT_EVERY_SUBJECT:
+            yield subject, method, SEEDS[0]
+    for seed in SEEDS[1:]:
+        for method in METHODS:
+            yield subjects[0], method, seed
+
+
+def train(args: argparse.Namespace) -> None:
+    end = time.monotonic() + 60 * args.minutes
+    results, longest = Path(args.results), 0.0
+    open_jobs = [job for job in jobs(args.subjects) if not (results / f"{name_of(*job)}.json").is_file()]
+    for job in open_jobs:
+        begun = time.monotonic()
+        if begun + longest > end:
+            break
+        train_one(args, *job)
+        longest = max(longest, time.monotonic() - begun)
+        print(f"{name_of(*job)}: {time.monotonic() - begun:.0f} s", flush=True)
+    left = sum(not (results / f"{name_of(*job)}.json").is_file() for job in open_jobs)
+    print(f"{left} runs are left" if left else "all runs are finished")
+
+
+def name_of(subject: str, method: str, seed: int) -> str:
+    return f"{subject}-{method.replace(' ', '_')}-{seed}"
+
+
+def train_one(args: argparse.Namespace, subject: str, method: str, seed: int) -> None:
+    from diffusers.utils import make_image_grid
+    from PIL import Image
+
+    from halotune.recipes import SubjectConfig, SubjectEvaluation, evaluate_subject, train_subject
+    from halotune.recipes.dreambooth import read_suite
+
+    found = next(s for s in read_suite(Path(args.data)) if s.name == subject)
+    kind, adapter = METHODS[method]
+    run = Path(args.runs) / name_of(subject, method, seed)
+    word = found.class_word
+    config = SubjectConfig(
+        model=args.model,
+        subject=str(found.folder),
+        class_word=word,
+        prompt=f"a photo of a qwe {word}",
+        class_prompt=f"a photo of a {word}",
+        method=kind,
+        adapter=dict(adapter),
+        seed=seed,
+        max_steps=args.steps,
+        batch_size=args.batch_size,
+        class_images=args.class_images,
+        guidance_scale=args.guidance,
+        validation_seeds=4,
+        output=str(run),
+        label=method,
+        tracker="none",
+    )
+    config.learning_rate *= args.rate
+    record = train_subject(config)
+    prompts = [config.prompt, f"a qwe {word} in the snow", f"a red qwe {word}"]
+    others = [f"a photo of a {c}" for c in dict.fromkeys(CLASSES.values()) if c != word]
+    figures = evaluate_subject(
+        SubjectEvaluation(str(run), scorers=args.scorers, prompts=prompts, drift_prompts=others, count=4)
+    )
+    results = Path(args.results)
+    results.mkdir(parents=True, exist_ok=True)
+    kept = {k: record[k] for k in ("config", "parameters", "seconds", "memory", "results", "versions", "hardware")}
+    kept["config"]["model"], kept["config"]["subject"] = "tiny_latent_diffusion", subject
+    for place in ("output", "cache", "class_folder"):
+        kept["config"].pop(place)
+    entries = {"subject": subject, "method": method, "seed": seed, "figures": figures, **kept}
+    (results / f"{name_of(subject, method, seed)}.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    real = sorted(f for f in found.folder.iterdir() if f.suffix == ".jpg")[:4]
+    drawn = [sorted((run / "evaluation" / kind).glob("a_photo_of_a_qwe*.png"))[:4] for kind in ("base", "run")]
+    shown = [Image.open(f).convert("RGB").resize((64, 64)) for row in (real, *drawn) for f in row]
+    make_image_grid(shown, 3, 4).save(results / f"{name_of(subject, method, seed)}.png")
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+
+
+# -- the cost of a step
+
+
+def sd15() -> tuple[Any, dict[str, Any]]:
+    """Stable Diffusion 1.5's UNet and its inputs of one picture of 512 pixels."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    inputs = {
+        "sample": torch.randn(1, 4, 64, 64),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 77, 768),
+    }
+    return model, inputs
+
+
+def flux(blocks: int) -> tuple[Any, dict[str, Any]]:
+    """A transformer of FLUX.1's width with so many double and twice as many single blocks, and one picture of 512 pixels."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(num_layers=blocks, num_single_layers=2 * blocks)
+    inputs = {
+        "hidden_states": torch.randn(1, 1024, 64),
+        "encoder_hidden_states": torch.randn(1, 512, 4096),
+        "pooled_projections": torch.randn(1, 768),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(1024, 3),
+        "txt_ids": torch.zeros(512, 3),
+    }
+    return model, inputs
+
+
+def cost(args: argparse.Namespace) -> None:
+    """Seconds and peak memory of a training step, of LoRA first: the others are told as multiples of it."""
+    import torch
+
+    end = time.monotonic() + 60 * args.minutes
+    results = Path(args.results)
+    results.mkdir(parents=True, exist_ok=True)
+    models = {"sd15": sd15, f"flux-{args.blocks}": lambda: flux(args.blocks)}
+    for name, make in models.items():
+        for method in ("LoRA", "HRA", "LoHa", "Bone", "BAT", "peft HRA"):
+            file = results / f"cost-{name}-{method.replace(' ', '_')}.json"
+            if file.is_file() or time.monotonic() > end:
+                continue
+            with torch.device(args.device):
+                torch.set_default_dtype(torch.bfloat16)
+                model, inputs = make()
+                torch.set_default_dtype(torch.float32)
+            entries = {"model": name, "method": method, **measure(model, inputs, method, args)}
+            file.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+            print(entries, flush=True)
+            del model, inputs
+            torch.cuda.empty_cache() if args.device == "cuda" else None
+
+
+def measure(model: Any, inputs: dict[str, Any], method: str, args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    import halotune
+    from halotune.recipes.diffusion import TARGETS
+
+    model.requires_grad_(False)
+    model.enable_gradient_checkpointing()
+    rank = args.rank
+    if method == "peft HRA":
+        import peft
+
+        adapted: Any = peft.get_peft_model(model, peft.HRAConfig(r=rank, target_modules=TARGETS["attention"]))
+    else:
+        sizes = {"LoRA": rank // 2, "LoHa": rank // 4}
+        own = METHODS[method][1] | {"r": sizes.get(method, rank)}
+        own |= {k: own["r"] for k in ("lora_alpha", "alpha") if k in own}
+        kinds = {"LoRA": halotune.LoraConfig, "HRA": halotune.HRAConfig, "LoHa": halotune.LoHaConfig}
+        kind = kinds.get(method, halotune.BoneConfig)
+        own |= {"init_weights": "bat"} if method == "BAT" else {}
+        adapted = halotune.get_peft_model(model, kind(**own, target_modules=TARGETS["attention"]))
+    adapted.train()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    cuda = args.device == "cuda"
+    torch.cuda.reset_peak_memory_stats() if cuda else None
+    seconds = []
+    try:
+        for step in range(WARM_UP + args.cost_steps):
+            torch.cuda.synchronize() if cuda else None
+            begun = time.perf_counter()
+            with torch.autocast(args.device, torch.bfloat16):
+                adapted(**inputs).sample.float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.cuda.synchronize() if cuda else None
+            if step >= WARM_UP:
+                seconds.append(time.perf_counter() - begun)
+    except torch.OutOfMemoryError as e:
+        return {"error": str(e).split(".")[0], "parameters": sum(p.numel() for p in trained)}
+    return {
+        "seconds": statistics.median(seconds),
+        "steps": len(seconds),
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "parameters": sum(p.numel() for p in trained),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "torch": torch.__version__,
+    }
+
+
+# -- the table
+
+
+def table(args: argparse.Namespace) -> None:
+    """What is there, as text; what is missing is a dash."""
+    from halotune.report.table import text_table
+
+    results = Path(args.results)
+    found = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(results.glob("*.json"))}
+    rows = []
+    for subject, method in dict.fromkeys((s, m) for s, m, _ in jobs(args.subjects)):
+        runs = [r for s in SEEDS if (r := found.get(name_of(subject, method, s)))]
+        figures = sorted({k for r in runs for k, v in r["figures"].items() if isinstance(v, float)})
+        shown = "; ".join(
+            f"{k} {spread([r['figures'][k] for r in runs])}"
+            + (f" (base {spread([r['figures']['base'][k] for r in runs])})" if k in runs[0]["figures"]["base"] else "")
+            for k in figures
+        )
+        seconds = spread([r["seconds"] for r in runs])
+        size = f"{runs[0]['parameters']['trainable']:,}" if runs else "–"
+        rows.append([subject, method, str(len(runs)), size, seconds, shown or "–"])
+    print(
+        text_table(
+            ["subject", "method", "seeds", "parameters", "seconds", "figures"], rows, left=["subject", "method", "figures"]
+        )
+    )
+    costs = [r for name, r in found.items() if name.startswith("cost-")]
+    lines = []
+    for entry in costs:
+        reference = next((r for r in costs if r["model"] == entry["model"] and r["method"] == "LoRA" and "seconds" in r), None)
+        ratio = f"{entry['seconds'] / reference['seconds']:.2f}" if reference and "seconds" in entry else "–"
+        memory = f"{entry['peak_bytes'] / 2**30:.2f}" if entry.get("peak_bytes") else "–"
+        step = f"{entry['seconds']:.3f}" if "seconds" in entry else entry["error"]
+        lines.append([entry["model"], entry["method"], f"{entry['parameters']:,}", step, ratio, memory])
+    if lines:
+        print(text_table(["model", "method", "parameters", "s/step", "× LoRA", "peak GiB"], lines, left=["model", "method"]))
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["images", "train", "cost", "table"])
+    flag = parser.add_argument
+    flag("--archive")
+    flag("--caption", default="a photo of a face", help="of images whose folder has no name")
+    flag("--output", default="images")
+    flag("--model", default="base/pipeline")
+    flag("--data", default="dreambooth", help="laid out by halotune data dreambooth")
+    flag("--runs", default="runs/subject-benchmark")
+    flag("--results", default=str(ROOT / "docs" / "results" / "subject"))
+    flag("--subjects", nargs="+", default=["dog6", "teapot", "backpack"])
+    flag("--scorers", default="efficientnet-lite")
+    flag("--steps", type=int, default=600)
+    flag("--batch-size", type=int, default=4)
+    flag("--class-images", type=int, default=100)
+    flag("--guidance", type=float, default=3.0)
+    flag("--rate", type=float, default=1.0)
+    flag("--rank", type=int, default=8)
+    flag("--blocks", type=int, default=19, help="of the FLUX-class transformer; 19 is FLUX.1's")
+    flag("--cost-steps", type=int, default=STEPS)
+    flag("--minutes", type=float, default=9.0)
+    flag("--device", default="cuda")
+    args = parser.parse_args(given)
+    {"images": make_images, "train": train, "cost": cost, "table": table}[args.what](args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,385 @@
+"""`halotune train subject`: teach an image model one subject from a few pictures (DreamBooth), with an adapter.
+
+    train_subject(SubjectConfig(model="stable-diffusion-v1-5/stable-diffusion-v1-5", subject="my_dog", class_word="dog"))
+
+The pictures are captioned with a rare word before the class's; pictures of the class that the base itself makes keep it
+from forgetting what others of the class look like. Reads from top to bottom: configuration, data, loss, training, pictures.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers.training_utils import EMAModel
+from diffusers.utils.pil_utils import make_image_grid
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, set_seed
+
+from ..core.errors import HalotuneError
+from ..core.files import WEIGHTS_NAME, write_atomically
+from ..engine.files.state_dict import read_tensors, set_peft_model_state_dict
+from ..integrations.diffusers import PipelineAdapters
+from .common.config import RunConfig
+from .common.dry_run import dry_run as show_dry_run
+from .common.run import Run, said
+from .common.trainer import RunTrainerMixin, arguments
+from .diffusion import LORAS, TARGETS, TEXT_TARGETS, Family, draw, export, load_family
+from .subject_data import Encoder, Examples, as_text, class_pictures, collate, find_pictures, has_word
+
+ADAPTER = "subject"
+STEPS = 1000
+EVALUATIONS = 4  # in a run, where nothing else is said
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"learning_rate": 7e-6, "max_steps": 2000},
+    "paper-code": {"learning_rate": 1e-4, "max_steps": 2005},
+}
+
+
+@dataclass(kw_only=True)
+class SubjectConfig(RunConfig):
+    """Teach a diffusion pipeline a subject from a few pictures (DreamBooth).
+
+    Args:
+        subject: a folder with pictures; beside `NAME.jpg` may lie its caption, `NAME.txt`, and its mask, `masks/NAME.png`.
+        class_word: what the subject is, such as dog.
+        suite: dreambooth trains every subject of a data set in DreamBooth's layout; `subject` is its folder then.
+        class_index, prompt_index: of the suite, only the subject, or the prompt, of this number.
+        paper_code: of the suite, one training for each prompt, as the HRA paper's code does; else one for each subject.
+        shard: of the suite, the i-th of n shares of the trainings, as i/n, from 0.
+        identifier: the rare word that stands for the subject.
+        prompt: of pictures without a caption; by default "a photo of IDENTIFIER CLASS".
+        class_prompt: of the class; by default "a photo of CLASS".
+        prior_weight: of the loss on pictures of the class; 0 for none.
+        class_images: how many of them; those that are missing are made by the base.
+        class_folder: where they are; by default runs/class_images/, in a folder for each model and prompt.
+        resolution: of the pictures, in pixels; by default what the model was made for.
+        aspect: bring pictures to one of several shapes, the nearest, instead of cutting squares.
+        flip: also learn from the mirror images.
+        mask_background: where a picture has a mask, the weight of the loss outside of it.
+        targets: the layers that are adapted, where `adapter.target_modules` does not say; each adds to the one before.
+        train_text_encoder: adapt the attention of the text encoders, too.
+        min_snr: γ of the weights min(SNR, γ) / SNR of the loss, such as 5; 0 for none.
+        ema: decay of an average over the adapter's steps, such as 0.99, which is what is kept; 0 for none.
+        cache: where latents and embeddings of prompts are kept; by default runs/.cache.
+        also: write the adapter as a LoRA, too: lora for diffusers' load_lora_weights, kohya for ComfyUI and A1111; or both,
+            as lora,kohya.
+        validation_prompts: what is drawn as it trains; by default `prompt`.
+        validation_seeds: pictures of each prompt.
+        inference_steps: of the pictures drawn.
+        guidance_scale: of the pictures drawn.
+        preset: learning rate and steps of the HRA paper, or of its authors' scripts; flags win over them.
+    """
+
+    subject: str
+    class_word: str | None = None
+    suite: Literal["dreambooth"] | None = None
+    class_index: int | None = None
+    prompt_index: int | None = None
+    paper_code: bool = False
+    shard: str = "0/1"
+    identifier: str = "qwe"
+    prompt: str | None = None
+    class_prompt: str | None = None
+    prior_weight: float = 1.0
+    class_images: int = 200
+    class_folder: str | None = None
+    resolution: int | None = None
+    aspect: bool = False
+    flip: bool = False
+    mask_background: float = 0.0
+    targets: Literal["attention", "feed-forward", "convolutions"] = "attention"
+    train_text_encoder: bool = False
+    min_snr: float = 0.0
+    ema: float = 0.0
+    cache: str = "runs/.cache"
+    also: str = ""
+    validation_prompts: list[str] | None = None
+    validation_seeds: int = 2
+    inference_steps: int = 25
+    guidance_scale: float = 7.5
+    preset: Literal["paper", "paper-code"] | None = None
+    batch_size: int = 1
+    schedule: str = "constant"
+    evaluate_every: int | None = None
+
+    RECIPE: ClassVar[str] = "subject"
+    TARGETS: ClassVar[str] = TARGETS["attention"]
+    WARMUP: ClassVar[float] = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"subject-{Path(self.subject).name}-{self.method}"
+
+    def fill(self) -> None:
+        self.fill_in(**PRESETS.get(self.preset or "", {}))
+        if self.epochs is None:
+            self.fill_in(max_steps=STEPS)
+        if self.max_steps:
+            self.fill_in(evaluate_every=max(self.max_steps // EVALUATIONS, 1))
+        self.fill_in(save_every=self.evaluate_every)
+        if self.adapter.target_modules == self.TARGETS:  # type: ignore[union-attr]
+            self.adapter.target_modules = TARGETS[self.targets]  # type: ignore[union-attr]
+        if self.class_word:
+            self.fill_in(prompt=f"a photo of {self.identifier} {self.class_word}", class_prompt=f"a photo of {self.class_word}")
+            self.fill_in(validation_prompts=[self.prompt])
+
+    def check(self) -> None:
+        for name in ("class_images", "validation_seeds", "inference_steps"):
+            self.require(name, getattr(self, name) >= 1, "must be at least 1", "Use a whole number such as 4.")
+        for name in ("prior_weight", "min_snr", "guidance_scale"):
+            self.require(name, getattr(self, name) >= 0, "must not be negative", "Use 0 for none.")
+        self.require("ema", 0 <= self.ema < 1, "must be from 0 to below 1", "Use a decay such as 0.99.")
+        self.require("mask_background", 0 <= self.mask_background <= 1, "must be from 0 to 1", "Use 0 for none.")
+        self.require("shard", bool(share(self.shard)), "expected i/n with 0 ≤ i < n", "Use for example 0/4.")
+        known = set(filter(None, self.also.split(","))) <= LORAS.keys()
+        self.require("also", known, f"expected some of {', '.join(LORAS)}", f"Write for example {','.join(LORAS)}.")
+        if not self.suite:
+            self.require("class_word", bool(self.class_word), "is needed", "Say what the subject is, such as dog.")
+            self.require("prompt", has_word(self.prompt, self.identifier), f"lacks {self.identifier!r}", "Put it in.")
+
+
+def share(text: str) -> tuple[int, int] | None:
+    """i/n as numbers; None where it is none."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    return (int(found[1]), int(found[2])) if found and int(found[1]) < int(found[2]) else None
+
+
+# -- the loss
+
+
+class Denoiser(nn.Module):
+    """The models that are trained, as the Trainer takes them: examples -> their loss."""
+
+    def __init__(self, family: Family, config: SubjectConfig) -> None:
+        super().__init__()
+        self.family, self.settings = family, config
+        self.parts = nn.ModuleDict({name: getattr(family.pipe, name) for name in PipelineAdapters(family.pipe).names[ADAPTER]})
+
+    def forward(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Subject's mean squared error + prior weight × that of the class; pictures of one size go through together."""
+        groups: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+        for example in examples:
+            shapes = {k: v.shape for k, v in example["text"].items()}
+            groups[tuple(example["mean"].shape), str(shapes)].append(example)
+        errors: dict[bool, list[Tensor]] = {False: [], True: []}
+        for group in groups.values():
+            for example, error in zip(group, self.errors(group), strict=True):
+                errors[example["prior"]].append(error)
+        loss = torch.stack(errors[False]).mean()
+        if errors[True]:
+            loss = loss + self.settings.prior_weight * torch.stack(errors[True]).mean()
+        return {"loss": loss}
+
+    def errors(self, group: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Of each example the mean squared error, over what its mask marks, times the weight of its time: `(n,)`."""
+        family = self.family
+        mean, deviation, mask = (torch.cat([e[k] for e in group]) for k in ("mean", "deviation", "mask"))
+        latents = family.normalized(mean + deviation * torch.randn_like(mean))
+        if self.settings.train_text_encoder:
+            texts = [family.text(e["caption"], latents.device) for e in group]
+        else:
+            texts = [e["text"] for e in group]
+        text = {k: torch.cat([t[k] for t in texts]) for k in texts[0]}
+        noisy, t, target, weight = family.noised(latents, self.settings.min_snr or None)
+        squared = (family.predict(noisy, t, text).float() - target).square().mean(1, keepdim=True)
+        return weight * (squared * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
+
+    # What the Trainer and the report ask of a model with adapters.
+
+    def activation_checkpointing_enable(self, **_: Any) -> None:
+        names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+        for part in self.parts.values():  # of diffusers; of transformers 5, and 4
+            next(getattr(part, name) for name in names if hasattr(part, name))()
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        everything = [p for m in self.family.pipe.components.values() if isinstance(m, nn.Module) for p in m.parameters()]
+        return sum(p.numel() for p in everything if p.requires_grad), sum(p.numel() for p in everything)
+
+    def get_base_model(self) -> nn.Module:
+        return self.family.model
+
+    @property
+    def active_peft_config(self) -> Any:
+        return self.family.model.peft_config[ADAPTER]
+
+
+def adapt(family: Family, config: SubjectConfig) -> PipelineAdapters:
+    if config.min_snr and family.flow:
+        kind = type(family.pipe).__name__
+        raise HalotuneError(f"min_snr: a {kind} learns a flow, which has no such weights; got {config.min_snr}. Leave it out.")
+    own: Any = config.adapter
+    parts = {family.model_name: own}
+    if config.train_text_encoder:
+        there = [name for name in family.text_encoders if getattr(family.pipe, name, None) is not None]
+        parts |= {name: replace(own, target_modules=TEXT_TARGETS) for name in there}
+    adapters = PipelineAdapters(family.pipe)
+    adapters.add(parts, ADAPTER)
+    return adapters
+
+
+# -- the training
+
+
+class SubjectTrainer(RunTrainerMixin, Trainer):
+    """Saves and loads the adapters of a pipeline, averages them, and draws pictures where others evaluate."""
+
+    model: Denoiser
+
+    def __init__(self, *args: Any, adapters: PipelineAdapters, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.adapters = adapters
+        self.config: SubjectConfig = self.model.settings
+        self.average = EMAModel(list(adapters.parameters()), decay=self.config.ema) if self.config.ema else None
+        if self.average:
+            self.add_callback(_Average(self.average, adapters))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the adapters are their average over the steps, if there is one."""
+        if self.average is None:
+            yield
+            return
+        parameters = list(self.adapters.parameters())
+        self.average.store(parameters)
+        self.average.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(parameters)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(str(output_dir))
+        if folder.name.startswith("checkpoint-"):
+            self.adapters.save(folder, ADAPTER)
+            if self.average:
+                torch.save(self.average.state_dict(), folder / "average.pt")
+        else:
+            with self.averaged():
+                self.adapters.save(folder, ADAPTER)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        for name, part in self.model.parts.items():
+            set_peft_model_state_dict(part, read_tensors(folder / name / WEIGHTS_NAME), ADAPTER)
+        if self.average:
+            self.average.load_state_dict(torch.load(folder / "average.pt", map_location="cpu", weights_only=True))
+            self.average.to(self.args.device)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The loss on the subject's pictures, always with the same noise; and the pictures of this step."""
+        with torch.random.fork_rng(), self.averaged(), torch.no_grad():
+            self.model.eval()
+            torch.manual_seed(0)
+            losses = []
+            pictures: Any = self.eval_dataset
+            for number in range(max(16, len(pictures))):
+                inputs = self._prepare_inputs(collate([pictures[number % len(pictures)]]))
+                with self.compute_loss_context_manager():
+                    losses.append(self.model(**inputs)["loss"].item())
+            self.draw()
+            self.model.train()
+        metrics = {"eval_loss": sum(losses) / len(losses)}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def draw(self) -> None:
+        """pictures/STEP/PROMPT-SEED.png, their grid beside, and the gallery of the run's page."""
+        if not self.is_world_process_zero():
+            return
+        config, folder = self.config, self.run.folder / "pictures"
+        prompts = config.validation_prompts or []
+        drawn = []
+        for i, prompt in enumerate(prompts):
+            for seed in range(config.validation_seeds):
+                image = draw(self.model.family, config, prompt, seed, self.args.device)
+                file = folder / f"{self.state.global_step:06}" / f"{i}-{seed}.png"
+                write_atomically(file, lambda out, image=image: image.save(out, "png"))
+                drawn.append(image)
+        grid = make_image_grid(drawn, len(prompts), config.validation_seeds)
+        write_atomically(folder / f"{self.state.global_step:06}.png", lambda out: grid.save(out, "png"))
+        steps = sorted(f.name for f in folder.iterdir() if f.is_dir() and int(f.name) <= self.state.global_step)
+        rows = [
+            {"label": f"{prompt} · seed {seed}", "images": [f"pictures/{step}/{i}-{seed}.png" for step in steps]}
+            for i, prompt in enumerate(prompts)
+            for seed in range(config.validation_seeds)
+        ]
+        heads = ["base" if int(step) == 0 else f"step {int(step)}" for step in steps]
+        self.run.write("gallery.json", {"columns": heads, "rows": rows})
+
+
+class _Average(TrainerCallback):
+    def __init__(self, average: EMAModel, adapters: PipelineAdapters) -> None:
+        self.average, self.adapters = average, adapters
+
+    def on_train_begin(self, args: Any, *_: Any, **__: Any) -> None:
+        self.average.to(args.device)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.average.step(self.adapters.parameters())
+
+
+def train_subject(config: SubjectConfig, *, dry_run: bool = False, command: str | None = None) -> dict[str, Any]:
+    """Train, draw, and write the run's folder; what run.json holds. Of a suite, all its runs; its record.
+
+    A run that was interrupted goes on at its last checkpoint; a finished one is left as it is.
+
+    Args:
+        dry_run: show what would be done and what two steps cost, and write nothing but the cache.
+        command: what run.json says the user typed.
+    """
+    if config.suite:
+        from .dreambooth import train_suite
+
+        return train_suite(config, train_subject, dry_run=dry_run, command=command)
+    run = Run(config, command)
+    if run.finished and not dry_run:
+        said(f"{run.folder}: finished already; nothing was done. Give another --output for a new run.")
+        return run.record
+    pictures = find_pictures(config.subject, str(config.prompt), config.identifier)
+    family = load_family(config)
+    args = arguments(config, run, include_num_input_tokens_seen="no", remove_unused_columns=False)
+    if not config.quant:
+        family.model.to(args.device)
+    encoder = Encoder(family, config, args.device)
+    subject = encoder.examples(pictures, prior=False)
+    prior: list[dict[str, Any]] = []
+    if config.prior_weight:
+        of_class = class_pictures(config, family, args.device, make=not dry_run)
+        prior = encoder.examples(of_class, prior=True) or [example | {"prior": True} for example in subject]
+    set_seed(config.seed)  # of the adapter
+    adapters = adapt(family, config)
+    model = Denoiser(family, config)
+    trainer = SubjectTrainer(
+        model=model,
+        args=args,
+        train_dataset=Examples(subject, prior),
+        eval_dataset=Examples(subject),
+        data_collator=collate,
+        run=run,
+        adapters=adapters,
+    )
+    if dry_run:
+        show_dry_run(run, trainer, as_text)
+        return run.record
+    with run.open():
+        run.update(pictures={"subject": len(pictures), "class": len(prior)}, pipeline=type(family.pipe).__name__)
+        if run.last_checkpoint()[0] is None:
+            with torch.random.fork_rng():
+                trainer.draw()  # what the base makes of the prompts
+        trainer.train_run()
+        if not any(line["step"] == trainer.state.global_step for line in run.metrics() if "evaluation" in line):
+            trainer.evaluate()
+        with trainer.averaged():
+            export(run, family, [name for name in config.also.split(",") if name])
+        losses = [line["evaluation"]["loss"] for line in run.metrics() if "evaluation" in line]
+        trainer.finish({"evaluation_loss": losses[-1], "least_evaluation_loss": min(losses)})
+    return run.record

@@ -1,0 +1,268 @@
+"""Pictures of a subject: read and checked, brought to a size that the model can take, and their latents kept on the disk.
+
+DIR/00.jpg          pictures: jpg, png, webp, bmp; turned as their EXIF says, CMYK and transparent ones made RGB
+DIR/00.txt          its caption, where it has one of its own
+DIR/masks/00.png    where the subject is (white), of the picture's own size
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from ..core.errors import HalotuneError
+from ..core.files import write_atomically
+from .common.run import said
+from .diffusion import Family, draw
+
+if TYPE_CHECKING:
+    from .subject import SubjectConfig
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture's file, what it is called, and where its mask lies."""
+
+    file: Path
+    caption: str
+    mask: Path | None = None
+
+
+def find_pictures(folder: str | Path, caption: str, identifier: str | None = None) -> list[Picture]:
+    """The pictures of a folder, by name; those without a caption of their own get this one.
+
+    Args:
+        identifier: a word that every caption must have.
+
+    Raises:
+        HalotuneError: there is no such folder, no picture in it, a mask of none, or a caption without the identifier.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise HalotuneError(f"{folder}: there is no such folder. Give a folder with pictures of the subject.")
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in ENDINGS)
+    if not files:
+        raise HalotuneError(f"{folder}: holds no picture ({', '.join(ENDINGS)}). Give a folder with pictures of the subject.")
+    masks = {f.stem: f for f in sorted((folder / "masks").glob("*")) if f.suffix.lower() in ENDINGS}
+    for stem in masks.keys() - {f.stem for f in files}:
+        raise HalotuneError(f"{masks[stem]}: there is no picture {stem} for this mask. Name it as its picture.")
+    found = [Picture(f, own_caption(f) or caption, masks.get(f.stem)) for f in files]
+    for picture in found:
+        if identifier is not None and not has_word(picture.caption, identifier):
+            raise HalotuneError(
+                f"{picture.file.with_suffix('.txt')}: lacks the identifier {identifier!r}: {picture.caption!r}. Put it before "
+                "the word of the class, or give another --identifier."
+            )
+    return found
+
+
+def has_word(text: str | None, word: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text or "") is not None
+
+
+def own_caption(file: Path) -> str | None:
+    text = file.with_suffix(".txt")
+    return text.read_text(encoding="utf-8").strip() if text.is_file() else None
+
+
+def read_picture(file: Path) -> Image.Image:
+    """A picture as RGB, turned as its EXIF says; what is transparent is white.
+
+    Raises:
+        HalotuneError: it cannot be read, or is animated.
+    """
+    try:
+        with Image.open(file) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise HalotuneError(f"{file}: is animated, of {image.n_frames} frames. Save the one that you mean.")  # type: ignore[attr-defined]
+            image.load()
+            turned = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow's own are among these
+        raise HalotuneError(f"{file}: cannot be read as a picture: {e}. Save it again, or take it out.") from e
+    if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
+        own = turned.convert("RGBA")
+        turned = Image.alpha_composite(Image.new("RGBA", own.size, "white"), own)
+    return turned.convert("RGB")
+
+
+def buckets(resolution: int, divisor: int, aspect: bool) -> list[tuple[int, int]]:
+    """The (height, width) that pictures are brought to: a square, or one for each usual ratio, of about as many pixels."""
+    if resolution % divisor:
+        near = max(round(resolution / divisor), 1) * divisor
+        raise HalotuneError(f"resolution: this model needs a multiple of {divisor}; got {resolution}. Use {near}.")
+    return generate_aspect_ratio_buckets(resolution, divisor) if aspect else [(resolution, resolution)]
+
+
+def fitted(image: Image.Image, sizes: list[tuple[int, int]]) -> Image.Image:
+    """The picture in the size nearest to its shape: scaled to cover it, the rest cut off on both sides alike."""
+    height, width = sizes[find_nearest_bucket(image.height, image.width, sizes) or 0]
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """`(1, 3, height, width)` in [−1, 1]."""
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def mask_of(picture: Picture, size: tuple[int, int], sizes: list[tuple[int, int]], background: float) -> Tensor | None:
+    """The weight of the error in each latent, `(1, 1, h, w)`: 1 on the subject, `background` elsewhere.
+
+    Args:
+        size: of the picture as it is.
+    """
+    if picture.mask is None:
+        return None
+    mask = read_picture(picture.mask)
+    if mask.size != size:
+        raise HalotuneError(f"{picture.mask}: is of {mask.size}, its picture of {size} pixels. Save it in the picture's size.")
+    weight = (pixels(fitted(mask, sizes))[:, :1] + 1) / 2
+    if weight.max() < 0.5:
+        raise HalotuneError(f"{picture.mask}: marks nothing. Paint the subject white, or delete the mask.")
+    return background + (1 - background) * weight
+
+
+class Cache:
+    """Tensors under the SHA-256 of all that they were computed from: what has changed is computed again."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def get(self, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        file = self.folder / f"{name}.safetensors"
+        if file.is_file():
+            try:
+                return load_file(file)
+            except SafetensorError:  # damaged
+                file.unlink()
+        made = {k: v.detach().to("cpu").contiguous() for k, v in make().items()}
+        write_atomically(file, lambda out: save_file(made, out))
+        return made
+
+
+def fingerprint(*models: nn.Module) -> str:
+    """The SHA-256 of models' weights and configurations."""
+    digest = hashlib.sha256()
+    for model in models:
+        digest.update(str(model.config).encode())
+        for name, p in model.state_dict().items():
+            digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+            digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+class Examples(Dataset[list[dict[str, Any]]]):
+    """Pictures of the subject, each beside one of the class, if there are any; as many as the longer of the two lists."""
+
+    def __init__(self, subject: Sequence[dict[str, Any]], prior: Sequence[dict[str, Any]] = ()) -> None:
+        self.subject, self.prior = subject, prior
+
+    def __len__(self) -> int:
+        return max(len(self.subject), len(self.prior))
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        chosen = [self.subject[index % len(self.subject)]]
+        return chosen + ([self.prior[index % len(self.prior)]] if self.prior else [])
+
+
+def collate(rows: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Pictures may be of several sizes, so they stay a list."""
+    return {"examples": [example for row in rows for example in row]}
+
+
+def as_text(batch: dict[str, Any]) -> str:
+    """A batch as text: of each picture what it is and its size; all of them count in the loss."""
+    lines = [
+        f"  {'class' if e['prior'] else 'subject'}  {' × '.join(map(str, e['mean'].shape[1:]))} latents, "
+        f"{e['mask'].mean():.0%} of them in the loss  {e['caption']}"
+        for e in batch["examples"]
+    ]
+    return "\n".join(lines)
+
+
+class Encoder:
+    """Pictures and prompts as the model takes them, from the cache where nothing changed."""
+
+    def __init__(self, family: Family, config: SubjectConfig, device: torch.device) -> None:
+        self.family, self.config, self.device = family, config, device
+        self.cache = Cache(config.cache)
+        pipe = family.pipe
+        self.sizes = buckets(config.resolution or family.size, family.divisor, config.aspect)
+        self.encoders = [m for name in family.text_encoders if (m := getattr(pipe, name, None)) is not None]
+        self.vae_print, self.text_print = fingerprint(pipe.vae), fingerprint(*self.encoders)
+
+    def text(self, prompt: str) -> dict[str, Tensor]:
+        def make() -> dict[str, Tensor]:
+            for encoder in self.encoders:
+                encoder.to(self.device)
+            with torch.no_grad():
+                return self.family.text(prompt, self.device)
+
+        return self.cache.get({"text": prompt, "encoders": self.text_print, "kind": type(self.family).__name__}, make)
+
+    def examples(self, pictures: Sequence[Picture], prior: bool) -> list[dict[str, Any]]:
+        mirrored = (False, True) if self.config.flip else (False,)
+        return [self.example(p, prior, flip) for flip in mirrored for p in pictures]
+
+    def example(self, picture: Picture, prior: bool, flip: bool) -> dict[str, Any]:
+        """mean and deviation of the latents, before they are normalized, `(1, c, h, w)`; mask, text, caption, prior."""
+        image = read_picture(picture.file)
+        mask = mask_of(picture, image.size, self.sizes, self.config.mask_background)
+
+        def make() -> dict[str, Tensor]:
+            vae, x = self.family.pipe.vae, pixels(fitted(image, self.sizes))
+            usual = vae.dtype
+            nn.Module.to(vae, self.device, torch.float32)  # half precision overflows in some
+            with torch.no_grad():
+                found = vae.encode((x.flip(-1) if flip else x).to(self.device)).latent_dist
+            nn.Module.to(vae, usual)
+            return {"mean": found.mean, "deviation": found.std}
+
+        size = fitted(image, self.sizes).size
+        latents = self.cache.get({"file": sha256(picture.file), "size": size, "flip": flip, "vae": self.vae_print}, make)
+        if mask is None:
+            mask = torch.ones(1, 1, *latents["mean"].shape[-2:])
+        mask = F.interpolate(mask.flip(-1) if flip else mask, latents["mean"].shape[-2:], mode="area")
+        text = {} if self.config.train_text_encoder else self.text(picture.caption)
+        return {**latents, "mask": mask, "text": text, "caption": picture.caption, "prior": prior}
+
+
+def class_pictures(config: SubjectConfig, family: Family, device: torch.device, make: bool = True) -> list[Picture]:
+    """The base's own pictures of the class; those that are missing are made, each from a seed of its own."""
+    prompt = str(config.class_prompt)
+    made_by = {"model": config.model, "prompt": prompt, "resolution": config.resolution or family.size}
+    mark = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]
+    name = re.sub(r"\W+", "_", str(config.class_word))
+    folder = Path(config.class_folder or f"runs/class_images/{name}-{mark}")
+    there = [f for f in sorted(folder.glob("*")) if not f.name.startswith(".")]
+    missing = [i for i in range(config.class_images) if not (folder / f"{i:05}.png").is_file()]
+    own = config.class_folder and there and not any(re.fullmatch(r"\d{5}\.png", f.name) for f in there)
+    if not make or own:
+        return find_pictures(folder, prompt) if there else []
+    if missing:
+        said(f"{folder}: making {len(missing)} pictures of {prompt!r}")
+    for i in missing:
+        image = draw(family, config, prompt, i, device)
+        write_atomically(folder / f"{i:05}.png", lambda file, image=image: image.save(file, "png"))
+    return find_pictures(folder, prompt)[: config.class_images]

@@ -1,0 +1,98 @@
+"""DreamBooth's data set: its table, its layout, and a training for every subject."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from halotune import HalotuneError
+from halotune.cli.main import main
+
+pytest.importorskip("diffusers")
+
+from halotune.recipes.dreambooth import TABLE, read_suite, suite_runs, train_suite
+from halotune.recipes.subject import SubjectConfig
+
+OBJECTS, LIVE = ("in the snow", "on a mirror"), ("in the snow", "wearing a red hat")
+
+
+def write_suite(folder: Path, names: str = "dog6,dog\nrc_car,toy\nbear,stuffed animal\n") -> Path:
+    def prompts(endings: tuple[str, ...]) -> str:
+        lines = ",\n".join(f"'a {{0}} {{1}} {e}'.format(unique_token, class_token)" for e in endings)
+        return f"prompt_list = [\n{lines}\n]\n"
+
+    folder.mkdir(parents=True)
+    text = f"Classes\n\nsubject_name,class\n{names}\nPrompts\n\nObject Prompts\n\n{prompts(OBJECTS)}"
+    (folder / TABLE).write_text(f"{text}\nLive Subject Prompts\n\n{prompts(LIVE)}")
+    for line in names.split():
+        place = folder / line.partition(",")[0]
+        if "," in line:
+            place.mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), "red").save(place / "00.jpg")
+    return folder
+
+
+def config(folder: Path, **also: Any) -> SubjectConfig:
+    return SubjectConfig(model="none", subject=str(folder), suite="dreambooth", output="out", **also)
+
+
+def test_living_subjects_have_prompts_of_their_own(tmp_path: Path) -> None:
+    dog, car, bear = read_suite(write_suite(tmp_path / "data"))
+    assert dog.live
+    assert not car.live
+    assert dog.prompts_with("qwe") == ["a qwe dog in the snow", "a qwe dog wearing a red hat"]
+    assert car.prompts_with("qwe") == ["a qwe toy in the snow", "a qwe toy on a mirror"]
+    assert bear.class_word == "stuffed animal"
+
+
+def test_one_training_for_each_subject_or_prompt(tmp_path: Path) -> None:
+    folder = write_suite(tmp_path / "data")
+    runs = suite_runs(config(folder))
+    assert [run.output for run in runs] == ["out/dog6", "out/rc_car", "out/bear"]
+    assert runs[1].prompt == "a photo of qwe toy"
+    assert runs[1].validation_prompts == ["a qwe toy in the snow", "a qwe toy on a mirror"]
+    runs = suite_runs(config(folder, paper_code=True))
+    assert [run.output for run in runs][:3] == ["out/dog6-0", "out/dog6-1", "out/rc_car-0"]
+    (run,) = suite_runs(config(folder, paper_code=True, class_index=1, prompt_index=1))
+    assert run.validation_prompts == ["a qwe toy on a mirror"]
+    with pytest.raises(HalotuneError, match="class_index: the last is 2; got 3"):
+        suite_runs(config(folder, class_index=3))
+
+
+def test_shards_share_the_runs(tmp_path: Path) -> None:
+    folder, done = write_suite(tmp_path / "data"), []
+
+    def train(run: SubjectConfig, **_: Any) -> dict[str, Any]:
+        done.append(run.output)
+        return {"results": {"loss": 1.0}}
+
+    for shard in ("0/2", "1/2"):
+        train_suite(config(folder, shard=shard), train)
+    assert sorted(done) == ["out/bear", "out/dog6", "out/rc_car"]
+
+
+def test_the_data_are_laid_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_suite(tmp_path / "clone" / "dataset")
+    assert main(["data", "dreambooth", str(tmp_path / "laid"), "--from", str(tmp_path / "clone")]) == 0
+    assert [s.name for s in read_suite(tmp_path / "laid")] == ["dog6", "rc_car", "bear"]
+    assert (tmp_path / "laid" / "rc_car" / "00.jpg").is_file()
+    assert main(["data", "dreambooth", str(tmp_path / "other")]) == 2
+    assert "Clone it" in capsys.readouterr().err
+
+
+def test_tables_that_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(HalotuneError, match=r"holds no prompts_and_classes\.txt"):
+        read_suite(tmp_path)
+    with pytest.raises(HalotuneError, match="two subjects named 'dog'"):
+        read_suite(write_suite(tmp_path / "twice", "dog,dog\ndog,toy\n"))
+    folder = write_suite(tmp_path / "gone")
+    (folder / "bear" / "00.jpg").unlink()
+    (folder / "bear").rmdir()
+    with pytest.raises(HalotuneError, match="bear: there is no such folder"):
+        read_suite(folder)
+    (folder / TABLE).write_text("Classes\n")
+    with pytest.raises(HalotuneError, match="0 subjects, 0 prompts"):
+        read_suite(folder)

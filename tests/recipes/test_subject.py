@@ -1,0 +1,356 @@
+"""The recipe for a subject at toy size: end to end, resumed, and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from halotune import HalotuneError
+from halotune.cli.main import main
+from halotune.recipes.common.run import FINISHED, read_run
+
+pytest.importorskip("diffusers")
+
+from halotune.recipes import subject as recipe
+from halotune.recipes.diffusion import family_class, load_family
+from halotune.recipes.subject import Denoiser, SubjectConfig, adapt, train_subject
+from halotune.recipes.subject_data import Cache, Encoder, buckets, class_pictures, collate, find_pictures, read_picture
+
+from ..examples.models import save_stable_diffusion
+from .pictures import save_flux, save_sd3, save_sdxl, save_subject
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("image")
+    save_stable_diffusion(folder / "sd")
+    save_sdxl(folder / "sdxl")
+    save_sd3(folder / "sd3")
+    save_flux(folder / "flux")
+    save_subject(folder / "flower")
+    return folder
+
+
+def options(root: Path, output: Path, **also: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "model": str(root / "sd" / "pipeline"),
+        "subject": str(root / "flower"),
+        "class_word": "flower",
+        "resolution": 16,
+        "class_images": 2,
+        "class_folder": str(root / "class_images"),
+        "cache": str(root / "cache"),
+        "max_steps": 4,
+        "inference_steps": 2,
+        "validation_seeds": 1,
+        "log_every": 1,
+        "device": "cpu",
+        "tracker": "none",
+        "adapter": {"r": 4},
+        "output": str(output),
+    }
+    return values | also
+
+
+def flags(values: dict[str, Any]) -> list[str]:
+    plain = {k: v for k, v in values.items() if k != "adapter"}
+    return [*(f"--{k.replace('_', '-')}={v}" for k, v in plain.items()), "--r=4"]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter" / "unet" / "adapter_model.safetensors")
+
+
+def test_train_report_generate_and_load_elsewhere(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    from halotune.integrations.diffusers import PipelineAdapters
+
+    run = tmp_path / "run"
+    given = flags(options(root, run, learning_rate=0.02, ema=0.5, min_snr=5, also="lora,kohya", evaluate_every=2))
+    assert main(["train", "subject", *given]) == 0
+    record = read_run(run)
+    assert record is not None
+    assert record["status"] == FINISHED
+    assert record["pictures"] == {"subject": 3, "class": 2}
+    assert record["parameters"]["trainable"] > 0
+    gallery = json.loads((run / "gallery.json").read_text())
+    assert gallery["columns"] == ["base", "step 2", "step 4"]
+    assert [row["label"] for row in gallery["rows"]] == ["a photo of qwe flower · seed 0"]
+    assert (run / "index.html").read_text().count("data:image/png;base64") == 3
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["evaluation"]["loss"] for line in lines if "evaluation" in line]
+    assert losses[-1] < losses[0]
+
+    capsys.readouterr()
+    common = ["--prompt", "a qwe flower", "--device", "cpu", "--output", str(tmp_path / "drawn"), "--seed", "3"]
+    for scale in ("0", "1"):
+        assert main(["generate", "subject", str(run), *common, "--scale", scale]) == 0
+    base, trained = (Image.open(file) for file in capsys.readouterr().out.split())
+    pipe = StableDiffusionPipeline.from_pretrained(root / "sd" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+
+    def drawn() -> bytes:
+        size = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 7.5}
+        return pipe("a qwe flower", **size, generator=torch.Generator().manual_seed(3)).images[0].tobytes()
+
+    plain = drawn()
+    assert base.tobytes() == plain
+    PipelineAdapters(pipe).load(run / "adapter")
+    assert drawn() == trained.tobytes() != plain
+    PipelineAdapters(pipe).unload()
+    pipe.load_lora_weights(run / "lora")
+    as_lora = torch.frombuffer(bytearray(drawn()), dtype=torch.uint8).int()
+    assert (as_lora - torch.frombuffer(bytearray(trained.tobytes()), dtype=torch.uint8).int()).abs().max() <= 1
+    assert list((run / "kohya").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema: float
+) -> None:
+    values = {"save_every": 2, "evaluate_every": 4, "ema": ema, "flip": True, "learning_rate": 0.01}
+    train_subject(SubjectConfig(**options(root, tmp_path / "whole", **values)))
+    usual = Denoiser.forward
+    calls = []
+
+    def failing(self: Denoiser, examples: Any) -> Any:
+        calls.append(self.training)
+        if sum(calls) == 4:
+            raise KeyboardInterrupt
+        return usual(self, examples)
+
+    monkeypatch.setattr(Denoiser, "forward", failing)
+    with pytest.raises(KeyboardInterrupt):
+        train_subject(SubjectConfig(**options(root, tmp_path / "parts", **values)))
+    monkeypatch.undo()
+    train_subject(SubjectConfig(**options(root, tmp_path / "parts", **values)))
+    for name, p in adapter(tmp_path / "whole").items():
+        torch.testing.assert_close(adapter(tmp_path / "parts")[name], p, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+def test_every_family_learns(root: Path, tmp_path: Path, kind: str) -> None:
+    values = {"model": str(root / kind), "prior_weight": 0.0, "learning_rate": 0.02, "max_steps": 6}
+    train_subject(SubjectConfig(**options(root, tmp_path / kind, **values)))
+    lines = [json.loads(line) for line in (tmp_path / kind / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["evaluation"]["loss"] for line in lines if "evaluation" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_min_snr_is_for_noise_alone(root: Path, tmp_path: Path) -> None:
+    config = SubjectConfig(**options(root, tmp_path / "run", min_snr=5.0))
+    family, latents = load_family(config), torch.zeros(64, 4, 2, 2)
+    torch.manual_seed(0)
+    _, t, _, weight = family.noised(latents, 5.0)
+    alpha = family.scheduler.alphas_cumprod[t]
+    torch.testing.assert_close(weight, torch.clamp(5 * (1 - alpha) / alpha, max=1.0))
+    assert torch.equal(family.noised(latents).weight, torch.ones(64))
+    config = SubjectConfig(**options(root, tmp_path / "run", min_snr=5.0, model=str(root / "flux")))
+    with pytest.raises(HalotuneError, match="min_snr: a FluxPipeline learns a flow"):
+        adapt(load_family(config), config)
+
+
+def test_fluxs_answer_is_laid_out_as_its_latents(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = load_family(SubjectConfig(**options(root, tmp_path / "run", model=str(root / "flux"))))
+    monkeypatch.setattr(
+        type(family.model), "forward", lambda self, hidden_states, **_: type("Answer", (), {"sample": hidden_states})
+    )
+    latents = torch.randn(2, 4, 4, 6)
+    text = {"encoder_hidden_states": torch.zeros(2, 3, 32), "pooled_projections": torch.zeros(2, 32)}
+    assert torch.equal(family.predict(latents, torch.ones(2), text), latents)
+
+
+def test_the_text_encoder_learns_too(root: Path, tmp_path: Path) -> None:
+    values = {"train_text_encoder": True, "max_steps": 2, "gradient_checkpointing": True, "targets": "convolutions"}
+    train_subject(SubjectConfig(**options(root, tmp_path / "run", **values)))
+    index = json.loads((tmp_path / "run" / "adapter" / "adapter_index.json").read_text())
+    assert set(index["components"]) == {"unet", "text_encoder"}
+    moved = [k for k, p in adapter(tmp_path / "run").items() if "conv1" in k and p.abs().sum() > 0]
+    assert moved
+
+
+def test_the_loss_counts_what_the_mask_marks(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SubjectConfig(**options(root, tmp_path / "run", prior_weight=2.0))
+    family = load_family(config)
+    adapt(family, config)
+    model = Denoiser(family, config)
+    target = torch.zeros(1, 4, 4, 4)
+    target[..., 0] = 3.0
+    example = {"mean": torch.zeros(1, 4, 4, 4), "deviation": torch.zeros(1, 4, 4, 4), "text": {}, "caption": "", "prior": False}
+    monkeypatch.setattr(family, "noised", lambda z, _: (z, z, target.expand_as(z), torch.ones(len(z))))
+    monkeypatch.setattr(family, "predict", lambda noisy, t, text: torch.zeros_like(noisy))
+    ones, first = torch.ones(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
+    first[..., 0] = 1.0
+    assert model([example | {"mask": ones}])["loss"] == pytest.approx(9 / 4)
+    assert model([example | {"mask": first}])["loss"] == pytest.approx(9)
+    both = [example | {"mask": first}, example | {"mask": ones, "prior": True}]
+    assert model(both)["loss"] == pytest.approx(9 + 2 * 9 / 4)
+
+
+def test_the_cache_knows_what_changed(root: Path, tmp_path: Path) -> None:
+    config = SubjectConfig(
+        **options(root, tmp_path / "run", subject=str(save_subject(tmp_path / "own")), cache=str(tmp_path / "c"))
+    )
+    family = load_family(config)
+    cpu = torch.device("cpu")
+
+    def latents() -> torch.Tensor:
+        encoder = Encoder(family, config, cpu)
+        return encoder.examples(find_pictures(config.subject, "a qwe flower"), prior=False)[0]["mean"]
+
+    before, files = latents(), set(Path(config.cache).iterdir())
+    assert torch.equal(latents(), before)
+    assert set(Path(config.cache).iterdir()) == files
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "own" / "00.png")
+    assert not torch.equal(latents(), before)
+    with torch.no_grad():
+        family.pipe.vae.encoder.conv_in.weight.mul_(2)
+    assert len(set(Path(config.cache).iterdir())) == len(files) + 1
+    latents()
+    assert len(set(Path(config.cache).iterdir())) == len(files) + 4
+    made = Cache(tmp_path / "d").get({"a": 1}, lambda: {"x": torch.ones(2)})
+    file = next((tmp_path / "d").iterdir())
+    file.write_bytes(b"damaged")
+    assert torch.equal(Cache(tmp_path / "d").get({"a": 1}, lambda: {"x": torch.ones(2)})["x"], made["x"])
+
+
+def test_class_pictures_go_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk ends the command; the next one makes what is missing."""
+    config = SubjectConfig(**options(root, tmp_path / "run", class_images=3, class_folder=str(tmp_path / "class")))
+    family = load_family(config)
+    cpu = torch.device("cpu")
+    usual = Image.Image.save
+    saved = []
+
+    def save(self: Image.Image, file: Any, *args: Any, **kwargs: Any) -> None:
+        if len(saved) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        saved.append(file)
+        usual(self, file, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        class_pictures(config, family, cpu)
+    monkeypatch.undo()
+    assert sorted(f.name for f in (tmp_path / "class").iterdir()) == ["00000.png", "00001.png"]
+    kept = (tmp_path / "class" / "00000.png").stat().st_mtime_ns
+    assert len(class_pictures(config, family, cpu)) == 3
+    assert (tmp_path / "class" / "00000.png").stat().st_mtime_ns == kept
+
+
+def test_pictures_as_cameras_save_them(tmp_path: Path) -> None:
+    """Turned by EXIF, CMYK, transparent."""
+    sideways = Image.new("RGB", (8, 4), "red")
+    exif = sideways.getexif()
+    exif[0x0112] = 6
+    sideways.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_picture(tmp_path / "turned.jpg").size == (4, 8)
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
+    found = read_picture(tmp_path / "cmyk.jpg")
+    assert found.mode == "RGB"
+    red, green, _ = found.getpixel((4, 4))  # type: ignore[misc]
+    assert red > 200 > 60 > green
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_pictures_that_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(HalotuneError, match="there is no such folder"):
+        find_pictures(tmp_path / "none", "a")
+    with pytest.raises(HalotuneError, match="holds no picture"):
+        find_pictures(tmp_path, "a")
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
+    with pytest.raises(HalotuneError, match="is animated, of 2 frames"):
+        read_picture(tmp_path / "moving.webp")
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    with pytest.raises(HalotuneError, match=r"broken.jpg: cannot be read as a picture"):
+        read_picture(tmp_path / "broken.jpg")
+    (tmp_path / "broken.txt").write_text("a photo of a dog")
+    with pytest.raises(HalotuneError, match=r"broken.txt: lacks the identifier 'qwe'"):
+        find_pictures(tmp_path, "a qwe dog", "qwe")
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "masks" / "other.png")
+    with pytest.raises(HalotuneError, match="there is no picture other for this mask"):
+        find_pictures(tmp_path, "a")
+
+
+def test_configurations_that_are_refused(root: Path, tmp_path: Path) -> None:
+    def config(**also: Any) -> SubjectConfig:
+        return SubjectConfig(**options(root, tmp_path / "run", **also))
+
+    with pytest.raises(HalotuneError, match="class_word: is needed"):
+        config(class_word=None)
+    with pytest.raises(HalotuneError, match="prompt: lacks 'qwe'"):
+        config(prompt="a photo of a qwerty flower")
+    with pytest.raises(HalotuneError, match="also: expected some of lora, kohya"):
+        config(also="gguf")
+    with pytest.raises(HalotuneError, match="shard: expected i/n"):
+        config(shard="2/2")
+    with pytest.raises(HalotuneError, match="of no known type"):
+        family_class("KandinskyPipeline", "a/b")
+    with pytest.raises(HalotuneError, match=r"multiple of 4; got 18. Use 16"):
+        buckets(18, 4, aspect=False)
+    assert config(preset="paper-code", max_steps=None).max_steps == 2005
+    assert config(targets="convolutions").adapter.target_modules != recipe.SubjectConfig.TARGETS  # type: ignore[union-attr]
+
+
+def test_shapes_of_pictures(root: Path, tmp_path: Path) -> None:
+    """A wide picture and a tall one, in one batch."""
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    Image.new("RGB", (64, 32), "red").save(folder / "wide.png")
+    Image.new("RGB", (32, 64), "blue").save(folder / "tall.png")
+    config = SubjectConfig(**options(root, tmp_path / "run", subject=str(folder), aspect=True, resolution=32))
+    family = load_family(config)
+    adapt(family, config)
+    encoder = Encoder(family, config, torch.device("cpu"))
+    tall, wide = encoder.examples(find_pictures(folder, "a qwe flower"), prior=False)
+    assert tall["mean"].shape[-2] > tall["mean"].shape[-1]
+    assert wide["mean"].shape[-2] < wide["mean"].shape[-1]
+    assert Denoiser(family, config)(**collate([[tall], [wide]]))["loss"] > 0
+
+
+def learns(root: Path, run: Path, **held: str) -> bool:
+    train_subject(SubjectConfig(**options(root, run, learning_rate=0.02, prior_weight=0.0, max_steps=6, **held)))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["evaluation"]["loss"] for line in lines if "evaluation" in line]
+    return losses[-1] < losses[0]
+
+
+def test_the_base_in_half_precision(root: Path, tmp_path: Path) -> None:
+    assert learns(root, tmp_path / "run", precision="bf16")
+    assert all(p.dtype == torch.float32 for p in adapter(tmp_path / "run").values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_the_base_in_few_bits(root: Path, tmp_path: Path, quant: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert learns(root, tmp_path / "run", precision="bf16", quant=quant, device="auto")
+
+
+def test_few_bits_need_an_accelerator(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(HalotuneError, match="quant: diffusers quantizes on an accelerator alone; got 'nf4'"):
+        learns(root, tmp_path / "run", quant="nf4")
+
+
+def test_a_dry_run_writes_nothing(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = flags(options(root, tmp_path / "run", class_folder=str(tmp_path / "class")))
+    assert main(["train", "subject", *given, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "subject  4 × 8 × 8 latents, 100% of them in the loss  a photo of qwe flower" in out
+    assert "trained parameters" in out
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "class").exists()
