@@ -91,11 +91,15 @@ def vocabulary_differs(model: nn.Module, config: AdapterConfig) -> bool:
     base, here = config.base_model_name_or_path, getattr(innermost(model), "config", None)
     if not base or not hasattr(here, "get_text_config"):  # of transformers: no other model has a vocabulary to resize
         return False
-    try:  # its class fills in what the file leaves out
-        there = type(here).from_pretrained(base, revision=config.revision or "main", local_files_only=True)  # type: ignore[union-attr]
+    kind: Any = type(here)
+    where = {"revision": config.revision or "main", "local_files_only": True}
+    try:  # a folder without the file, a pipeline's, gives an empty one
+        if not kind.get_config_dict(base, **where)[0]:
+            return False
+        there = kind.from_pretrained(base, **where)  # which fills in what the file leaves out
     except (OSError, ValueError):  # not here, or of another class
         return False
-    return _vocabularies(here.to_dict()) != _vocabularies(there.to_dict())  # type: ignore[union-attr]
+    return _vocabularies(here.to_dict()) != _vocabularies(there.to_dict())
 
 
 def _vocabularies(entries: Mapping[str, Any], path: str = "") -> dict[str, Any]:

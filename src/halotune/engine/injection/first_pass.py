@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ...core.errors import warn
-from .modules import adapted_layers, is_attention, public_path
+from .modules import adapted_layers, is_attention, plain_modules, public_path
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 SHOWN = 8
@@ -44,7 +44,7 @@ class FirstPass:
 
     def watch(self, model: nn.Module) -> None:
         """Watch the adapted layers that were not watched before."""
-        modules = dict(model.named_modules())
+        modules = dict(plain_modules(model))
         layers = {p: vars(layer) for p, layer in adapted_layers(model).items()}
         new = {p: _holder(p, modules) for p, own in layers.items() if not own.get("watched")}
         for path in new:
@@ -69,7 +69,7 @@ class FirstPass:
             self._warn(model, missed)
 
     def _warn(self, model: nn.Module, missed: list[str]) -> None:
-        modules, layers = dict(model.named_modules()), adapted_layers(model)
+        modules, layers = dict(plain_modules(model)), adapted_layers(model)
         idle: Counter[str] = Counter()
         for path in missed:
             container = path.rpartition(".")[0]
