@@ -47,19 +47,12 @@ class Quantized(LinearLike):
         return f"{type(self.module).__name__} {self.shape} [{self.quantization}]"
 
     @property
-    def device(self) -> torch.device:
-        return self.parameter.device
-
-    @property
     def transient(self) -> bool:
         return True
 
     @property
     def hooked(self) -> bool:
         return False  # hooks see every call of the module; it cannot be called with another weight
-
-    def stored(self, W: Tensor) -> Tensor:
-        return W
 
 
 class Readable(Quantized):
@@ -73,9 +66,9 @@ class Readable(Quantized):
     def quantize(self, W: Tensor) -> Any:
         """The stored form of `W (out, in)`, in this layer's format. The layer is untouched."""
 
-    @abstractmethod
     def snapshot(self) -> Any:
-        """The stored form."""
+        """The stored form; the weight, where that is all of it."""
+        return self.parameter
 
     @abstractmethod
     def restore(self, snapshot: Any) -> None:

@@ -273,13 +273,10 @@ class ForwardPass:
             if (W := member.plain(dtype)) is not None:
                 shapes.setdefault(W.shape, []).append((member, W))
         for pairs in shapes.values():
-            self._prepare_weights_of([m for m, _ in pairs], [W for _, W in pairs], dtype)
-
-    def _prepare_weights_of(self, members: list[Member], matrices: list[Tensor], dtype: torch.dtype) -> None:
-        adapter = members[0].adapter
-        made = prepare(Weights(adapter, dtype, matrices, adapter.dither(dtype)), [m.tensors for m in members])
-        for member, W, (adapted,) in zip(members, matrices, made, strict=True):
-            self._fill(member, (), adapted, (*member.tensors, W), dtype)
+            adapter = pairs[0][0].adapter
+            weights = Weights(adapter, dtype, [W for _, W in pairs], adapter.dither(dtype))
+            for (member, W), (adapted,) in zip(pairs, prepare(weights, [m.tensors for m, _ in pairs]), strict=True):
+                self._fill(member, (), adapted, (*member.tensors, W), dtype)
 
     def _kept_weights(self, kind: int, members: list[Member], dtype: torch.dtype) -> list[Tensor | None]:
         """W' of those members for which there is room in the cache."""
