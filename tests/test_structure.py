@@ -152,6 +152,7 @@ NAMED: dict[str, set[str]] = {
     "bench/rows.py": {"lora"},
     "bench/report.py": {"lora"},
     "demo/methods.py": {"hra", "loha", "bone", "bat", "lora"},
+    "recipes/common/config.py": {"hra"},  # the default method
     "demo/report.py": {"hra", "loha", "bone", "bat", "lora"},
     "engine/adapted.py": {"lora"},  # export("lora")
     "engine/model.py": {"bone", "miss"},  # save_pretrained(bone_as_miss=True)

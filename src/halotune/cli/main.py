@@ -19,6 +19,10 @@ FAILED, INTERRUPTED = 1, 130
 
 # A command is a module here with `add(commands)` -> its line in `halotune --help`.
 COMMANDS = {
+    "train": "do a whole job: train a model on data, evaluate it, and report",
+    "eval": "evaluate what a recipe trained",
+    "predict": "let a trained classifier or regression answer the rows of a table",
+    "data": "fetch a data set and lay it out for a recipe",
     "inspect": "show a saved adapter layer by layer: sizes, ranks, rotation angles",
     "export": "write an adapter as a LoRA; check which programs can read one",
     "convert": "convert adapters: PEFT, LyCORIS, kohya",

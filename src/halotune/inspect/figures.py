@@ -16,6 +16,7 @@ from ..core.adapter import Adapter
 from ..core.errors import AdapterFileError, HalotuneError
 from ..core.operator import WeightShape
 from ..engine.injection.modules import adapted_layers
+from ..engine.model import PeftModel
 from ..methods.measures import Measures, effective_rank, singular_values
 from ..methods.registry import method_of
 
@@ -56,10 +57,15 @@ def measure(saved: Saved, base: BaseModel | None) -> list[Figures]:
     measures = method_of(saved.config.peft_type).measures
     if base is None:
         return [_figures(path, adapter, None, None, measures) for path, adapter in _in_file(saved, measures)]
-    layers = adapted_layers(saved.on(base).get_base_model())
+    return measure_model(saved.on(base))
+
+
+def measure_model(model: PeftModel) -> list[Figures]:
+    """The figures of all layers of a model with active adapters."""
+    measures = method_of(model.active_peft_config.peft_type).measures
     return [
         _figures(path, adapter, type(layer.base_layer).__name__, layer.base.weight(), measures)
-        for path, layer in layers.items()
+        for path, layer in adapted_layers(model.get_base_model()).items()
         for adapter in layer.running()
     ]
 

@@ -1,0 +1,70 @@
+"""Whole jobs, from the data to a report: `train_nlu(NLUConfig(...))`, or `halotune train nlu` on the command line.
+
+A recipe is one module with one configuration and one function. What needs transformers is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Where a recipe's parts are: names in its module, none of which is imported before it is asked for.
+
+    Attributes:
+        module: beside this file.
+        extra: the packages it needs, as `pip install "halotune[extra]"` has them.
+        packages: those of them whose absence is looked for.
+        config, train: the dataclass, and the function that takes one.
+        evaluate: the dataclass and the function of `halotune eval`, for recipes that have one.
+    """
+
+    module: str
+    extra: str
+    packages: tuple[str, ...]
+    config: str
+    train: str
+    evaluate: tuple[str, str] | None = None
+
+    def part(self, name: str) -> Any:
+        return getattr(import_module(f".{self.module}", __name__), name)
+
+
+RECIPES = {
+    "nlu": Recipe(
+        "nlu",
+        "nlu",
+        ("transformers", "accelerate", "datasets", "sklearn", "scipy", "jsonargparse"),
+        "NLUConfig",
+        "train_nlu",
+        ("NLUEvaluation", "evaluate_nlu"),
+    ),
+}
+
+# Data sets of `halotune data`, and their modules: PARTS, and get(folder, parts, given) -> the paths that were made.
+DATASETS = {"glue": "glue.download", "vader": "vader"}
+
+
+def dataset(name: str) -> Any:
+    return import_module(f".{DATASETS[name]}", __name__)
+
+
+_PARTS = {name: recipe for recipe in RECIPES.values() for name in (recipe.config, recipe.train, *(recipe.evaluate or ()))}
+
+if TYPE_CHECKING:
+    from .nlu import NLUConfig as NLUConfig
+    from .nlu import NLUEvaluation as NLUEvaluation
+    from .nlu import evaluate_nlu as evaluate_nlu
+    from .nlu import train_nlu as train_nlu
+else:
+
+    def __getattr__(name):
+        if name not in _PARTS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _PARTS[name].part(name)
+
+    def __dir__():
+        return sorted({*globals(), *_PARTS})

@@ -1,0 +1,1 @@
+"""What the recipes share: configuration, run folder, trainer, dry run, sweep."""

@@ -1,0 +1,152 @@
+"""A configuration from flags and YAML files, by jsonargparse: the fields of a dataclass are the flags.
+
+parse(NLUConfig, ["--config", "run.yaml", "--method", "loha", "--r", "4"])
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from ...core.errors import HalotuneError
+from ...methods.registry import kinds
+from .config import SET_BY_RECIPE, RunConfig, adapter_defaults, find_method, unknown
+
+T = TypeVar("T")
+
+NOTE = """Dashes in the names of flags may be written for underscores. --r 8 is short for --adapter.r 8, and so is every field
+of the method's configuration whose name no other flag has. A switch without a value is turned on. Flags win over the file
+of --config."""
+
+
+def parse(kind: type[T], arguments: Sequence[str], prog: str = "halotune") -> T:
+    """The configuration of a recipe, or of an evaluation, that these arguments mean.
+
+    Raises:
+        HalotuneError: an option or key is unknown (the nearest one is named), has a wrong value, or is missing.
+        SystemExit: after --help and --print-config.
+    """
+    arguments = [_underscored(a) for a in arguments]
+    files = {file: _written(file) for file in _values(arguments, "config")}
+    methods = [*(entries.get("method") for entries in files.values()), *_values(arguments, "method")]
+    parser = _parser(kind, prog, next((str(m) for m in reversed(methods) if m), None))
+    options = {name.lstrip("-"): name for name in parser._option_string_actions if name.startswith("--")}
+    adapter = [n.removeprefix("adapter.") for n in options if n.startswith("adapter.")]
+    for file, key in [(file, key) for file, entries in files.items() for key in _keys(entries)]:
+        if key not in options:
+            raise HalotuneError(f"{file}: {unknown(key, _shown(options), f'there is no option {key}')}")
+    arguments = _normalized(arguments, options, adapter, _switches(kind, parser))
+    try:
+        found = parser.parse_args(arguments)
+    except Exception as e:  # jsonargparse's own have no common class; each says which option, and what was found
+        raise HalotuneError(_explained(str(e))) from e
+    values = {f.name: getattr(found, f.name) for f in fields(kind) if hasattr(found, f.name)}  # type: ignore[arg-type]
+    return kind(**{k: v.as_dict() if isinstance(v, Namespace) else v for k, v in values.items()})
+
+
+def _parser(kind: type, prog: str, method: str | None) -> ArgumentParser:
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=(kind.__doc__ or "").split("\n")[0], epilog=NOTE)
+    parser.add_argument("--config", action="config", help="a YAML file with these options; may be given several times")
+    if not issubclass(kind, RunConfig):
+        parser.add_class_arguments(kind, None, as_positional=True)
+        return parser
+    parser.add_class_arguments(kind, None, skip={"adapter"})
+    name = method or kind.METHOD
+    entry, own = find_method(name)
+    parser.add_class_arguments(entry.config, "adapter", skip=set(SET_BY_RECIPE))
+    defaults = {f"adapter.{k}": v for k, v in adapter_defaults(entry, own, kind.TARGETS).items()}
+    parser.set_defaults({**defaults, "method": name})
+    return parser
+
+
+def _underscored(argument: str) -> str:
+    """--freeze-head=true -> --freeze_head=true."""
+    name, equals, value = argument.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if re.match(r"--[a-zA-Z]", name) else argument
+
+
+def _values(arguments: Sequence[str], name: str) -> list[str]:
+    """The values of an option, before anything is parsed."""
+    joined = [a.partition("=")[2] for a in arguments if a.startswith(f"--{name}=")]
+    return joined + [after for a, after in pairwise(arguments) if a == f"--{name}"]
+
+
+def _written(file: str) -> dict[str, Any]:
+    """What a file of --config holds."""
+    remedy = "Write one with --print-config."
+    try:
+        entries = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise HalotuneError(f"--config {file}: cannot be read as YAML: {e}. {remedy}") from e
+    if not isinstance(entries, dict):
+        found = type(entries).__name__
+        raise HalotuneError(f"--config {file}: expected options and their values; found a {found}. {remedy}")
+    return entries
+
+
+def _keys(entries: Mapping[str, Any], prefix: str = "") -> list[str]:
+    out: list[str] = []
+    for key, value in entries.items():
+        nested = isinstance(value, dict) and prefix + str(key) == "adapter"
+        out += _keys(value, f"{key}.") if nested else [prefix + str(key)]
+    return out
+
+
+def _normalized(arguments: Sequence[str], options: Mapping[str, str], adapter: Sequence[str], switches: set[str]) -> list[str]:
+    """Short forms written out, switches given their value, unknown options refused; files first, so that flags win."""
+    out: list[str] = []
+    files: list[str] = []
+    for i, argument in enumerate(arguments):
+        if not re.match(r"--[a-zA-Z]", argument):
+            (files if i and arguments[i - 1] == "--config" else out).append(argument)
+            continue
+        if argument == "--config":
+            files.append(argument)
+            continue
+        name, equals, value = argument[2:].partition("=")
+        if name not in options and name in adapter:
+            name = f"adapter.{name}"
+        if name not in options:
+            raise HalotuneError(_unknown_option(name, [*_shown(options), *adapter]))
+        alone = i + 1 == len(arguments) or arguments[i + 1].startswith("--")
+        out.append(f"--{name}" + (equals + value if equals else "=true" if name in switches and alone else ""))
+    return files + out
+
+
+def _unknown_option(name: str, known: list[str]) -> str:
+    field = name.removeprefix("adapter.")
+    owners = [n.lower() for n, (method, _) in kinds().items() if field in method.config.__dataclass_fields__]
+    if owners and field not in SET_BY_RECIPE:
+        return f"--{name} is an option of {', '.join(owners)}. Choose it with --method {owners[0]}, or leave the option out."
+    return unknown(name, known, f"there is no option --{name}")
+
+
+def _shown(options: Mapping[str, str]) -> list[str]:
+    return [name for name in options if not name.endswith("+") and name != "adapter"]
+
+
+def _switches(kind: type, parser: ArgumentParser) -> set[str]:
+    """The options that are true or false."""
+    own = {name for name, hint in get_type_hints(kind).items() if hint is bool or set(get_args(hint)) == {bool, type(None)}}
+    return own | {a.dest for a in parser._actions if isinstance(getattr(a, "default", None), bool)}
+
+
+def _explained(message: str) -> str:
+    message = " ".join(message.split())
+    if missing := re.search(r"following arguments are required: (.*)", message):
+        return f"needed, and not given: --{missing[1].replace(', ', ', --')}."
+    option = re.search(r'Parser key "([^"]*)"', message)
+    value = re.search(r"(?:Got|Given) value: (.*?)$", message)
+    if not option or not value:
+        return f"{message.rstrip('.')}. See --help."
+    listed = re.search(r"Literal\[(.*?)\]", message)
+    kinds_of = list(dict.fromkeys(re.findall(r"Expected an? <class '(\w+)'>", message)))
+    expected = f"one of {listed[1]}" if listed else " or ".join(k for k in kinds_of if k != "NoneType") or "another value"
+    return f"--{option[1]}: expected {expected}; got {value[1]}. See --help."

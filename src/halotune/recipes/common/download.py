@@ -1,0 +1,126 @@
+"""Files from the network: a transfer that was cut off goes on where it ended, and nothing is kept whose checksum is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import tarfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from ...core.errors import HalotuneError
+
+CHUNK = 1 << 20
+SECONDS = 60.0  # without a byte, after which a connection counts as lost
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file on the network.
+
+    Attributes:
+        size: in bytes.
+    """
+
+    url: str
+    sha256: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+def fetch(remote: Remote, folder: Path) -> Path:
+    """The file, in the folder; what is there already and right is not fetched again.
+
+    Raises:
+        HalotuneError: it cannot be had, or is not the file that it should be.
+    """
+    file, part = folder / remote.name, folder / f".{remote.name}.part"
+    if file.is_file() and _sha256(file) == remote.sha256:
+        return file
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _receive(remote, part)
+    except (OSError, ValueError) as e:  # URLError is an OSError; ValueError is of malformed addresses
+        reason = getattr(e, "reason", e)
+        if isinstance(e, urllib.error.HTTPError):  # it holds the connection
+            reason = e
+            e.close()
+        raise HalotuneError(
+            f"{remote.url}: could not be fetched ({reason}). The same command goes on where it ended; "
+            "what you have already is taken with --from FILE."
+        ) from e
+    found = _sha256(part)
+    if found != remote.sha256:
+        part.unlink()
+        raise HalotuneError(
+            f"{remote.url}: not kept, as its SHA-256 is {found} where {remote.sha256} was expected: the file was changed or "
+            "damaged on its way. Try again, or give a copy that you trust with --from FILE."
+        )
+    os.replace(part, file)
+    return file
+
+
+def _receive(remote: Remote, part: Path) -> None:
+    have = part.stat().st_size if part.exists() else 0
+    if have >= remote.size:  # complete, or of another file: its checksum will tell
+        return
+    request = urllib.request.Request(remote.url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=SECONDS) as response:
+        quiet = not sys.stderr.isatty()
+        if have and response.status != 206:  # a server that knows no ranges sends all of it
+            have = 0
+        with (
+            part.open("ab" if have else "wb") as out,
+            tqdm(total=remote.size, initial=have, unit="B", unit_scale=True, desc=remote.name, disable=quiet) as bar,
+        ):
+            while chunk := response.read(CHUNK):
+                out.write(chunk)
+                bar.update(len(chunk))
+    if part.stat().st_size < remote.size:
+        raise OSError(f"the connection ended after {part.stat().st_size:,} of {remote.size:,} bytes")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        digest = hashlib.sha256()
+        while chunk := f.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """The files of a zip or tar archive, none of them outside the folder.
+
+    Raises:
+        HalotuneError: it is no such archive.
+    """
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as z:
+                z.extractall(folder)
+        else:
+            with tarfile.open(archive) as t:
+                t.extractall(folder, filter="data")
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as e:
+        raise HalotuneError(f"{archive}: cannot be unpacked ({e}). Give a zip or tar archive, or a folder.") from e
+
+
+def put(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` fill a folder beside `folder`, which then takes its place as a whole."""
+    staging = folder.with_name(f".{folder.name}.incomplete")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    fill(staging)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(staging, folder)

@@ -1,0 +1,266 @@
+"""A run is a folder. Everything in it is written whole or not at all.
+
+run.json        the command, the configuration, the versions, the state and the results
+config.yaml     the configuration, for --config
+metrics.jsonl   a line for every logged step, and for every evaluation
+checkpoints/    complete ones only: the state to resume from
+adapter/        the trained adapter, in PEFT's format; best/: that of the best evaluation
+changes.json    what the adapter changed, layer by layer
+predictions/    what the model answered
+index.html      all of it as a page
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from ...core.errors import HalotuneError
+from ...core.files import write_atomically
+from ...report.record import write_record
+from .config import RunConfig, as_yaml, plain
+
+FINISHED, RUNNING, INTERRUPTED, FAILED = "finished", "running", "interrupted", "failed"
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "trl",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scikit-learn",
+    "scipy",
+)
+HARMLESS = ("label", "output", "device", "tracker", "keep_checkpoints")  # fields that change no number of a run
+
+
+class Run:
+    """A run's folder, opened for writing by one process; the other processes of the same training only read it.
+
+    Attributes:
+        record: what run.json holds.
+        writer: whether this process writes.
+    """
+
+    def __init__(self, config: RunConfig, command: str | None = None) -> None:
+        self.folder = Path(str(config.output))
+        self.writer = int(os.environ.get("RANK", "0")) == 0
+        self.config, self.as_yaml = plain(config), as_yaml(config)
+        found = read_run(self.folder)
+        if found is None:
+            self._check_free()
+        else:
+            self._check_same(found)
+        self.record: dict[str, Any] = found or {
+            "recipe": config.RECIPE,
+            "label": config.label,
+            "command": command or f"halotune train {config.RECIPE} --config {self.folder / 'config.yaml'}",
+            "config": self.config,
+            "seed": config.seed,
+            "method": config.method,
+            "model": config.model,
+            "parameters": {},
+            "results": {},
+            "substitutes": [],
+        }
+
+    @property
+    def finished(self) -> bool:
+        return self.record.get("status") == FINISHED
+
+    @contextmanager
+    def open(self) -> Iterator[Run]:
+        """The run, while it is running: its state is kept in run.json, whatever happens inside."""
+        if not self.writer:
+            yield self
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise HalotuneError(
+                f"{self.folder}: another process writes this run. Wait for it, or give another --output."
+            ) from None
+        main = threading.current_thread() is threading.main_thread()
+        usual = signal.signal(signal.SIGTERM, _interrupt) if main else None
+        try:
+            write_atomically(self.folder / "config.yaml", lambda file: file.write_text(self.as_yaml, encoding="utf-8"))
+            self.update(status=RUNNING, config=self.config, label=self.config["label"], error=None)
+            self.update(versions=versions(), hardware=hardware(), commit=commit())
+            yield self
+        except KeyboardInterrupt:
+            self.update(status=INTERRUPTED)
+            raise
+        except BaseException as e:
+            self.update(status=FAILED, error=f"{type(e).__name__}: {e}")
+            raise
+        finally:
+            if main:
+                signal.signal(signal.SIGTERM, usual)
+            lock.release()
+
+    def update(self, **entries: Any) -> None:
+        """Entries of run.json."""
+        self.record |= entries
+        if self.writer:
+            write_record(self.folder / "run.json", finite(self.record))
+
+    # -- metrics
+
+    def append(self, entries: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl; one call of the system writes it."""
+        if self.writer:
+            line = json.dumps(finite(entries), ensure_ascii=False, allow_nan=False) + "\n"
+            with (self.folder / "metrics.jsonl").open("ab", buffering=0) as f:
+                f.write(line.encode())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_lines(self.folder / "metrics.jsonl")
+
+    def rewind(self, step: int) -> None:
+        """Forget what was measured after a step: it is going to be repeated."""
+        kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.metrics() if line["step"] <= step]
+        if self.writer:
+            write_atomically(self.folder / "metrics.jsonl", lambda file: file.write_text("".join(kept), encoding="utf-8"))
+
+    def write(self, name: str, record: Mapping[str, Any]) -> None:
+        if self.writer:
+            write_record(self.folder / name, finite(record))
+
+    # -- checkpoints
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def last_checkpoint(self) -> tuple[Path | None, int]:
+        """The newest checkpoint and its step; None and 0 where there is none."""
+        steps = {
+            int(m[1]): f for f in self.checkpoints.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", f.name))
+        }
+        return (steps[max(steps)], max(steps)) if steps else (None, 0)
+
+    def keep_checkpoints(self, number: int) -> None:
+        """Delete all but the newest; each vanishes as a whole, since it is renamed first."""
+        found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda f: int(f.name.rpartition("-")[2]))
+        for old in found[:-number]:
+            gone = old.rename(old.with_name(f".{old.name}.deleted"))
+            shutil.rmtree(gone)
+
+    # -- what is there already
+
+    def _check_free(self) -> None:
+        own = ("config.yaml", "log.txt")
+        there = [f.name for f in self.folder.glob("[!.]*") if f.name not in own]
+        if there and self.writer:
+            raise HalotuneError(
+                f"{self.folder}: holds {there[0]} and no run.json, so it is no run's folder. Give another --output."
+            )
+
+    def _check_same(self, found: Mapping[str, Any]) -> None:
+        before, now = _flat(found.get("config", {})), _flat(self.config)
+        differ = [k for k in {**before, **now} if before.get(k) != now.get(k) and k not in HARMLESS]
+        if differ:
+            shown = "; ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} here" for k in differ[:4])
+            raise HalotuneError(
+                f"{self.folder}: holds a run with another configuration ({shown}). Give another --output, or delete the folder."
+            )
+
+
+def _interrupt(*_: Any) -> None:
+    """What a scheduler ends a job with is like Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """What a run's run.json holds; None where there is none."""
+    file = folder / "run.json"
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise HalotuneError(f"{file}: cannot be read as JSON: {e}. Delete the run's folder and train again.") from e
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a jsonl file; a last one that a killed process did not finish is left out."""
+    if not file.is_file():
+        return []
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def finite(value: Any) -> Any:
+    """NaN and infinity as None, which JSON has."""
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "halotune": _version("halotune")}
+    return found | {p: _version(p) for p in PACKAGES if _version(p)}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def hardware() -> dict[str, Any]:
+    """The first accelerator, or the processor; and how many processes share the work."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return {"device": properties.name, "memory_bytes": properties.total_memory, "processes": processes}
+    return {"device": platform.processor() or platform.machine(), "cores": os.cpu_count(), "processes": processes}
+
+
+def commit() -> str | None:
+    """The commit of halotune's own sources; None where they are installed without their history."""
+    here = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(here)]
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True)
+        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:  # there is no git
+        return None
+    return found.stdout.strip() if tracked.returncode == 0 and found.returncode == 0 else None
+
+
+def said(text: str) -> None:
+    """A line to the user, below whatever bar is being drawn; once, not once a process."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _flat(entries: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in entries.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {prefix + key: value}
+    return out

@@ -1,0 +1,66 @@
+"""`benchmarks/glue.py`: its methods train equally many parameters, and it goes on from what earlier sittings left."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from argparse import Namespace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from transformers import DebertaV2Config, DebertaV2Model
+
+import halotune
+from halotune.engine.injection.modules import adapted_layers
+from halotune.recipes.common.config import resolve_adapter
+
+FILE = Path(__file__).parents[2] / "benchmarks" / "glue.py"
+
+
+@pytest.fixture(scope="module")
+def glue() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_of_glue", FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:HRA. with apply_GS=True")
+def test_parameters_are_equal(glue):
+    for method, fields, _ in glue.METHODS.values():
+        config = DebertaV2Config(
+            vocab_size=4,
+            hidden_size=384,
+            intermediate_size=1536,
+            num_hidden_layers=6,
+            num_attention_heads=12,
+            pos_att_type=["c2p"],
+        )
+        adapter = {**fields, "target_modules": glue.TARGETS}
+        model = halotune.get_peft_model(DebertaV2Model(config), resolve_adapter(method, adapter, "all-linear", "hra")[1])
+        assert len(adapted_layers(model)) == 36
+        assert model.get_nb_trainable_parameters()[0] == 165_888, method
+
+
+def test_a_sitting_goes_on_from_the_last(glue, tmp_path):
+    args = Namespace(output=tmp_path, tasks=["cola"], methods=["LoRA"])
+    score = glue.SCORES["cola"]
+
+    def finish(rate: float, seed: int, value: float) -> None:
+        folder = tmp_path / ("runs" if seed else "rates") / glue.name_of("cola", "LoRA", rate, seed)
+        folder.mkdir(parents=True)
+        record = {"results": {"last": {score: value}}, "seconds": 2.0, "parameters": {"trainable": 7}}
+        (folder / "run.json").write_text(json.dumps(record))
+
+    rates = glue.METHODS["LoRA"][2]
+    assert list(glue.missing(args)) == [("cola", "LoRA", rate, 0) for rate in rates]
+    for rate, value in zip(rates, (0.1, 0.3, 0.2), strict=True):
+        finish(rate, 0, value)
+    assert list(glue.missing(args)) == [("cola", "LoRA", rates[1], seed) for seed in (1, 2, 3)]
+    assert glue.table(args).splitlines()[-1] == "| LoRA | – | – | – |"
+    for seed, value in ((1, 0.2), (2, 0.4), (3, 0.6)):
+        finish(rates[1], seed, value)
+    assert list(glue.missing(args)) == []
+    assert glue.table(args).splitlines()[-1] == f"| LoRA | 7 | 40.0 ± 20.0 ({rates[1]:g}) | 2 |"
