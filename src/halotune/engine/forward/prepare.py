@@ -21,6 +21,7 @@ from ...core.adapter import Adapter, Weights
 from ...core.layer import AdaptedLayer
 from ...core.prepared import LOCAL, SCOPES, Form, Prepared, Tensors, is_transformed, prepare, seen, stream_of
 from ...ops.rounding import DROPPED
+from ..injection.modules import is_compiled
 from ..injection.offloading import bring_adapters
 from ..training import warn_if_penalty_unused
 from .weight_cache import WeightCache
@@ -126,7 +127,7 @@ class Scope:
         if torch._C._current_graph_task_id() == -1:
             self.local.clear()  # and an earlier backward
         LOCAL.running = running = ForwardPass(self, LOCAL.running, self._draw_seed(model))
-        if torch.is_grad_enabled() and any([_is_compiled(m) for m in self.parents]):
+        if torch.is_grad_enabled() and any([is_compiled(m) for m in self.parents]):
             if not any([_is_checkpointed(m) for m in self.parents]):  # else it finds nothing prepared when it runs again
                 running.prepare_all()  # compiled code takes what is prepared, and cannot ask for it
 
@@ -150,8 +151,8 @@ class Scope:
         """One for each pass in training in which W' may be rounded; None where there is none."""
         if not (self.rounds and model.training):
             return None
-        half = any(layer.base.dtype in DROPPED for layer in self.layers or ())  # now: `model.to` may have changed it
-        if not (half or torch._C._is_any_autocast_enabled()):
+        dtypes = (layer.base.dtype for layer in self.layers or ())  # now: `model.to` may have changed them
+        if not (torch._C._is_any_autocast_enabled() or any(dtype in DROPPED for dtype in dtypes)):
             return None
         seed = int(torch.randint(1 << 62, (), device="cpu"))
         if torch.is_grad_enabled():
@@ -305,10 +306,6 @@ class ForwardPass:
         for prepared in self.filled:
             prepared.release()
         self.filled, self.groups, self.kinds = [], None, {}
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def _is_checkpointed(module: nn.Module) -> bool:
