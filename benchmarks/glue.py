@@ -1,7 +1,7 @@
 """GLUE with every method at equal parameters: `docs/results/glue/`, over as many sittings as it takes.
 
     python benchmarks/glue.py --make-model warm-started            # once, where MiniLM's package is installed
-    python benchmarks/glue.py --model warm-started --data GLUE --minutes 8 --workers 8
+    python benchmarks/glue.py --model warm-started --data GLUE --minutes 8
     python benchmarks/glue.py --table
 
 The model is a DeBERTa-v2 of 6 layers of 384 that starts as MiniLM: its output is MiniLM's (rounded to fp16). It is no
@@ -128,7 +128,10 @@ def train(task: str, method: str, rate: float, seed: int, args: argparse.Namespa
             shutil.copyfile(folder / "metrics.jsonl", target / "metrics.jsonl")
             shutil.copyfile(folder / "changes.json", target / "changes.json")
         temporary = target / ".run.json"
-        temporary.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(record, ensure_ascii=False).replace(f"{scratch}/", "")  # where it ran is nobody's business
+        for path, shown in ((args.model, "warm-started"), (args.data, "GLUE")):
+            text = text.replace(json.dumps(str(path)), json.dumps(shown))
+        temporary.write_text(text + "\n", encoding="utf-8")
         temporary.rename(target / "run.json")  # last: a run whose run.json is there is complete
     return name
 
@@ -163,11 +166,12 @@ def sitting(args: argparse.Namespace) -> None:
     end = time.monotonic() + 60 * args.minutes
     context = multiprocessing.get_context("spawn")
     running: dict[Future[str], tuple[str, str, float, int]] = {}
+    failed: set[tuple[str, str, float, int]] = set()
     slowest = 0.0
     with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
         started: dict[Future[str], float] = {}
         while True:
-            waiting = [point for point in missing(args) if point not in running.values()]
+            waiting = [point for point in missing(args) if point not in running.values() and point not in failed]
             for point in waiting[: args.workers - len(running)]:
                 if time.monotonic() + slowest < end:
                     future = pool.submit(train, *point, args)
@@ -181,8 +185,10 @@ def sitting(args: argparse.Namespace) -> None:
                     process.terminate()
                 break
             for future in done:
-                slowest = max(slowest, time.monotonic() - started[future])
-                print(f"{running.pop(future)}: {future.result()}", flush=True)
+                slowest, point = max(slowest, time.monotonic() - started[future]), running.pop(future)
+                if error := future.exception():  # out of memory, say: this sitting goes on without it
+                    failed.add(point)
+                print(f"{point}: {f'{type(error).__name__}: {error}' if error else future.result()}", flush=True)
     print(f"{sum(1 for _ in missing(args))} runs are to be started next")
 
 
@@ -215,7 +221,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "glue")
     parser.add_argument("--minutes", type=float, default=8.0, help="start nothing that would not end by then (default: 8)")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds more for what is running (default: 30)")
-    parser.add_argument("--workers", type=int, default=8, help="runs side by side on the GPU (default: 8)")
+    parser.add_argument("--workers", type=int, default=5, help="runs side by side on the GPU, 4 to 11 GB each (default: 5)")
     parser.add_argument("--tasks", nargs="+", choices=list(EPOCHS), default=list(EPOCHS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rows", type=int, help="learn from so many rows alone, to try the script")

@@ -153,6 +153,9 @@ NAMED: dict[str, set[str]] = {
     "bench/report.py": {"lora"},
     "demo/methods.py": {"hra", "loha", "bone", "bat", "lora"},
     "recipes/common/config.py": {"hra"},  # the default method
+    "recipes/language/answers.py": {"lora"},  # the form in which vLLM takes an adapter
+    "recipes/language/evaluated.py": {"lora"},
+    "recipes/math.py": {"hra"},  # whose paper the presets are of
     "demo/report.py": {"hra", "loha", "bone", "bat", "lora"},
     "engine/adapted.py": {"lora"},  # export("lora")
     "engine/model.py": {"bone", "miss"},  # save_pretrained(bone_as_miss=True)

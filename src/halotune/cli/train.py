@@ -15,6 +15,8 @@ from .options import integer
 if TYPE_CHECKING:
     from .main import Commands
 
+TRAINED = [name for name, recipe in RECIPES.items() if recipe.train]
+
 
 def add(commands: Commands) -> None:
     text = (
@@ -22,7 +24,7 @@ def add(commands: Commands) -> None:
         "a run was interrupted. `halotune train RECIPE --help` has the recipe's own flags."
     )
     parser = commands.add_parser("train", description=text)
-    parser.add_argument("recipe", metavar="RECIPE", help=", ".join(RECIPES))
+    parser.add_argument("recipe", metavar="RECIPE", help=", ".join(TRAINED))
     parser.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="…", help="the recipe's flags; --config FILE, --print-config"
     )
@@ -31,6 +33,8 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     recipe = find(args.recipe)
+    if not recipe.train:
+        raise HalotuneError(f"{args.recipe} trains nothing; there are {', '.join(TRAINED)}. It is run by halotune eval.")
     require(recipe.extra, recipe.packages)
     from ..recipes.common.commandline import parse
 

@@ -18,15 +18,15 @@ class Recipe:
         module: beside this file.
         extra: the packages it needs, as `pip install "halotune[extra]"` has them.
         packages: those of them whose absence is looked for.
-        config, train: the dataclass, and the function that takes one.
+        config, train: the dataclass, and the function that takes one; "" where there is nothing to train.
         evaluate: the dataclass and the function of `halotune eval`, for recipes that have one.
     """
 
     module: str
     extra: str
     packages: tuple[str, ...]
-    config: str
-    train: str
+    config: str = ""
+    train: str = ""
     evaluate: tuple[str, str] | None = None
 
     def part(self, name: str) -> Any:
@@ -42,23 +42,54 @@ RECIPES = {
         "train_nlu",
         ("NLUEvaluation", "evaluate_nlu"),
     ),
+    "sft": Recipe("sft", "sft", ("transformers", "accelerate", "datasets", "trl", "jsonargparse"), "SFTConfig", "train_sft"),
+    "math": Recipe(
+        "math",
+        "math",
+        ("transformers", "accelerate", "datasets", "trl", "jsonargparse", "math_verify", "pebble", "scipy"),
+        "MathConfig",
+        "train_math",
+        ("MathEvaluation", "evaluate_math"),
+    ),
+    "harness": Recipe(
+        "harness",
+        "math",
+        ("transformers", "accelerate", "jsonargparse", "lm_eval"),
+        evaluate=("HarnessEvaluation", "evaluate_harness"),
+    ),
 }
 
 # Data sets of `halotune data`, and their modules: PARTS, and get(folder, parts, given) -> the paths that were made.
-DATASETS = {"glue": "glue.download", "vader": "vader"}
+DATASETS = {
+    "glue": "glue.download",
+    "vader": "vader",
+    "metamath": "problem_sets.metamath",
+    "gsm8k": "problem_sets.gsm8k",
+    "math": "problem_sets.math",
+}
 
 
 def dataset(name: str) -> Any:
     return import_module(f".{DATASETS[name]}", __name__)
 
 
-_PARTS = {name: recipe for recipe in RECIPES.values() for name in (recipe.config, recipe.train, *(recipe.evaluate or ()))}
+_PARTS = {
+    name: recipe for recipe in RECIPES.values() for name in (recipe.config, recipe.train, *(recipe.evaluate or ())) if name
+}
 
 if TYPE_CHECKING:
+    from .harness import HarnessEvaluation as HarnessEvaluation
+    from .harness import evaluate_harness as evaluate_harness
+    from .math import MathConfig as MathConfig
+    from .math import MathEvaluation as MathEvaluation
+    from .math import evaluate_math as evaluate_math
+    from .math import train_math as train_math
     from .nlu import NLUConfig as NLUConfig
     from .nlu import NLUEvaluation as NLUEvaluation
     from .nlu import evaluate_nlu as evaluate_nlu
     from .nlu import train_nlu as train_nlu
+    from .sft import SFTConfig as SFTConfig
+    from .sft import train_sft as train_sft
 else:
 
     def __getattr__(name):

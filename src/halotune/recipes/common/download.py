@@ -27,12 +27,12 @@ class Remote:
     """A file on the network.
 
     Attributes:
-        size: in bytes.
+        size: in bytes; None where only the server knows it.
     """
 
     url: str
     sha256: str
-    size: int
+    size: int | None = None
 
     @property
     def name(self) -> str:
@@ -73,22 +73,30 @@ def fetch(remote: Remote, folder: Path) -> Path:
 
 def _receive(remote: Remote, part: Path) -> None:
     have = part.stat().st_size if part.exists() else 0
-    if have >= remote.size:  # complete, or of another file: its checksum will tell
+    if remote.size is not None and have >= remote.size:  # complete, or of another file: its checksum will tell
         return
     request = urllib.request.Request(remote.url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=SECONDS) as response:
+    try:
+        opened = urllib.request.urlopen(request, timeout=SECONDS)
+    except urllib.error.HTTPError as e:
+        if e.code == 416 and have:  # nothing is left to be had
+            return
+        raise
+    with opened as response:
         quiet = not sys.stderr.isatty()
         if have and response.status != 206:  # a server that knows no ranges sends all of it
             have = 0
+        length = response.headers.get("Content-Length")
+        size = remote.size or (have + int(length) if length else None)
         with (
             part.open("ab" if have else "wb") as out,
-            tqdm(total=remote.size, initial=have, unit="B", unit_scale=True, desc=remote.name, disable=quiet) as bar,
+            tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=remote.name, disable=quiet) as bar,
         ):
             while chunk := response.read(CHUNK):
                 out.write(chunk)
                 bar.update(len(chunk))
-    if part.stat().st_size < remote.size:
-        raise OSError(f"the connection ended after {part.stat().st_size:,} of {remote.size:,} bytes")
+    if size is not None and part.stat().st_size < size:
+        raise OSError(f"the connection ended after {part.stat().st_size:,} of {size:,} bytes")
 
 
 def _sha256(file: Path) -> str:

