@@ -21,7 +21,6 @@ from ...core.adapter import Adapter, Weights
 from ...core.layer import AdaptedLayer
 from ...core.prepared import LOCAL, SCOPES, Form, Prepared, Tensors, is_transformed, prepare, seen, stream_of
 from ...ops.rounding import DROPPED
-from ..injection.modules import is_compiled
 from ..injection.offloading import bring_adapters
 from ..training import warn_if_penalty_unused
 from .weight_cache import WeightCache
@@ -306,6 +305,10 @@ class ForwardPass:
         for prepared in self.filled:
             prepared.release()
         self.filled, self.groups, self.kinds = [], None, {}
+
+
+def is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def _is_checkpointed(module: nn.Module) -> bool:

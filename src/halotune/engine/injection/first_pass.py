@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from ...core.errors import warn
-from .modules import adapted_layers, is_attention, is_compiled, plain_modules, public_path
+from ..forward.prepare import is_compiled
+from .modules import adapted_layers, is_attention, plain_modules, public_path
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 SHOWN = 8

@@ -103,10 +103,6 @@ def is_attention(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.MultiheadAttention, AdaptedAttention))
 
 
-def is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
-
-
 def tied_parameters(model: nn.Module) -> list[list[str]]:
     """Parameters, or memory, that several modules share: all names of each."""
     names: dict[int, list[str]] = {}
