@@ -153,13 +153,21 @@ def test_threads_share_one_warning() -> None:
     assert [str(w.message)[:18] for w in caught] == ["kernel: not called"]
 
 
+def test_a_model_inside_a_wrapper_of_torchs() -> None:
+    model, x = adapted(nn.DataParallel(Reader()), ["kernel", "out"]), torch.randn(2, 6)
+    with pytest.warns(UserWarning, match="^kernel: not called"):
+        model(x)
+    assert not hooks(model)
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("part", ["model", "block", "function"])
+@pytest.mark.parametrize("part", ["model", "base", "block", "function"])
 @torch.no_grad()
 def test_compiled_code_says_nothing(part: str) -> None:
     """Its calls are not seen, and nothing is said of what was not seen."""
     plain = Branches()
-    model, x = adapted(plain), torch.randn(2, 6)
+    base = torch.compile(plain, backend="eager") if part == "base" else plain
+    model, x = adapted(base), torch.randn(2, 6)  # type: ignore[arg-type]
     if part == "block":
         plain.left.compile(backend="eager")
     if part == "function":

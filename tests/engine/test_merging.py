@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -180,20 +181,58 @@ def test_overflow_of_fp16_is_refused() -> None:
     assert equal(before, weights(model))
 
 
-@torch.no_grad()
-def test_failure_halfway_puts_everything_back(monkeypatch) -> None:
-    model = adapted(HRA)
-    before, y = weights(model), output(model)
-    second = model.get_base_model().layers[1]
+def interrupted(model: PeftModel, monkeypatch, merge) -> None:
+    """`merge`, during which memory runs out at the second layer."""
 
     def fail(*args, **kwargs):
         raise MemoryError
 
-    monkeypatch.setattr(second, "merge", fail)
-    with pytest.raises(MemoryError):
-        model.merge_adapter()
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(model.get_base_model().layers[1], "merge", fail)
+        merge()
+
+
+@pytest.mark.parametrize("unload", [False, True])
+@pytest.mark.parametrize("merged", [[], ["a"]], ids=["", "merged before"])
+@torch.no_grad()
+def test_failure_halfway_puts_everything_back(unload: bool, merged: list[str], monkeypatch) -> None:
+    model = adapted(LOHA, LOHA)
+    plain = weights(model)
+    model.merge_adapter(merged)
+    before, y = weights(model), output(model)
+    merge = partial(model.merge_and_unload, adapter_names=["a", "b"]) if unload else partial(model.merge_adapter, ["a", "b"])
+    interrupted(model, monkeypatch, merge)
     assert equal(before, weights(model)) and torch.equal(output(model), y)
-    assert model.base_model.merged_adapters == []
+    assert model.base_model.merged_adapters == merged
+    model.unmerge_adapter()
+    assert equal(plain, weights(model))
+
+
+@torch.no_grad()
+def test_an_unsafe_merge_that_failed_is_finished_but_not_undone(monkeypatch) -> None:
+    """It keeps no second copy of the weights."""
+    model = adapted(HRA)
+    y = output(model)
+    interrupted(model, monkeypatch, partial(model.merge_and_unload, safe_merge=False))
+    assert error(output(model), y) < 1e-6
+    for undo in (model.unmerge_adapter, model.unload):
+        with pytest.raises(HalotuneError, match=r"a were merged for good, .*merge_and_unload\(\) to finish, or load the base"):
+            undo()
+    assert error(output(model.merge_and_unload()), y) < 1e-6
+
+
+def test_failure_halfway_leaves_a_tied_model_tied(tied: PeftModel, monkeypatch) -> None:
+    held = {n: p.clone() for n, p in tied.named_parameters()}
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    with pytest.warns(UserWarning, match="shares its weight"), monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("halotune.engine.weights.merge._check_written", fail)
+        tied.merge_and_unload()
+    inner = tied.get_base_model()
+    assert inner.config.tie_word_embeddings and inner.lm_head.base_layer.weight is inner.model.embed_tokens.weight
+    assert all(torch.equal(p, held[n]) for n, p in tied.named_parameters())
 
 
 def test_unknown_adapter_and_mixed_unload_are_refused() -> None:

@@ -287,3 +287,8 @@ def test_fused_experts_are_left_out_with_a_warning():
         pytest.skip("this transformers keeps experts as linear layers")
     with pytest.warns(UserWarning, match=r"1 modules hold several matrices .* model\.layers\.0\.mlp\.experts"):
         halotune.get_peft_model(model, HRAConfig(r=2, target_modules="all-linear"))
+
+
+def test_a_parametrized_convolution_is_no_experts():
+    model = nn.Sequential(nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3), dim=2))
+    halotune.get_peft_model(model, HRAConfig(r=2, target_modules="all-linear"))

@@ -201,6 +201,23 @@ class Sum(nn.ModuleList):
         return sum(m(x) for m in self)
 
 
+@each_base(some("bnb-nf4", "bnb-nf4-bf16", "bnb-int8", "ao-int8", "hqq-4bit"))
+@pytest.mark.filterwarnings("ignore:Bat with r=3 may need the weight")
+def test_hooks_that_come_later_see_the_call_with_another_weight(base):
+    case = Case(HRA, base)
+    module, x = case.module(), case.input()
+    model = halotune.get_peft_model(nn.Sequential(module), BoneConfig(r=3, init_weights="bat", target_modules=["0"]))
+    seen = []
+    with torch.no_grad():
+        y = model(x)
+    module.register_forward_pre_hook(lambda m, args: seen.append(args[0]) or (args[0] / 2,))
+    module.register_forward_hook(lambda m, args, out: 2 * out - m.bias)
+    again = model(x)
+    assert len(seen) == 1 and seen[0].shape == x.shape and relative(again, y) < 1e-2
+    again.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
 @each_base(some("bnb-nf4", "bnb-int8", "ao-int8", "hqq-4bit"))
 @pytest.mark.parametrize("unload", [False, True])
 @torch.no_grad()

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetModel,
+)
 
 from halotune import HalotuneError, PeftModel, PeftModelForSequenceClassification, TaskType, get_peft_model
 from halotune.engine.injection.modules import adapted_layers, modules_to_save_wrappers
@@ -260,6 +269,27 @@ def test_not_while_merged_or_disabled(plain: MLP, x: Tensor):
     close(model(x, adapter_names=["b"] * 5), composed(plain, model, ["b"])(x))
 
 
+@torch.no_grad()
+def test_threads_have_batches_of_their_own(crowd: PeftModel, x: Tensor):
+    """Some with names, of several sizes, some without, on one model at once."""
+    crowd.set_adapter("lora-r2")
+    calls = [(x, {}), (x, {"adapter_names": ["hra-r4", BASE] * 2 + ["lora-r2"]}), (x[:2], {"adapter_names": [BASE, "hra-r4"]})]
+    expected = [crowd(x, **kwargs) for x, kwargs in calls]
+    wrong: list[str] = []
+
+    def run(i: int) -> None:
+        for _ in range(30):
+            try:
+                close(crowd(calls[i][0], **calls[i][1]), expected[i])
+            except Exception as e:
+                wrong.append(repr(e))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in (0, 1, 2) * 2]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not wrong, (len(wrong), wrong[0])
+
+
 def test_not_with_checkpointed_blocks(writer: PeftModel):
     model = copy.deepcopy(writer).train()
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # transformers 5's name
@@ -368,6 +398,36 @@ def test_sizes_that_are_equal_by_chance():
         run_mixed(Layout("sequence first", batch_first=False), 4, 4)
     with pytest.raises(HalotuneError, match=NOT_PROVEN):
         run_mixed(Layout("flat", batch_first=False), 4, 3)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+@torch.no_grad()
+def test_models_of_transformers_have_the_batch_first(compiled: bool):
+    """Where nothing else decides. There are as many tokens as samples."""
+    sizes = {"hidden_size": 12, "intermediate_size": 18, "num_hidden_layers": 1, "num_attention_heads": 2}
+    plain = LlamaForCausalLM(LlamaConfig(vocab_size=37, **sizes)).double().eval()
+    run = torch.compile(plain, backend="eager") if compiled else plain
+    model = adapted(run, a=config("hra-r4", ["q_proj", "down_proj"]), b=config("bat-r3", ["q_proj", "down_proj"]))
+    ids, expected = torch.randint(3, 37, (2, 2)), {}
+    for n in "ab":
+        model.set_adapter(n)
+        expected[n] = model(input_ids=ids).logits
+    close(model(input_ids=ids, adapter_names=["a", "b"]).logits, torch.stack([expected["a"][0], expected["b"][1]]))
+
+
+@torch.no_grad()
+def test_so_have_models_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    kind: type[Layout] = type("Model", (Layout, diffusers.ModelMixin), {})
+    run_mixed(kind("batch first"), 4, 4)
+
+
+@torch.no_grad()
+def test_but_for_those_that_transpose():
+    plain = XLNetModel(XLNetConfig(d_model=12, vocab_size=37, d_inner=18, n_layer=1, n_head=2)).eval()
+    model = adapted(plain, a=config("hra-r4", ["layer_1"]), b=config("hra-r4", ["layer_1"]))
+    with pytest.raises(HalotuneError, match=NOT_PROVEN.replace("layer", r"layer\.0\.ff\.layer_1")):
+        model(input_ids=torch.randint(3, 37, (2, 2)), adapter_names=["a", "b"])
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from ..core.errors import HalotuneError
 from .options import Commands, add_model_flags, add_parser
 
 if TYPE_CHECKING:
+    from ..engine.weights.merge import MergeReport
     from .loading import BaseModel, Saved
 
 DESCRIPTION = """
@@ -37,7 +39,7 @@ def add(commands: Commands) -> None:
     flag = parser.add_argument
     flag("--output", type=Path, required=True, metavar="DIR", help="the new folder")
     flag("--force", action="store_true", help="replace a model that is there already")
-    flag("--no-safe-merge", action="store_true", help="do not check first that all merged weights are finite")
+    flag("--no-safe-merge", action="store_true", help="do not check that all merged weights are finite")
     flag("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="of one file of weights (default: 5GB)")
 
 
@@ -51,7 +53,11 @@ def _run(args: argparse.Namespace) -> int:
     base = BaseModel.load(saved, args.base, args.dtype, device)
     model = saved.on(base)
     tuner = model.base_model
-    merged = BaseModel(base.name, model.merge_and_unload(safe_merge=not args.no_safe_merge), base.component)
+    plain = model.merge_and_unload(safe_merge=False)  # nothing is lost where it fails: no second copy of the weights is needed
+    assert tuner.merge_report is not None
+    if not args.no_safe_merge:
+        check_finite(tuner.merge_report)
+    merged = BaseModel(base.name, plain, base.component)
     print(tuner.merge_report)
     write_folder(args.output, lambda folder: save(merged, saved, folder, args.max_shard_size))
     print(f"\nWrote {args.output}")
@@ -81,6 +87,16 @@ def save(base: BaseModel, saved: Saved, folder: Path, max_shard_size: str) -> No
     processor = _processor(saved, base.name)
     if processor is not None:
         processor.save_pretrained(folder)
+
+
+def check_finite(report: MergeReport) -> None:
+    """Refuse to write what is not finite."""
+    for path, record in report.layers.items():
+        if not math.isfinite(record.lost_norm):
+            raise HalotuneError(
+                f"{path}: the merged weight is not finite, so nothing was written. Check the adapter for NaN, or merge with "
+                "--dtype float32."
+            )
 
 
 def check_weights(model: Any, folder: Path) -> None:

@@ -193,11 +193,16 @@ class Base(Operator):
                 f"{where}: {self} can be called, but its weight cannot be read, so nothing can be merged into it. Nothing was "
                 "merged. Keep the adapter beside it, or load the base in floats to merge."
             )
+        if hasattr(self.parameter, "placements") or 0 == self.parameter.numel() < self.shape.out_features:
+            raise HalotuneError(
+                f"{where}: this {type(self.module).__name__} {self.shape} holds a part of its weight, the model being sharded. "
+                "Nothing was merged. Save the adapter, and merge it into a base that is not (halotune merge)."
+            )
         if is_parametrized(self.module) or not self.is_product():
             raise HalotuneError(
                 f"{where}: this {type(self.module).__name__} {self.does_more}, so a merged weight would be lost, or mean "
-                "something else. Nothing was merged. Make the weight a plain parameter first, for example with "
-                "torch.nn.utils.parametrize.remove_parametrizations, or keep the adapter beside it."
+                "something else. Nothing was merged. Take hooks off, and make the weight a plain parameter first, for "
+                "example with torch.nn.utils.parametrize.remove_parametrizations, or keep the adapter beside it."
             )
         if not (as_float or self.can_write):
             raise HalotuneError(

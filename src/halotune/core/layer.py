@@ -13,7 +13,7 @@ from .errors import HalotuneError
 from .merge_record import MergeRecord
 from .operator import Operator
 from .prepared import exact_dtype
-from .rows import Rows
+from .rows import MIXED, Rows
 from .wrapper import Wrapper
 
 
@@ -41,13 +41,17 @@ class AdaptedLayer(Wrapper):
         self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
         self.enabled = True
-        self.rows: Rows | None = None  # set for the time of one call with adapter_names
         self._original: tuple[nn.Module, nn.Parameter, Any] | None = None  # module, weight, snapshot
 
     @property
     def base(self) -> Base:
         """The base layer as a linear operator."""
         return self._kind(self._modules["base_layer"])  # type: ignore[arg-type]
+
+    @property
+    def rows(self) -> Rows | None:
+        """How to split the batch, inside a call with `adapter_names` in this thread."""
+        return MIXED.rows.get(self)
 
     @property
     def merged(self) -> bool:
@@ -60,7 +64,7 @@ class AdaptedLayer(Wrapper):
 
     def _running_names(self) -> list[str]:
         own = self.__dict__
-        if not own["enabled"] or own["rows"] is not None:
+        if not own["enabled"] or self.rows is not None:
             return []
         merged, scales = own["merged_adapters"], own["scales"]
         return [n for n in own["active_adapters"] if n not in merged and scales.get(n, 0.0) != 0.0]
@@ -84,7 +88,8 @@ class AdaptedLayer(Wrapper):
                 f"{type(self.base_layer).__name__}: an adapted layer takes its input alone; got "
                 f"{len(args)} more arguments and {sorted(kwargs)}. Leave this layer out with exclude_modules."
             )
-        return self.operator()(x) if self.rows is None else self.rows.run(x, self._run_one)
+        rows = self.rows
+        return self.operator()(x) if rows is None else rows.run(x, self._run_one)
 
     def _run_one(self, name: str, x: Tensor) -> Tensor:
         op: Operator = self.base
@@ -182,8 +187,27 @@ class AdaptedLayer(Wrapper):
         _, parameter, snapshot = self._original
         return snapshot if isinstance(snapshot, Tensor) else parameter
 
+    def held(self) -> tuple[Any, ...]:
+        """What `put_back` needs to undo merges that come, with a copy of the weight in CPU memory."""
+        kept = self.base.snapshot()
+        kept = kept.cpu() if isinstance(kept, Tensor) else kept
+        return self.base_layer, self.base.parameter, kept, self._original, self.merged_adapters
+
+    def put_back(self, held: tuple[Any, ...]) -> None:
+        """Undo the merges since `held()`, bit for bit."""
+        module, parameter, kept, self._original, self.merged_adapters = held
+        self._put(module)
+        if self.base.parameter is not parameter and not self.base.quantization:
+            self.base_layer.weight = parameter  # it was untied
+        self.base.restore(kept)
+
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit."""
+        if self._original is None and self.merged:
+            raise HalotuneError(
+                f"{type(self.base_layer).__name__} {self.base.shape}: {', '.join(self.merged_adapters)} were merged for good, "
+                "and nothing was kept to restore the weight from. Call merge_and_unload() to finish, or load the base again."
+            )
         if self._original is not None:
             self.base.require_stored(type(self.base_layer).__name__)
             module, parameter, snapshot = self._original

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,15 +22,18 @@ class Batch:
     """What the inputs of the running pass say.
 
     Attributes:
+        model: that runs.
         rows: how many the batch has: samples, times beams.
         tokens: how many rows it may have with the tokens of each sample laid out one after the other.
     """
 
+    model: Any
     rows: int
     tokens: set[int] = field(default_factory=set)
 
-    def look(self, main: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Take the sizes from the arguments of the model; `main` is the name of its main input."""
+    def look(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Take the sizes from the arguments of the model."""
+        main = getattr(self.model, "main_input_name", "input_ids")
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
         names = (main, "input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "inputs")
         inputs = [t for name in dict.fromkeys(names) if isinstance(t := kwargs.get(name), Tensor) and t.dim()]
@@ -48,14 +53,14 @@ class Rows:
         names: one per sample.
         batch: of the running pass.
         path: the layer.
-        batch_first: what the modules around the layer say.
+        batch_first: what the modules around the layer say; "usual" where they say nothing, and it is the rule.
         is_convolution: its input has the batch, channels and sizes.
     """
 
     names: tuple[str, ...]
     batch: Batch
     path: str = "a layer"
-    batch_first: bool | None = None
+    batch_first: bool | Literal["usual"] | None = None
     is_convolution: bool = False
 
     def groups(self, x: Tensor) -> list[tuple[str, Tensor]]:
@@ -81,7 +86,7 @@ class Rows:
             if flat:  # not what an expert got of the tokens
                 proven = "expert" not in self.path or self.batch.tokens <= {rows}
             else:
-                proven = self.is_convolution or sizes[1] != rows or self.batch_first is True
+                proven = self.is_convolution or sizes[1] != rows or self.batch_first in (True, "usual")
         elif flat:
             proven = rows in self.batch.tokens and self.batch_first is not False
         else:
@@ -102,6 +107,16 @@ class Rows:
         parts = [call(name, x.index_select(0, index)) for name, index in groups]
         order = torch.argsort(torch.cat([index for _, index in groups]))
         return torch.cat(parts).index_select(0, order)
+
+
+class _Mixed(threading.local):
+    """The batch of several adapters that this thread runs, and how each layer splits it."""
+
+    batch: Batch | None = None
+    rows: Mapping[Any, Rows] = MappingProxyType({})
+
+
+MIXED = _Mixed()
 
 
 def leading(x: Tensor) -> torch.Size:

@@ -264,7 +264,8 @@ class AdaptedModel(Wrapper):
     ) -> Any:
         """Write adapters (the active ones) into the weights for good, and return the plain model.
 
-        The arguments are those of `merge_adapter`.
+        The arguments are those of `merge_adapter`. With `safe_merge`, a merge that fails on its way leaves the base as it was:
+        until it is over, the weights' copies lie in CPU memory. Without, it holds none, and can only be called again.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
         self._check_known(names)

@@ -9,10 +9,11 @@ from os import PathLike
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Self
 
 from ..core.config import AdapterConfig
-from ..core.errors import HalotuneError
+from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer
 from ..methods.registry import method_of
 from .adapted import AdaptedModel
@@ -109,6 +110,11 @@ class AdapterModel(AdaptedModel):
             autocast_adapter_dtype=autocast_adapter_dtype,
             paths=paths,
         )
+        if not peft_config.inference_mode and any(isinstance(m, DistributedDataParallel) for m in self.model.modules()):
+            warn(
+                "DistributedDataParallel wraps the base model, and averages the gradients of those parameters alone that it "
+                "found there: each process would train an adapter of its own. Put adapters in first, and wrap the result."
+            )
         self.scope.reset()
         self.first_pass.watch(self.model)
         if not self.configs:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.base import LinearLike
+from ..core.base import LinearLike, has_hooks
 from ..core.errors import HalotuneError
 from ..core.operator import WeightShape
 
@@ -52,7 +52,15 @@ class Quantized(LinearLike):
 
     @property
     def hooked(self) -> bool:
-        return False  # hooks see every call of the module; it cannot be called with another weight
+        return has_hooks(self.module)
+
+    def _called_with(self, x: Tensor, W: Tensor) -> Tensor:
+        """A float layer with the hooks of this one."""
+        layer = nn.Linear.__new__(nn.Linear)
+        layer.__dict__.update({k: v for k, v in vars(self.module).items() if k != "forward"})
+        bias = self.bias
+        layer._parameters = {"weight": W, "bias": bias if bias is None else bias.to(x)}  # type: ignore[assignment, dict-item]
+        return layer(x)
 
 
 class Readable(Quantized):

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ...core.adapter import Adapter, Weights
 from ...core.layer import AdaptedLayer
 from ...core.prepared import LOCAL, SCOPES, Form, Prepared, Tensors, is_transformed, prepare, seen, stream_of
+from ...core.rows import MIXED
 from ...ops.rounding import DROPPED
 from ..injection.offloading import bring_adapters
 from ..training import warn_if_penalty_unused
@@ -76,7 +77,7 @@ class Scope:
         self.training_passes = 0
         self._reset()
         self.handles = [
-            model.register_forward_pre_hook(self._begin),
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
         ]
 
@@ -110,7 +111,9 @@ class Scope:
                 adapter.form = self.form if fits else "activations"
                 self.rounds |= adapter.makes_weight or adapter.form != "activations"
 
-    def _begin(self, model: nn.Module, args: Any) -> None:
+    def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if (batch := MIXED.batch) is not None and batch.model is model:
+            batch.look(args, kwargs)
         if torch.compiler.is_compiling():  # a whole model in one graph: layers prepare alone, and the compiler arranges it
             return
         if is_transformed():  # nothing is shared, and a tracer would write down that weights were looked at

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
-from ...core.rows import BASE, Batch, Rows
-from .modules import adapted_layers, modules_to_save_wrappers, public_path
+from ...core.rows import BASE, MIXED, Batch, Rows
+from .modules import adapted_layers, modules_to_save_wrappers, plain_modules, public_path
 
 
 def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None:
@@ -63,28 +63,37 @@ def per_sample(
             "adapter_names: checkpointed blocks are recomputed in backward, when the names are gone. Turn gradient "
             "checkpointing off, or train one adapter at a time."
         )
-    sizes, main = Batch(len(names)), getattr(model, "main_input_name", "input_ids")
-    look = model.register_forward_pre_hook(lambda m, args, kwargs: sizes.look(main, args, kwargs), with_kwargs=True)
-    around = dict(model.named_modules())
+    sizes, around = Batch(model, len(names)), dict(plain_modules(model))
+    rows, outer = {}, (MIXED.batch, MIXED.rows)
     for path, m in modules.items():
         inner = m.base_layer if isinstance(m, AdaptedLayer) else m.original_module
         is_convolution = isinstance(inner, nn.modules.conv._ConvNd)
-        m.rows = Rows(tuple(names), sizes, public_path(path), _batch_first(path, around), is_convolution)
+        rows[m] = Rows(tuple(names), sizes, public_path(path), _batch_first(path, around), is_convolution)
+    MIXED.batch, MIXED.rows = sizes, rows
     try:
         yield
     finally:
-        look.remove()
-        for m in modules.values():
-            m.rows = None
+        MIXED.batch, MIXED.rows = outer
 
 
-def _batch_first(path: str, modules: Mapping[str, nn.Module]) -> bool | None:
-    """What the nearest module around says, or one of those that it holds: torch's attention does."""
+# Models of transformers that transpose what goes through their layers.
+_SEQUENCE_FIRST = ("BridgeTower", "FSMT", "LED", "Longformer", "Mask2Former", "OmDet", "OneFormer", "XLNet")
+
+
+def _batch_first(path: str, modules: Mapping[str, nn.Module]) -> bool | Literal["usual"] | None:
+    """What the nearest module around says, or one of those that it holds, as torch's attention; or else its library's rule."""
     while path:
         path = path.rpartition(".")[0]
         for module in (modules[path], *modules[path].children()):
             if isinstance(said := getattr(module, "batch_first", None), bool):
                 return said
+        for kind in type(modules[path]).__mro__:
+            if kind.__module__.startswith("transformers.") and kind.__name__.startswith(_SEQUENCE_FIRST):
+                return None
+            if kind.__name__ in ("PreTrainedModel", "ModelMixin") and kind.__module__.startswith(
+                ("transformers.", "diffusers.")
+            ):
+                return "usual"
     return None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...core.errors import HalotuneError
-from ...core.rows import Rows
+from ...core.rows import MIXED, Rows
 from ...core.wrapper import HOOKS
 
 
@@ -21,7 +21,6 @@ class ModulesToSaveWrapper(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self.active_adapters: list[str] = []
         self.enabled = True
-        self.rows: Rows | None = None
 
     def add(self, name: str) -> None:
         """A copy of the original; its parameters are kept in fp32 or better only where the original's are."""
@@ -31,6 +30,11 @@ class ModulesToSaveWrapper(nn.Module):
         if name in self.modules_to_save:
             del self.modules_to_save[name]
         self.active_adapters = [n for n in self.active_adapters if n != name]
+
+    @property
+    def rows(self) -> Rows | None:
+        """How to split the batch, inside a call with `adapter_names` in this thread."""
+        return MIXED.rows.get(self)
 
     @property
     def current(self) -> nn.Module:
@@ -46,14 +50,15 @@ class ModulesToSaveWrapper(nn.Module):
             )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.rows is None:
+        rows = self.rows
+        if rows is None:
             return self.current(*args, **kwargs)
         if len(args) != 1 or kwargs:
             raise HalotuneError(
                 f"adapter_names: {type(self.original_module).__name__}, fully fine-tuned, is called with more than one input, "
                 "which cannot be split by sample. Run the adapters one at a time."
             )
-        return self.rows.run(args[0], lambda name, x: self._of(name)(x))
+        return rows.run(args[0], lambda name, x: self._of(name)(x))
 
     def _of(self, name: str) -> nn.Module:
         return self.modules_to_save[name] if name in self.modules_to_save else self.original_module

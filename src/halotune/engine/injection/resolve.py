@@ -100,7 +100,7 @@ def _warn_of_experts(modules: Mapping[str, nn.Module]) -> None:
     fused = [
         name
         for name, module in modules.items()
-        if not isinstance(module, nn.modules.conv._ConvNd)
+        if not isinstance(module, (nn.modules.conv._ConvNd, nn.utils.parametrize.ParametrizationList))
         and any(p.dim() == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
     ]
     if fused:

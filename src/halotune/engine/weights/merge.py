@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -62,7 +64,8 @@ def merge(
     Args:
         names: the adapters, in the order in which they apply.
         keep: hold snapshots, for `unmerge`.
-        safe: check for values that are not finite.
+        safe: check for values that are not finite; and where the merge fails later, put everything back, for which copies of
+            the weights are held in CPU memory until it is over.
         progressbar: show one on standard error.
         quantized: what becomes of a quantized weight: requantized, or replaced by floats.
     """
@@ -78,21 +81,25 @@ def merge(
             layer.check_finite(_pending(layer, names), path)
     shared = {n for others in tied_parameters(model) for n in others}
     tied = {path for path in layers if f"{path}.base_layer.weight" in shared}
-    report, done = MergeReport(), []
+    report, untied = MergeReport(), "_halotune_untied" in vars(model)
+    done: list[Callable[[], None]] = []
     try:
         for path in tied:
-            _untie(model, path, keep)
+            _untie(model, path)
         for path, layer in _with_progress(layers.items(), progressbar):
             kept = keep or layer.base.quantization is not None  # few bits more, and a failure can be undone
-            if kept:
-                done.append(layer)
+            if kept and not layer.merged:
+                done.append(layer.unmerge)
+            elif kept or safe:
+                done.append(partial(layer.put_back, layer.held()))
             record = layer.merge(_pending(layer, names), keep=kept, untie=path in tied, as_float=as_float)
             _check_written(path, layer, record)
             report.layers[path] = record
     except BaseException:
-        for layer in done:
-            layer.unmerge()
-        _retie(model)
+        for undo in done:
+            undo()
+        if (keep or safe) and not untied:
+            _retie(model)
         raise
     _warn_of_loss(list(layers.values()), report.total())
     return report
@@ -116,7 +123,7 @@ def _warn_of_loss(layers: list[AdaptedLayer], total: MergeRecord) -> None:
 def _check_written(path: str, layer: AdaptedLayer, record: MergeRecord) -> None:
     """Refuse a loss that rounding does not explain: what was written is not what is read."""
     base = layer.base
-    if base.quantization or not record.lost_norm > record.rounding(base.dtype):  # values that are not finite pass
+    if base.quantization or not record.rounding(base.dtype) < record.lost_norm < math.inf:  # what is not finite passes
         return
     raise HalotuneError(
         f"{path}: the weight of this {type(base.module).__name__} was written, but what is read lacks {record.lost:.0%} of the "
@@ -162,7 +169,7 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
     return max(count, key=count.__getitem__, default=torch.get_default_dtype())
 
 
-def _untie(model: nn.Module, path: str, keep: bool) -> None:
+def _untie(model: nn.Module, path: str) -> None:
     """Say in the configurations of the model and its parts that nothing is tied: else a reader of the file undoes the merge."""
     message = (
         f"{path} shares its weight with another module; the merge gives it a weight of its own, and the other stays as it is."
@@ -179,7 +186,7 @@ def _untie(model: nn.Module, path: str, keep: bool) -> None:
     for config in tying:
         config.tie_word_embeddings = False
     if tying:
-        model.__dict__["_halotune_untied"] = tying if keep else []  # not on a configuration, which is written to files
+        model.__dict__["_halotune_untied"] = tying  # not on a configuration, which is written to files
 
 
 def _may_say_untied(model: nn.Module, config: Any) -> bool:
@@ -197,7 +204,7 @@ def untie_copies(model: nn.Module) -> None:
     for path, wrapper in modules_to_save_wrappers(model).items():
         own = wrapper.original_module
         if wrapper.current is not own and any(f"{path}.original_module.{n}" in shared for n, _ in own.named_parameters()):
-            _untie(model, path, keep=False)
+            _untie(model, path)
 
 
 def _retie(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from ...core.errors import HalotuneError, warn
 from ...core.layer import AdaptedLayer
 from ...engine.forward.prepare import Scope
 from ...engine.injection.activation import per_sample
-from ...engine.injection.modules import tied_parameters
+from ...engine.injection.modules import plain_modules, tied_parameters
 from ...methods.registry import methods
 from .classes import InFront, put_in_front, runs_own_forward, take_away
 from .layer import FastLayer, PeftAdaptedLayer, follow, method_of_layer, say_once
@@ -103,14 +103,14 @@ class Bridge(Scope):
     def find(self, model: nn.Module) -> list[AdaptedLayer]:
         return [layer._halotune for layer in self.fast.values()]
 
-    def _begin(self, model: nn.Module, args: Any) -> None:
+    def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.compiler.is_compiling():
             if list(map(id, self.configs or ())) != list(map(id, _configs(model))):
                 self.take_in(model)
             for layer in self.fast.values():
                 follow(layer)
             self._tell()
-        super()._begin(model, args)
+        super()._begin(model, args, kwargs)
 
     def take_in(self, host: nn.Module) -> None:
         """Speed up the layers that are new since the last time."""
@@ -199,7 +199,7 @@ class FastTuner(InFront):
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import AuxiliaryTrainingWrapper
 
-        layers: dict[str, Any] = {path: m for path, m in self.model.named_modules() if isinstance(m, BaseTunerLayer)}
+        layers: dict[str, Any] = {path: m for path, m in plain_modules(self.model) if isinstance(m, BaseTunerLayer)}
         slow = [path for path, m in layers.items() if not isinstance(m, FastLayer)]
         if slow:
             raise HalotuneError(
