@@ -300,6 +300,11 @@ def test_a_tasks_name_is_suggested():
     assert HRAConfig(task_type=TaskType.CAUSAL_LM) == HRAConfig(task_type="CAUSAL_LM")
 
 
+def test_a_misspelt_choice_is_answered_with_the_nearest():
+    with pytest.raises(HalotuneError, match=r"HRAConfig\.bias: expected one of .*got 'hra_onyl'.* Did you mean 'hra_only'\?"):
+        HRAConfig(bias="hra_onyl")
+
+
 # -- alpha's other name
 
 

@@ -72,7 +72,7 @@ class LoRA:
 def oft(W: Tensor, oft_R: Tensor) -> Tensor:
     """`W' = W diag(R_1, R_2, …)ᵀ`, `R_i = (I + Q_i)⁻¹ (I − Q_i)`: row i of `oft_R` is Q_i = −Q_iᵀ above its diagonal."""
     b = W.shape[1] // len(oft_R)
-    I, above = torch.eye(b, dtype=W.dtype, device=W.device), torch.triu_indices(b, b, 1).unbind()  # noqa: E741
+    I, above = torch.eye(b, dtype=oft_R.dtype, device=W.device), torch.triu_indices(b, b, 1).unbind()  # noqa: E741
     upper = [torch.zeros_like(I).index_put(above, θ) for θ in oft_R]
     return W @ torch.block_diag(*(torch.linalg.solve(I + U - U.t(), I - U + U.t()) for U in upper)).t()
 

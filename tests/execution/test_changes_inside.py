@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -148,6 +148,42 @@ def test_a_change_inside_a_forward(method, change):
     leaves = [*trained(model), *([x] if x.requires_grad else [])]
     for _ in range(2):
         assert_same(step(lambda: model(x), leaves), step(want, leaves))
+
+
+class Opened(nn.Module):
+    """`q` and `k`, which prepare together, run while something is changed, in a pass that `o` of another shape has opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.o = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(12, 8)
+        self.changed: Any = nullcontext
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.o(x))
+        with self.changed():
+            return self.q(torch.tanh(self.k(y)))
+
+
+@every_method
+def test_one_of_the_layers_that_prepare_together_is_frozen_inside_a_forward(method):
+    model, reference = adapted(method, Opened, ["q", "k", "o"])
+    of_q = [p for name, p in adapter_parameters(model).items() if ".q." in name]
+    x, leaves = torch.randn(2, 12, dtype=torch.float64), trained(model)
+
+    @contextmanager
+    def q_frozen() -> Iterator[None]:
+        for p in of_q:
+            p.requires_grad_(False)
+        yield
+        for p in of_q:
+            p.requires_grad_(True)
+
+    def want() -> Tensor:
+        parameters = adapter_parameters(model).items()
+        return reference(x, values={name: p.detach() if ".q." in name else p for name, p in parameters})
+
+    inner(model).changed = q_frozen
+    assert_same(step(lambda: model(x), leaves), step(want, leaves))
 
 
 @pytest.mark.parametrize("what", ["adapters", "base"])

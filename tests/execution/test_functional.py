@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from .cases import Net, adapted, assert_same, every_method, every_method_and_sped_up, named, sample
+from .cases import Net, adapted, adapter_parameters, add, assert_same, every_method, every_method_and_sped_up, named, sample
 
 # torch's own forward-mode derivatives are scripted when they are first asked for.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
@@ -109,3 +109,17 @@ def test_gradients_through_parameters_that_are_computed(method):
     want = meta(lambda v, x: reference(x, values=v))
     for _ in range(2):
         assert_same(meta(lambda v, x: functional_call(model, v, (x,))), want)
+
+
+@every_method
+def test_an_adapter_over_a_frozen_one_with_parameters_that_are_replaced(method):
+    """In backward the frozen one has its own parameters again; what it made of W is made again from the others."""
+    model, reference = adapted(method)
+    add(model, reference, "frozen", "bone")
+    model.set_adapter(["frozen", "default"])
+    values = {name: (p + 0.05).detach() for name, p in adapter_parameters(model).items()}
+    leaves = [v.requires_grad_() for name, v in values.items() if ".frozen." not in name]
+    x = sample()
+    found = torch.autograd.grad(functional_call(model, values, (x,)).square().sum(), leaves)
+    y = reference(x, active=("frozen", "default"), values=values)
+    assert_same(found, torch.autograd.grad(y.square().sum(), leaves))

@@ -72,10 +72,14 @@ class Adapter(nn.Module, ABC):
     def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
         """`W (…, out, in) -> W'`, in the dtype of W, from `weight_factors`. Leading dimensions are those of the factors."""
 
-    def weight(self, W: Tensor) -> Tensor:
-        """The definition: `W (out, in) -> W' (out, in)`, in the dtype of `W`."""
+    def weight(self, W: Tensor, *parameters: Tensor) -> Tensor:
+        """The definition: `W (out, in) -> W' (out, in)`, in the dtype of `W`.
+
+        Args:
+            parameters: as they were in a forward pass; none are those of now.
+        """
         with exact(W):
-            return self.adapt(W, *self.weight_factors(*self.tensors()))
+            return self.adapt(W, *self.weight_factors(*(parameters or self.tensors())))
 
     def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
         """`adapt` without gradients: see `core/weight_form.py`."""
@@ -282,14 +286,19 @@ class Adapted(Operator):
 
     def __init__(self, inner: Operator, adapter: Adapter, scale: float = 1.0) -> None:
         self.inner, self.adapter, self.scale = inner, adapter, scale
-        self.shape = inner.shape
+        self.parameters: Tensors = ()  # that the weight was made of first: in backward the adapter may hold others
+
+    @property
+    def shape(self) -> WeightShape:  # type: ignore[override]
+        return self.inner.shape
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.adapter.forward(x, self.inner, self.scale)
 
     def weight(self) -> Tensor:
         W = self.inner.weight().to(next(self.adapter.parameters()).device)  # offloaded weights may be elsewhere
-        adapted = self.adapter.weight(W)
+        self.parameters = self.parameters or self.adapter.tensors()
+        adapted = self.adapter.weight(W, *self.parameters)
         return adapted if self.scale == 1.0 else torch.lerp(W, adapted, self.scale)
 
     @property

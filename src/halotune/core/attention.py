@@ -61,9 +61,6 @@ class ProjectionBase(LinearLike):
     def weight(self) -> Tensor:
         return self.module.weight
 
-    def stored(self, W: Tensor) -> Tensor:
-        return W
-
 
 register_base(ProjectionBase)
 

@@ -284,6 +284,9 @@ class LinearLike(Base):
         x = _drawn((1, self.shape.in_features))
         return [x, x[None]]  # a forward of its own may want a batch of sequences
 
+    def stored(self, W: Tensor) -> Tensor:
+        return W
+
     def pad(self, x: Tensor) -> Tensor:
         return x
 
@@ -387,9 +390,6 @@ class Linear(LinearLike):
         kind = type(module)
         usual = kind.forward is nn.Linear.forward and kind.__call__ is nn.Module.__call__
         return (W, b) if usual and is_bare(module) else None
-
-    def stored(self, W: Tensor) -> Tensor:
-        return W
 
 
 class TransposedLinear(LinearLike):

@@ -6,7 +6,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from enum import Enum
 from functools import lru_cache
@@ -106,7 +106,8 @@ class AdapterConfig(BaseConfig):
         self._check_types()
         self._check_patterns()
         if self.task_type is not None:
-            self.task_type = self._choice("task_type", _value(self.task_type), TaskType)
+            self.require_choice("task_type", [c.value for c in TaskType])
+            self.task_type = TaskType(self.task_type)
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, (list, tuple)):
@@ -146,26 +147,17 @@ class AdapterConfig(BaseConfig):
     def error(self, name: str, problem: str, remedy: str) -> HalotuneError:
         return HalotuneError(f"{type(self).__name__}.{name}: {problem}. {remedy}")
 
-    def require_choice(self, name: str, choices: Iterable[Any]) -> None:
+    def require_choice(self, name: str, choices: Collection[Any]) -> None:
         value = getattr(self, name)
         if not any(value is c or (isinstance(c, str) and value == c) for c in choices):
             listed = ", ".join(repr(c) for c in choices)
-            raise self.error(name, f"expected one of {listed}; got {value!r}", "Use one of these, spelled exactly so.")
+            near = closest(str(value), [c for c in choices if isinstance(c, str)], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise self.error(name, f"expected one of {listed}; got {value!r}", f"Use one of these, spelled exactly so.{hint}")
 
     def require_share(self, name: str) -> None:
         if not 0.0 <= getattr(self, name) < 1.0:
             raise self.error(name, f"must lie in [0, 1); got {getattr(self, name)}", "Use a probability, 0 for none.")
-
-    def _choice(self, name: str, value: Any, choices: type[Enum]) -> Any:
-        try:
-            return choices(value)
-        except ValueError:
-            listed = [c.value for c in choices]
-            near = closest(str(value), listed, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise self.error(
-                name, f"expected one of {listed}; got {value!r}", f"Use one of these, or leave it out.{hint}"
-            ) from None
 
     def _check_types(self) -> None:
         hints = typing.get_type_hints(type(self))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,21 @@ from .merge_record import MergeRecord
 from .operator import Operator
 from .prepared import exact_dtype
 from .rows import MIXED, Rows
-from .tunerlayer import TunerLayer
 from .wrapper import Wrapper
 
 
-class AdaptedLayer(TunerLayer, Wrapper):
+class AdaptedLayer(Wrapper):
     """`base_layer` with named adapters. The active ones compose as functions, in order: `W -> F2(F1(W))`.
 
     Where `merged_adapters` is not empty the stored weight holds those already, and a snapshot of the original is kept.
     """
 
     _wraps = "base_layer"
+
+    # As PEFT's `BaseTunerLayer` has them.
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("adapters",)
+    other_param_names: ClassVar[tuple[str, ...]] = ()
+    cast_input_dtype_enabled = False  # parameters meet the input in its own dtype
 
     penalty_taken = False  # whether somebody has asked for its adapters' penalty
 
@@ -217,6 +221,47 @@ class AdaptedLayer(TunerLayer, Wrapper):
 
     def _put(self, module: nn.Module) -> None:
         self.base_layer, self._kind = module, type(base_for(module))
+
+    # -- the names by which diffusers and transformers drive a layer: those of PEFT's `BaseTunerLayer`
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        return not self.enabled
+
+    @property
+    def r(self) -> dict[str, int]:
+        """Name -> rank."""
+        return {n: a.rank for n, a in self.adapters.items()}  # type: ignore[misc]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make these of its adapters the active ones, in this order; exactly they are trained (unless `inference_mode`)."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.active_adapters = [n for n in names if n in self.adapters]
+        for n, adapter in self.adapters.items():
+            adapter.requires_grad_(n in names and not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.enabled = enabled
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters."""
+        for n in self.active_adapters:
+            self.set_scale(n, self.scales[n] * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer`; None sets the scale of the active adapters to 1."""
+        for n in self.active_adapters:
+            self.set_scale(n, 1.0 if scale is None else self.scales[n] / scale)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.remove(adapter_name)
 
     def extra_repr(self) -> str:
         return f"active={self.active_adapters}, merged={self.merged_adapters}" if self.adapters else ""

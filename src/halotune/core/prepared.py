@@ -142,7 +142,10 @@ class _Prepare(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         stacked, ctx.kept = _stacked(parameters, range(n), n), None
         if preparation.keeps and not _saved_tensors_are_hooked():
-            leaves = [t.detach().requires_grad_(parameters[k * n].requires_grad) for k, t in enumerate(stacked)]
+            trained = [
+                any(ctx.needs_input_grad[2 + k : 2 + k + n]) for k in range(0, len(parameters), n)
+            ]  # some of them at least
+            leaves = [t.detach().requires_grad_(needed) for t, needed in zip(stacked, trained, strict=True)]
             with torch.enable_grad():
                 made = preparation.make(*leaves)
             ctx.kept = leaves, made

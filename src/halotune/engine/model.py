@@ -360,7 +360,7 @@ class PeftModel(AdaptedModel):
             self,
             source.tensors,
             name,
-            source.ignore_mismatched_sizes,
+            ignore_mismatched_sizes=not source.complete,
             file=source.file,
             keep_dtype=not autocast,
         )
@@ -461,7 +461,7 @@ def get_peft_model(
 
     Args:
         model: any module; its layers are wrapped in place.
-        peft_config: `HRAConfig`, `LoHaConfig`, `BoneConfig`, `MissConfig` or `LoraConfig`.
+        peft_config: the method's own: `HRAConfig`, `OFTConfig`, `LoHaConfig` …
         adapter_name: the adapter's name.
         mixed: accepted for PEFT's sake; adapters of different methods can always live on one model.
         autocast_adapter_dtype: parameters in fp32 over a half-precision base.
@@ -501,17 +501,3 @@ def inject_adapter_in_model(
     tuner = add_in_place(model, adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage, paths=paths)
     tuner.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return model
-
-
-__all__ = [
-    "PEFT_CLASSES",
-    "PeftModel",
-    "PeftModelForCausalLM",
-    "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
-    "get_peft_model",
-    "inject_adapter_in_model",
-]

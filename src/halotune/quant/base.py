@@ -47,10 +47,6 @@ class Quantized(LinearLike):
         return f"{type(self.module).__name__} {self.shape} [{self.quantization}]"
 
     @property
-    def device(self) -> torch.device:
-        return self.parameter.device
-
-    @property
     def transient(self) -> bool:
         return True
 
@@ -66,9 +62,6 @@ class Quantized(LinearLike):
         layer._parameters = {"weight": W, "bias": bias if bias is None else bias.to(x)}  # type: ignore[assignment, dict-item]
         return layer(x)
 
-    def stored(self, W: Tensor) -> Tensor:
-        return W
-
 
 class Readable(Quantized):
     """A quantized layer whose weight can be read, and written.
@@ -81,9 +74,9 @@ class Readable(Quantized):
     def quantize(self, W: Tensor) -> Any:
         """The stored form of `W (out, in)`, in this layer's format. The layer is untouched."""
 
-    @abstractmethod
     def snapshot(self) -> Any:
-        """The stored form."""
+        """The stored form; the weight, where that is all of it."""
+        return self.parameter
 
     @abstractmethod
     def restore(self, snapshot: Any) -> None:

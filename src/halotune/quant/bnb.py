@@ -80,9 +80,6 @@ class Bnb4bit(Readable):
         data, state = _bnb().functional.quantize_4bit(W.to(old.device, self.dtype).contiguous(), **kept)
         return _bnb().nn.Params4bit(data, quant_state=state, module=self.module, bnb_quantized=True, **kept)
 
-    def snapshot(self) -> Any:
-        return self.parameter
-
     def restore(self, snapshot: Any) -> None:
         self.module.weight, self.module.quant_state = snapshot, snapshot.quant_state
 

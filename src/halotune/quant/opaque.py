@@ -38,10 +38,6 @@ class Opaque(Quantized):
         return _packed(self.module)
 
     @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.module, "bias", None)
-
-    @property
     def dtype(self) -> torch.dtype:
         """That of its float tensors, such as scales and a bias."""
         return next((t.dtype for t in _own_tensors(self.module) if _is_float(t)), torch.get_default_dtype())

@@ -40,9 +40,6 @@ class TorchAO(Readable):
         new = _AGAIN[type(old).__name__](old, W.to(old.device, old.dtype).contiguous())
         return nn.Parameter(new, requires_grad=False)
 
-    def snapshot(self) -> Any:
-        return self.parameter
-
     def restore(self, snapshot: Any) -> None:
         self.module.weight = snapshot
 

@@ -39,10 +39,6 @@ class AdapterSource:
         self.file, self.config, self.tensors = file, config, tensors
         self.complete = complete  # every parameter comes from the file, so none needs to be initialised
 
-    @property
-    def ignore_mismatched_sizes(self) -> bool:
-        return not self.complete
-
     @classmethod
     def read(
         cls,

@@ -24,13 +24,8 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-def _configs(model: nn.Module) -> dict[str, AdapterConfig]:
-    found: dict[str, AdapterConfig] = getattr(model, "peft_config", {})
-    return found
-
-
 def config_of(model: nn.Module, name: str) -> AdapterConfig:
-    configs = _configs(model)
+    configs: dict[str, AdapterConfig] = getattr(model, "peft_config", {})
     if name not in configs:
         raise HalotuneError(f"there is no adapter named {name!r}; the model has {sorted(configs) or 'none'}.")
     return configs[name]

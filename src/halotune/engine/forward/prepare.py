@@ -47,11 +47,11 @@ class Member(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What was seen of an adapter's parameters: alike ones have equal keys."""
+    """What was seen of an adapter's parameters; and the number of those that prepare alike."""
 
     tensors: Tensors
     looks: list[tuple[torch.Size, torch.dtype, torch.device, bool]]
-    key: Hashable
+    kind: int
 
 
 class _Recomputing(threading.local):
@@ -87,6 +87,7 @@ class Scope:
         self.parts: list[nn.Module] = []  # of the adapters
         self.local = _Recomputing()
         self.known: dict[Adapter, Known] = {}
+        self.kinds: dict[Hashable, int] = {}  # what adapters that prepare alike have in common -> their number
         self.order: dict[Adapter, int] = {}
         self.rounds = False  # whether some W' may be made in training
 
@@ -128,7 +129,7 @@ class Scope:
         if torch._C._current_graph_task_id() == -1:
             self.local.clear()  # and an earlier backward
         LOCAL.running = running = ForwardPass(self, LOCAL.running, self._draw_seed(model))
-        if torch.is_grad_enabled() and any([_is_compiled(m) for m in self.parents]):
+        if torch.is_grad_enabled() and any([is_compiled(m) for m in self.parents]):
             if not any([_is_checkpointed(m) for m in self.parents]):  # else it finds nothing prepared when it runs again
                 running.prepare_all()  # compiled code takes what is prepared, and cannot ask for it
 
@@ -152,8 +153,8 @@ class Scope:
         """One for each pass in training in which W' may be rounded; None where there is none."""
         if not (self.rounds and model.training):
             return None
-        half = any(layer.base.dtype in DROPPED for layer in self.layers or ())  # now: `model.to` may have changed it
-        if not (half or torch._C._is_any_autocast_enabled()):
+        dtypes = (layer.base.dtype for layer in self.layers or ())  # now: `model.to` may have changed them
+        if not (torch._C._is_any_autocast_enabled() or any(dtype in DROPPED for dtype in dtypes)):
             return None
         seed = int(torch.randint(1 << 62, (), device="cpu"))
         if torch.is_grad_enabled():
@@ -204,26 +205,26 @@ class ForwardPass:
 
     def __init__(self, scope: Scope, outer: Any, seed: int | None) -> None:
         self.scope, self.outer, self.first_seed = scope, outer, seed
-        self.groups: dict[Hashable, list[Member]] | None = None
-        self.keys: dict[Adapter, Hashable] = {}
+        self.groups: dict[int, list[Member]] | None = None
+        self.kinds: dict[Adapter, int] = {}
         self.tried: set[Hashable] = set()
         self.filled: list[Prepared] = []
 
     def prepare_for(self, adapter: Adapter, dtype: torch.dtype, as_weight: bool) -> None:
         if self.groups is None:
             self.groups = self._grouped()
-        key = self.keys.get(adapter)
-        attempt = key, dtype, torch.is_grad_enabled(), as_weight
-        if key is None or attempt in self.tried:
+        kind = self.kinds.get(adapter)
+        attempt = kind, dtype, torch.is_grad_enabled(), as_weight
+        if kind is None or attempt in self.tried:
             return
         self.tried.add(attempt)
-        members = self.groups[key]
+        members = self.groups[kind]
         if members[0].layer.base.dtype is not dtype and not _is_autocast(members[0].tensors[0], dtype):
             return
         if as_weight:
             self._prepare_weights(members, dtype)
             return
-        adapted = self._kept_weights(key, members, dtype)
+        adapted = self._kept_weights(kind, members, dtype)
         rest = [m for m, W in zip(members, adapted, strict=True) if W is None]
         if len(rest) > 1:
             made = prepare(rest[0].adapter.prepares(dtype), [m.tensors for m in rest])  # whichever asks, one seed
@@ -246,12 +247,12 @@ class ForwardPass:
                 members[0].adapter, torch.get_autocast_dtype(kind) if autocast else members[0].layer.base.dtype, False
             )
 
-    def _grouped(self) -> dict[Hashable, list[Member]]:
+    def _grouped(self) -> dict[int, list[Member]]:
         """Adapters that prepare alike. None where parameters are whole only while their own layer runs."""
-        groups: dict[Hashable, list[Member]] = {}
+        groups: dict[int, list[Member]] = {}
         if _gradients_may_be_missed():
             return groups
-        known = self.scope.known
+        known, kinds = self.scope.known, self.scope.kinds
         for layer in self.scope.layers or ():
             running = layer.running()
             for adapter in running:
@@ -260,12 +261,12 @@ class ForwardPass:
                 seen_before = known.get(adapter)
                 if seen_before is None or seen_before.looks != looks or not all(map(is_, seen_before.tensors, tensors)):
                     if not all([_is_at_hand(t) for t in tensors]):
-                        self.keys.clear()
+                        self.kinds.clear()
                         return {}
-                    key = type(adapter), adapter.batch_key(), layer.base.dtype, *looks
-                    known[adapter] = seen_before = Known(tensors, looks, key)
-                self.keys[adapter] = seen_before.key
-                groups.setdefault(seen_before.key, []).append(Member(layer, adapter, tensors, len(running) == 1))
+                    alike = type(adapter), adapter.batch_key(), layer.base.dtype, *looks
+                    known[adapter] = seen_before = Known(tensors, looks, kinds.setdefault(alike, len(kinds)))
+                kind = self.kinds[adapter] = seen_before.kind
+                groups.setdefault(kind, []).append(Member(layer, adapter, tensors, len(running) == 1))
         return groups
 
     def _prepare_weights(self, members: list[Member], dtype: torch.dtype) -> None:
@@ -275,15 +276,12 @@ class ForwardPass:
             if (W := member.plain(dtype)) is not None:
                 shapes.setdefault(W.shape, []).append((member, W))
         for pairs in shapes.values():
-            self._prepare_weights_of([m for m, _ in pairs], [W for _, W in pairs], dtype)
+            adapter = pairs[0][0].adapter
+            weights = Weights(adapter, dtype, [W for _, W in pairs], adapter.dither(dtype))
+            for (member, W), (adapted,) in zip(pairs, prepare(weights, [m.tensors for m, _ in pairs]), strict=True):
+                self._fill(member, (), adapted, (*member.tensors, W), dtype)
 
-    def _prepare_weights_of(self, members: list[Member], matrices: list[Tensor], dtype: torch.dtype) -> None:
-        adapter = members[0].adapter
-        made = prepare(Weights(adapter, dtype, matrices, adapter.dither(dtype)), [m.tensors for m in members])
-        for member, W, (adapted,) in zip(members, matrices, made, strict=True):
-            self._fill(member, (), adapted, (*member.tensors, W), dtype)
-
-    def _kept_weights(self, key: Hashable, members: list[Member], dtype: torch.dtype) -> list[Tensor | None]:
+    def _kept_weights(self, kind: int, members: list[Member], dtype: torch.dtype) -> list[Tensor | None]:
         """W' of those members for which there is room in the cache."""
         cache = self.scope.cache
         if not cache.budget:
@@ -292,7 +290,7 @@ class ForwardPass:
             cache.clear()  # the memory is training's
             return [None] * len(members)
         matrices = [m.plain(dtype) for m in members]
-        found = cache.weights(key, [m.adapter for m in members], [m.tensors for m in members], matrices)
+        found = cache.weights(kind, [m.adapter for m in members], [m.tensors for m in members], matrices)
         for member, W, adapted in zip(members, matrices, found, strict=True):
             if W is not None and adapted is not None:
                 self._fill(member, (), adapted, (*member.tensors, W), dtype)
@@ -309,10 +307,10 @@ class ForwardPass:
         """The pass is over: what was prepared lives on only in graphs that use it."""
         for prepared in self.filled:
             prepared.release()
-        self.filled, self.groups, self.keys = [], None, {}
+        self.filled, self.groups, self.kinds = [], None, {}
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 

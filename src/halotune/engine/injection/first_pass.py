@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...core.errors import warn
+from ..forward.prepare import is_compiled
 from .modules import adapted_layers, is_attention, plain_modules, public_path
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -63,7 +64,7 @@ class FirstPass:
             return
         there = adapted_layers(model)
         missed = [p for p, holder in self.holders.items() if p in there and p not in self.called and holder in self.called]
-        known = _compiled_frames() == self.compiled and not any(_is_compiled(m) for m in model.modules())
+        known = _compiled_frames() == self.compiled and not any(is_compiled(m) for m in model.modules())
         self.remove(model)
         if missed and known:  # compiled code notes nothing
             self._warn(model, missed)
@@ -107,10 +108,6 @@ def _holder(path: str, modules: dict[str, nn.Module]) -> str:
         if not isinstance(modules[path], _CONTAINERS):
             break
     return path
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
 
 
 def _compiled_frames() -> int:

@@ -46,12 +46,9 @@ class PeftAdaptedLayer(AdaptedLayer):
         super().__init__(layer.base_layer, path)
         self.peft_type, self.path = method.peft_type, path
         self.tied = False  # the base's weight is some other module's too
-        self.state: tuple[Any, ...] | None = (
-            None  # seen of peft's layer last: whether it is disabled, active and merged adapters
-        )
-        self.sources: dict[
-            str, list[tuple[dict[str, Any], str, Any]]
-        ] = {}  # where peft keeps an adapter's parts, and the parts
+        # Of peft's layer, as seen last: whether it is disabled, active and merged adapters; where it keeps an adapter's parts.
+        self.state: tuple[Any, ...] | None = None
+        self.sources: dict[str, list[tuple[dict[str, Any], str, Any]]] = {}
         self.notes: list[str] = []  # what peft itself gets wrong here, and has not been said yet
 
     def follow(self, layer: Any, names: Iterable[str] = ()) -> None:
