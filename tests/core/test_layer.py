@@ -134,7 +134,8 @@ def test_a_merge_for_good_keeps_no_snapshot():
     layer = layer_with("a")
     layer.merge(["a"], keep=False)
     merged = layer.base_layer.weight.clone()
-    layer.unmerge()
+    with pytest.raises(HalotuneError, match="merged for good, and nothing was kept to restore the weight from"):
+        layer.unmerge()
     assert torch.equal(layer.base_layer.weight, merged)
 
 
