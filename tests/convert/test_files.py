@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 import halotune
 from halotune import AdapterFileError, HalotuneError, LoHaConfig, LoraConfig, PeftModel, convert_adapter, get_peft_model
 from halotune.cli.main import main
+from halotune.convert import loading
 from halotune.core.config import AdapterConfig
 from halotune.engine.files.state_dict import read_metadata
 
@@ -144,9 +146,11 @@ def test_a_name_of_two_layers_is_told_by_shape_or_refused(tmp_path: Path) -> Non
     halotune.save_lycoris(model, tmp_path / "one.safetensors")
     found = halotune.load_lycoris(Ambiguous(5), tmp_path / "one.safetensors")
     assert found.active_peft_config.target_modules == {"c"}
-    halotune.save_lycoris(get_peft_model(Ambiguous(6), LoHaConfig(r=2, target_modules=["c"])), tmp_path / "six.safetensors")
     with pytest.raises(AdapterFileError, match=r"lycoris_a_b_c: may mean a\.b_c and a_b\.c"):
-        halotune.load_lycoris(Ambiguous(6), tmp_path / "six.safetensors")
+        halotune.load_lycoris(Ambiguous(6), tmp_path / "one.safetensors")
+    with pytest.raises(AdapterFileError, match=r"lycoris_a_b_c: may mean a\.b_c and a_b\.c"):  # and nobody writes it
+        halotune.save_lycoris(get_peft_model(Ambiguous(6), LoHaConfig(r=2, target_modules=["c"])), tmp_path / "six.safetensors")
+    assert not (tmp_path / "six.safetensors").exists()
     both = get_peft_model(Ambiguous(5), LoHaConfig(r=2, target_modules=["c", "b_c"]))
     with pytest.raises(HalotuneError, match="two modules get this name"):
         halotune.save_lycoris(both, tmp_path / "two.safetensors")
@@ -421,3 +425,17 @@ def test_an_adapter_of_alpha_0_has_no_effect_after_a_round_trip(config, tmp_path
     x = torch.randn(3, 8)
     y = plain(x)
     assert torch.equal(halotune.load_lycoris(plain, file)(x), y)
+
+
+def test_what_would_not_be_read_back_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(Ambiguous(5), LoHaConfig(r=2, target_modules=["c"]))
+    write = loading.write
+
+    def one_tensor_less(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        tensors = write(*args, **kwargs)
+        return {key: t for key, t in tensors.items() if not key.endswith("hada_w2_b")}
+
+    monkeypatch.setattr(loading, "write", one_tensor_less)
+    with pytest.raises(AdapterFileError, match="hada_w2_b"):
+        halotune.save_lycoris(model, tmp_path / "less.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ from ..methods.registry import method_of, methods, under_alias
 from .base import BaseLayers, load_bases
 from .loading import check_names, check_output, left_out, read_lycoris
 from .lycoris import PEFT_PREFIX, PREFIXES, LycorisFile, StoredAdapter, is_lycoris
-from .reading import Resolved, best_prefixes, resolve
+from .reading import Resolved, best_prefixes, check_written, resolve
 from .writing import class_of_base, metadata_for, write
 
 FORMATS = ("peft", *sorted(name.lower() for m in methods() for name in m.aliases), "lycoris", "kohya")
@@ -219,16 +219,21 @@ def _write_lycoris(
         raise HalotuneError("names='original' needs the base model's own. Give base (--base).")
     numbered = any(c.startswith("text_encoder_") for c in (*bases, *adapters))
     tensors: dict[str, Any] = {}
+    parts: list[tuple[str, BaseLayers]] = []
     for component, adapter in adapters.items():
         base = bases.get(component) or (next(iter(bases.values())) if len(bases) == len(adapters) == 1 else None)
         original = names == "original" or (names is None and to == "kohya" and base is not None and base.scripts_use_originals)
         kind = base.class_name if base else class_of_base(adapter.config)
         own = prefix or ("lycoris" if to == "lycoris" else _kohya_prefix(component, kind, original, numbered))
+        parts += [] if base is None else [(own, base)]
         for key, t in write(adapter, own, base, original).items():
             if key in tensors:
                 raise HalotuneError(f"{key}: two models of the pipeline have this module. Use --to kohya.")
             tensors[key] = t
-    write_tensors(tensors, file, metadata or metadata_for(next(iter(adapters.values())).config))
+    metadata = metadata or metadata_for(next(iter(adapters.values())).config)
+    if len(parts) == len(adapters):  # without a base there is nothing to hold an adapter against
+        check_written(tensors, metadata, file, parts)
+    write_tensors(tensors, file, metadata)
 
 
 def _kohya_prefix(component: str, kind: str, original: bool, numbered: bool) -> str:

@@ -17,7 +17,7 @@ from ..engine.model import PeftModel
 from ..engine.tuner import AdapterModel
 from .base import BaseLayers
 from .lycoris import PEFT_PREFIX, LycorisFile, StoredAdapter, parse
-from .reading import Resolved, best_prefixes, resolve
+from .reading import Resolved, best_prefixes, check_written, resolve
 from .writing import metadata_for, write
 
 
@@ -118,8 +118,10 @@ def save_lycoris(
     root = next((f"{n}." for n, m in model.named_modules() if m is inner and n), "")
     own = {PEFT_PREFIX + k.removeprefix(root): t if dtype is None else t.to(dtype) for k, t in found.items()}
     adapter = StoredAdapter(config_of(model, adapter_name), own)
-    tensors = write(adapter, prefix, BaseLayers.of(inner), original=names == "original")
-    write_tensors(tensors, check_output(file), {**metadata_for(adapter.config), **(metadata or {})})
+    base, about = BaseLayers.of(inner), {**metadata_for(adapter.config), **(metadata or {})}
+    tensors = write(adapter, prefix, base, original=names == "original")
+    check_written(tensors, about, check_output(file), [(prefix, base)])
+    write_tensors(tensors, file, about)
 
 
 def _base_model(model: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ from ..engine.injection.targets import matches_suffix, shortest_suffixes
 from ..methods.lycoris_form import LycorisForm
 from ..methods.registry import Method
 from .base import BaseLayers
-from .lycoris import PEFT_PREFIX, LycorisFile, StoredAdapter
+from .lycoris import PEFT_PREFIX, LycorisFile, StoredAdapter, parse
 from .originals import Part
 from .rows import cut
 
@@ -98,6 +98,30 @@ def _nothing_matches(source: LycorisFile, base: BaseLayers, unmatched: Sequence[
         key=unmatched[0],
         remedy="Give the base model, and the part of the pipeline, that it was trained on.",
     )
+
+
+def check_written(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path, parts: Sequence[tuple[str, BaseLayers]]
+) -> None:
+    """Refuse to write what would not be read back.
+
+    Args:
+        parts: for each model, what the names of its modules begin with, and its layers.
+
+    Raises:
+        AdapterFileError: a tensor is missing, or does not fit, or no model has a layer of that name.
+    """
+    unread: dict[str, set[str]] = {}  # of each prefix, which several models may share
+    for prefix, base in parts:
+        source = parse(tensors, metadata, file, prefix)
+        names = set(resolve(source, base, [prefix]).unmatched)
+        unread[prefix] = unread.get(prefix, names) & names
+    if left := set().union(*unread.values()):
+        raise AdapterFileError(
+            file,
+            f"{len(left)} of its modules are of no layer of the model, such as {min(left)}, so nothing would read them.",
+            remedy="Give the base model that the adapter was trained on.",
+        )
 
 
 def best_prefixes(source: LycorisFile, base: BaseLayers) -> list[str]:
