@@ -143,8 +143,8 @@ class Ambiguous(nn.Module):
 
 def test_a_name_of_two_layers_is_told_by_shape_or_refused(tmp_path: Path) -> None:
     model = get_peft_model(Ambiguous(5), LoHaConfig(r=2, target_modules=["c"]))
-    halotune.save_lycoris(model, tmp_path / "one.safetensors")
-    found = halotune.load_lycoris(Ambiguous(5), tmp_path / "one.safetensors")
+    halotune.save_lycoris(model, str(tmp_path / "one.safetensors"))
+    found = halotune.load_lycoris(Ambiguous(5), str(tmp_path / "one.safetensors"))
     assert found.active_peft_config.target_modules == {"c"}
     with pytest.raises(AdapterFileError, match=r"lycoris_a_b_c: may mean a\.b_c and a_b\.c"):
         halotune.load_lycoris(Ambiguous(6), tmp_path / "one.safetensors")

@@ -120,8 +120,9 @@ def save_lycoris(
     adapter = StoredAdapter(config_of(model, adapter_name), own)
     base, about = BaseLayers.of(inner), {**metadata_for(adapter.config), **(metadata or {})}
     tensors = write(adapter, prefix, base, original=names == "original")
-    check_written(tensors, about, check_output(file), [(prefix, base)])
-    write_tensors(tensors, file, about)
+    path = check_output(file)
+    check_written(tensors, about, path, [(prefix, base)])
+    write_tensors(tensors, path, about)
 
 
 def _base_model(model: nn.Module) -> nn.Module:
