@@ -202,3 +202,25 @@ def test_text_alone_in_a_vision_language_model() -> None:
     model = halotune.get_peft_model(LlavaForConditionalGeneration(config), LoraConfig(target_modules="all-linear"))
     model(input_ids=torch.tensor([[3, 4, 5]]))
     assert not hooks(model)
+
+
+def test_what_has_no_effect_is_not_merged():
+    """A layer whose weight is read runs without its adapter; in the weight, the adapter would change the output."""
+    torch.manual_seed(0)
+    model = halotune.get_peft_model(Reader(), LoraConfig(r=2, target_modules=["kernel", "out"]))
+    x = torch.randn(3, 6)
+    with pytest.warns(UserWarning, match="kernel: not called in the first pass"):
+        model(x)
+    model.merge_adapter()  # no delta yet: nothing to refuse
+    model.unmerge_adapter()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * p.requires_grad)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(halotune.HalotuneError, match=r"^kernel: the model did not call this layer.*Nothing was merged"):
+        model.merge_and_unload()
+    assert all(map(torch.equal, before, model.parameters()))
+    copied = copy.deepcopy(model)
+    copied.get_base_model().kernel(x)  # somebody calls it
+    copied.merge_adapter()
+    assert copied.merged_adapters and not model.merged_adapters

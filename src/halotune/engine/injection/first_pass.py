@@ -35,8 +35,21 @@ class Note:
             module._forward_pre_hooks.pop(self.key, None)
 
 
+class Uncalled:
+    """Marks a layer that the first pass did not call, until somebody does: its adapters have no effect, and are not merged."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        layer.__dict__["uncalled"] = True
+        self.key = layer.register_forward_pre_hook(self).id
+
+    def __call__(self, layer: nn.Module, args: Any) -> None:
+        layer.__dict__["uncalled"] = False
+        layer._forward_pre_hooks.pop(self.key, None)
+
+
 class FirstPass:
-    """Watches layers until the first pass of the model after they were adapted is over. Afterwards no hook is left."""
+    """Watches layers until the first pass of the model after they were adapted is over. Afterwards no hook is left, but on what
+    was not called."""
 
     def __init__(self) -> None:
         self.holders: dict[str, str] = {}  # path of a layer -> that of the module that holds it
@@ -79,6 +92,8 @@ class FirstPass:
                 idle[f"{public_path(container)} ({{}} of {len(inside)})"] += 1
         alone = [p for p in missed if not any(g.startswith(f"{public_path(p.rpartition('.')[0])} (") for g in idle)]
         parts = []
+        for path in alone:
+            Uncalled(layers[path])
         if alone:
             names = ", ".join(map(public_path, alone[:SHOWN])) + (f" and {len(alone) - SHOWN} more" if alone[SHOWN:] else "")
             parts.append(

@@ -76,6 +76,7 @@ def merge(
     for path, layer in layers.items():
         check_order(path, layer, _pending(layer, names))
         layer.base.require_mergeable(path, as_float is not None)
+        _require_called(path, layer, _pending(layer, names))
     if safe:
         for path, layer in layers.items():
             layer.check_finite(_pending(layer, names), path)
@@ -103,6 +104,15 @@ def merge(
         raise
     _warn_of_loss(list(layers.values()), report.total())
     return report
+
+
+def _require_called(path: str, layer: AdaptedLayer, names: list[str]) -> None:
+    """A layer whose weight is read without calling it runs without its adapters: merged, they would change the output."""
+    if vars(layer).get("uncalled") and not torch.equal(layer.merged_weight([]), layer.merged_weight(names)):
+        raise HalotuneError(
+            f"{path}: the model did not call this layer, so its adapters had no effect, and merged they would have one. "
+            "Nothing was merged. Run a pass that calls it, or leave it out with exclude_modules."
+        )
 
 
 def _warn_of_loss(layers: list[AdaptedLayer], total: MergeRecord) -> None:
