@@ -36,15 +36,18 @@ class Note:
 
 
 class Uncalled:
-    """Marks a layer that the first pass did not call, until somebody does: its adapters have no effect, and are not merged."""
+    """A hook on a layer that the first pass did not call, until somebody does: its adapters have no effect; none is merged."""
 
     def __init__(self, layer: nn.Module) -> None:
-        layer.__dict__["uncalled"] = True
         self.key = layer.register_forward_pre_hook(self).id
 
     def __call__(self, layer: nn.Module, args: Any) -> None:
-        layer.__dict__["uncalled"] = False
-        layer._forward_pre_hooks.pop(self.key, None)
+        if not torch.compiler.is_compiling():
+            layer._forward_pre_hooks.pop(self.key, None)
+
+
+def is_uncalled(layer: nn.Module) -> bool:
+    return any(isinstance(hook, Uncalled) for hook in layer._forward_pre_hooks.values())
 
 
 class FirstPass:

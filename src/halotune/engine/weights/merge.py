@@ -17,6 +17,7 @@ from ...core.errors import HalotuneError, warn
 from ...core.kinds import LowRank
 from ...core.layer import AdaptedLayer
 from ...core.merge_record import MergeRecord
+from ..injection.first_pass import is_uncalled
 from ..injection.modules import adapted_layers, modules_to_save_wrappers, tied_parameters, unwrapped
 
 T = TypeVar("T")
@@ -108,7 +109,7 @@ def merge(
 
 def _require_called(path: str, layer: AdaptedLayer, names: list[str]) -> None:
     """A layer whose weight is read without calling it runs without its adapters: merged, they would change the output."""
-    if vars(layer).get("uncalled") and not torch.equal(layer.merged_weight([]), layer.merged_weight(names)):
+    if is_uncalled(layer) and not torch.equal(layer.merged_weight([]), layer.merged_weight(names)):
         raise HalotuneError(
             f"{path}: the model did not call this layer, so its adapters had no effect, and merged they would have one. "
             "Nothing was merged. Run a pass that calls it, or leave it out with exclude_modules."
