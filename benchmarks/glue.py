@@ -18,16 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
-import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+
+from sittings import keep, read, sitting
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = {"cola": 5, "sst2": 5, "mrpc": 5, "stsb": 5}
@@ -95,8 +93,9 @@ def name_of(task: str, method: str, rate: float, seed: int) -> str:
     return f"{task}-{plain}-{rate:g}-seed{seed}"
 
 
-def train(task: str, method: str, rate: float, seed: int, args: argparse.Namespace) -> str:
+def train(point: tuple[str, str, float, int], args: argparse.Namespace) -> str:
     """One run, in a worker; its JSON is left in the output."""
+    task, method, rate, seed = point
     from halotune.recipes import NLUConfig, train_nlu
 
     kind, fields, _ = METHODS[method]
@@ -123,22 +122,15 @@ def train(task: str, method: str, rate: float, seed: int, args: argparse.Namespa
         record["substitutes"] += ["SST-2: 10,000 of its 67,349 rows"] * (task == "sst2")
         record["workers"] = args.workers  # runs shared the GPU, so seconds are comparable within a sitting alone
         target = args.output / ("rates" if seed == 0 else "runs") / name
-        target.mkdir(parents=True, exist_ok=True)
-        if seed:
-            shutil.copyfile(folder / "metrics.jsonl", target / "metrics.jsonl")
-            shutil.copyfile(folder / "changes.json", target / "changes.json")
-        temporary = target / ".run.json"
         text = json.dumps(record, ensure_ascii=False).replace(f"{scratch}/", "")  # where it ran is nobody's business
         for path, shown in ((args.model, "warm-started"), (args.data, "GLUE")):
             text = text.replace(json.dumps(str(path)), json.dumps(shown))
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.rename(target / "run.json")  # last: a run whose run.json is there is complete
+        keep(text, folder, target, whole=seed > 0)
     return name
 
 
 def result(output: Path, task: str, method: str, rate: float, seed: int) -> dict[str, Any] | None:
-    file = output / ("rates" if seed == 0 else "runs") / name_of(task, method, rate, seed) / "run.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read(output / ("rates" if seed == 0 else "runs") / name_of(task, method, rate, seed))
 
 
 def chosen_rate(output: Path, task: str, method: str) -> float | None:
@@ -160,36 +152,6 @@ def missing(args: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]:
             for r, seed in points:
                 if result(args.output, task, method, r, seed) is None:
                     yield task, method, r, seed
-
-
-def sitting(args: argparse.Namespace) -> None:
-    end = time.monotonic() + 60 * args.minutes
-    context = multiprocessing.get_context("spawn")
-    running: dict[Future[str], tuple[str, str, float, int]] = {}
-    failed: set[tuple[str, str, float, int]] = set()
-    slowest = 0.0
-    with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
-        started: dict[Future[str], float] = {}
-        while True:
-            waiting = [point for point in missing(args) if point not in running.values() and point not in failed]
-            for point in waiting[: args.workers - len(running)]:
-                if time.monotonic() + slowest < end:
-                    future = pool.submit(train, *point, args)
-                    running[future], started[future] = point, time.monotonic()
-            if not running:
-                break
-            done, _ = wait(running, timeout=max(end - time.monotonic(), 0) + args.grace, return_when=FIRST_COMPLETED)
-            if not done:
-                print(f"{len(running)} runs did not end in time and are left out: the next sitting makes them", flush=True)
-                for process in (pool._processes or {}).values():
-                    process.terminate()
-                break
-            for future in done:
-                slowest, point = max(slowest, time.monotonic() - started[future]), running.pop(future)
-                if error := future.exception():  # out of memory, say: this sitting goes on without it
-                    failed.add(point)
-                print(f"{point}: {f'{type(error).__name__}: {error}' if error else future.result()}", flush=True)
-    print(f"{sum(1 for _ in missing(args))} runs are to be started next")
 
 
 def table(args: argparse.Namespace) -> str:
@@ -234,7 +196,7 @@ def main() -> None:
         return print(table(args))
     if args.model is None or args.data is None:
         sys.exit("glue.py: give --model, made with --make-model, and --data")
-    sitting(args)
+    sitting(lambda: missing(args), train, args)
     print(table(args))
 
 

@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
+
+from sittings import keep, read, sitting
 
 ROOT = Path(__file__).parent.parent
 SEEDS = (1, 2, 3)
@@ -126,13 +124,7 @@ def work(point: Point, args: argparse.Namespace) -> str:
         record["workers"] = args.workers  # runs shared the GPU, so seconds are comparable within a sitting alone
         record["config"].update(model="smollm2", output="", data="gsm8k/train.jsonl,math/train.jsonl", evaluation="held out")
         target = folder_of(args.output, point)
-        target.mkdir(parents=True, exist_ok=True)
-        if seed:
-            shutil.copyfile(folder / "metrics.jsonl", target / "metrics.jsonl")
-            shutil.copyfile(folder / "changes.json", target / "changes.json")
-        temporary = target / ".run.json"
-        temporary.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
-        temporary.rename(target / "run.json")  # last: a run whose run.json is there is complete
+        keep(json.dumps(record, ensure_ascii=False), folder, target, whole=seed > 0)
     return name_of(*point)
 
 
@@ -157,8 +149,7 @@ def base_record(config: Any) -> dict[str, Any]:
 
 
 def result(output: Path, point: Point) -> dict[str, Any] | None:
-    file = folder_of(output, point) / "run.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read(folder_of(output, point))
 
 
 def chosen_rate(output: Path, method: str) -> float | None:
@@ -178,34 +169,6 @@ def missing(args: argparse.Namespace) -> Iterator[Point]:
     points += [(method, rate, 0) for method in args.methods if rates[method] is None for rate in METHODS[method][2]]
     points += [(m, rate, seed) for seed in SEEDS for m in args.methods if (rate := rates[m]) is not None]
     yield from (point for point in points if result(args.output, point) is None)
-
-
-def sitting(args: argparse.Namespace) -> None:
-    end = time.monotonic() + 60 * args.minutes
-    context = multiprocessing.get_context("spawn")
-    running: dict[Future[str], Point] = {}
-    started: dict[Future[str], float] = {}
-    longest = {True: 0.0, False: 0.0}  # of a try at a rate, of a whole run
-    with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
-        while True:
-            for point in [p for p in missing(args) if p not in running.values()][: args.workers - len(running)]:
-                if time.monotonic() + longest[point[2] == 0] < end:
-                    future = pool.submit(work, point, args)
-                    running[future], started[future] = point, time.monotonic()
-            if not running:
-                break
-            done, _ = wait(running, timeout=max(end - time.monotonic(), 0) + args.grace, return_when=FIRST_COMPLETED)
-            if not done:
-                print(f"{len(running)} runs did not end in time and are left out: the next sitting makes them", flush=True)
-                for process in (pool._processes or {}).values():
-                    process.terminate()
-                break
-            for future in done:
-                point = running.pop(future)
-                seconds = time.monotonic() - started[future]
-                longest[point[2] == 0] = max(longest[point[2] == 0], seconds)
-                print(f"{future.result()}: {seconds:.0f} s", flush=True)
-    print(f"{sum(1 for _ in missing(args))} runs are to be started next")
 
 
 def table(args: argparse.Namespace) -> str:
@@ -257,7 +220,7 @@ def main() -> None:
         return print(table(args))
     if args.data is None:
         sys.exit("word_problems.py: give --data, a folder with gsm8k/ and math/")
-    sitting(args)
+    sitting(lambda: missing(args), work, args, kind=lambda point: point[2] == 0)  # a try at a rate, or a whole run
     print(table(args))
 
 

@@ -23,7 +23,9 @@ def glue() -> ModuleType:
     spec = importlib.util.spec_from_file_location("benchmark_of_glue", FILE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FILE.parent)  # as where it runs as a script
+        spec.loader.exec_module(module)
     return module
 
 
@@ -64,3 +66,17 @@ def test_a_sitting_goes_on_from_the_last(glue, tmp_path):
         finish(rates[1], seed, value)
     assert list(glue.missing(args)) == []
     assert glue.table(args).splitlines()[-1] == f"| LoRA | 7 | 40.0 ± 20.0 ({rates[1]:g}) | 2 |"
+
+
+def run(point: str, args: Namespace) -> str:
+    if point == "large":
+        raise MemoryError("too large")
+    (args.output / point).touch()
+    return point
+
+
+def test_a_run_that_fails_leaves_the_others_alone(glue, tmp_path, capsys):
+    args = Namespace(output=tmp_path, workers=1, minutes=1, grace=30)
+    glue.sitting(lambda: [p for p in ("small", "large", "last") if not (tmp_path / p).exists()], run, args)
+    assert {file.name for file in tmp_path.iterdir()} == {"small", "last"}
+    assert "large: MemoryError: too large" in capsys.readouterr().out

@@ -1,0 +1,78 @@
+"""Runs side by side on one device, a sitting at a time: what one leaves undone, the next one goes on with."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import time
+from argparse import Namespace
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+Point = TypeVar("Point")
+
+
+def keep(text: str, folder: Path, target: Path, *, whole: bool) -> None:
+    """Leave what a run has to tell, of a `whole` one also what it logged and changed. `run.json` comes last: where it is, the
+    run is complete."""
+    target.mkdir(parents=True, exist_ok=True)
+    if whole:
+        shutil.copyfile(folder / "metrics.jsonl", target / "metrics.jsonl")
+        shutil.copyfile(folder / "changes.json", target / "changes.json")
+    temporary = target / ".run.json"
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.rename(target / "run.json")
+
+
+def read(target: Path) -> dict[str, Any] | None:
+    """What `keep` left there."""
+    file = target / "run.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def sitting(
+    missing: Callable[[], Iterable[Point]],
+    work: Callable[[Point, Namespace], str],
+    args: Namespace,
+    kind: Callable[[Point], Hashable] = lambda point: None,
+) -> None:
+    """Work on what is missing, and start nothing that would not end in time.
+
+    Args:
+        missing: what is to be run and can be run now, in order.
+        work: one run, in a process of its own; its name.
+        args: `workers`, `minutes` and `grace`, and what `work` reads.
+        kind: points of one kind take about as long.
+    """
+    end = time.monotonic() + 60 * args.minutes
+    running: dict[Future[str], Point] = {}
+    started: dict[Future[str], float] = {}
+    failed: list[Point] = []
+    longest: dict[Hashable, float] = {}
+    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        while True:
+            waiting = [p for p in missing() if p not in running.values() and p not in failed]
+            for point in waiting[: args.workers - len(running)]:
+                if time.monotonic() + longest.get(kind(point), 0.0) < end:
+                    future = pool.submit(work, point, args)
+                    running[future], started[future] = point, time.monotonic()
+            if not running:
+                break
+            done, _ = wait(running, timeout=max(end - time.monotonic(), 0) + args.grace, return_when=FIRST_COMPLETED)
+            if not done:
+                print(f"{len(running)} runs did not end in time and are left out: the next sitting makes them", flush=True)
+                for process in (pool._processes or {}).values():
+                    process.terminate()
+                break
+            for future in done:
+                point, seconds = running.pop(future), time.monotonic() - started[future]
+                longest[kind(point)] = max(longest.get(kind(point), 0.0), seconds)
+                if error := future.exception():  # out of memory, say: this sitting goes on without it
+                    failed.append(point)
+                print(
+                    f"{f'{point}: {type(error).__name__}: {error}' if error else future.result()}: {seconds:.0f} s", flush=True
+                )
+    print(f"{sum(1 for _ in missing())} runs are to be started next")
