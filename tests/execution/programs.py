@@ -589,9 +589,15 @@ class Run:
         names = self.plain.active[:count]  # in another order the model refuses
         trained = any(p.requires_grad for path in self.program.layers for p in self.plain.base(path).parameters())
         if not (self.plain.merged or self.plain.off or trained):
+            self.call_all()  # what no pass has called is not merged
             self.model.merge_adapter(list(names))
             self.plain.merge(names)
             self.adapted.merged = names
+
+    def call_all(self) -> None:
+        paths = [path for path in self.program.layers if not path.startswith("mlp.")]
+        with torch.no_grad():
+            self.model(self.sample(1), lambda x: self.adapted.follow((("together", *paths), ("mlp",)), x))
 
     def unmerge(self) -> None:
         self.model.unmerge_adapter()
