@@ -189,7 +189,7 @@ def test_a_folder_that_is_no_run_is_refused(encoder, table, tmp_path):
 
 def test_a_run_has_one_writer(encoder, table, tmp_path):
     config = configure(encoder, table, tmp_path / "run")
-    with Run(config).open(), pytest.raises(HalotuneError, match="another process writes this run"), Run(config).open():
+    with Run(config).open(), pytest.raises(HalotuneError, match="another process writes into it"), Run(config).open():
         pass
     with FileLock(tmp_path / "run" / ".lock", timeout=0):
         pass  # it is given back

@@ -33,7 +33,7 @@ class AdapterSFTTrainer(AdapterTrainerMixin, SFTTrainer):
     - The chunked loss multiplies by the head's weight itself: an adapted head, or one that is fully fine-tuned, gives the
       weight that it computes with, and so learns.
     - Trained parameters keep their dtype on a quantized base, where TRL rounds them to bf16.
-    - `eval_loss` is the mean over all tokens that count, whatever the batches are.
+    - `eval_loss`, `eval_entropy` and `eval_mean_token_accuracy` are means over all tokens that count, whatever the batches are.
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -72,8 +72,11 @@ class AdapterSFTTrainer(AdapterTrainerMixin, SFTTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         key = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if self._eval_sums and output.metrics is not None and key in output.metrics:
-            total, counted = torch.stack(self._eval_sums).sum(0).tolist()
-            output.metrics[key] = total / max(counted, 1)
+            totals, counted = torch.stack(self._eval_sums).T
+            output.metrics[key] = float(totals.sum() / counted.sum().clamp(min=1))
+            for name in ("entropy", "mean_token_accuracy"):  # of which TRL has a batch's mean
+                means = torch.tensor(self._metrics["eval"][name], dtype=torch.float64, device=counted.device)
+                self._metrics["eval"][name] = [float((means * counted).sum() / counted.sum().clamp(min=1))]
         return output
 
 

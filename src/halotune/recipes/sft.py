@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import datasets
 from accelerate.utils.other import is_repeated_blocks
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
 from trl.data_utils import pack_dataset
@@ -27,6 +27,7 @@ from ..core.config import TaskType
 from ..core.errors import HalotuneError
 from ..engine.model import PeftModel
 from ..integrations.trl import AdapterSFTTrainer
+from .common import processes
 from .common.config import RunConfig, find_method
 from .common.dry_run import dry_run as show_dry_run
 from .common.model import adapt, load_base, model_source
@@ -252,6 +253,8 @@ def make_trainer(
         **({} if config.gradient_checkpointing else dict.fromkeys(checkpointing(TRLConfig), False)),
         **({} if held is not None else {"eval_strategy": "no"}),
     )
+    if held is not None and processes.count() > 1:
+        held = filled(held, args.per_device_eval_batch_size * processes.count(), tokenizer.pad_token_id)
     collator = None
     if config.packing and not varlen:
         collator = PackedCollator(tokenizer.pad_token_id, config.max_length if config.compile else None)
@@ -265,6 +268,13 @@ def make_trainer(
         run=run,
         best="log_likelihood" if held is not None else None,
     )
+
+
+def filled(held: Dataset, rows: int, pad: int) -> Dataset:
+    """With rows of which nothing counts, up to a whole batch of every process: accelerate would count some rows twice there."""
+    row = {"input_ids": [pad] * 2, "labels": [IGNORED] * 2, "seq_lengths": [2]}
+    more = [{name: row[name] for name in held.column_names}] * (-len(held) % rows)
+    return concatenate_datasets([held, Dataset.from_list(more, features=held.features)]) if more else held
 
 
 def compile_blocks(model: PeftModel) -> None:
