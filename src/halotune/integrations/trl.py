@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.errors import HalotuneError
 from ..core.layer import AdaptedLayer
+from ..engine.injection.first_pass import note_call
 from ..engine.injection.modules_to_save import ModulesToSaveWrapper
 from ..engine.model import PeftModel
 from .transformers import AdapterTrainerMixin
@@ -94,6 +95,7 @@ def show_head(base: nn.Module) -> None:
     def get_output_embeddings(self: nn.Module) -> Any:
         head = original()  # type: ignore[operator]
         if isinstance(head, AdaptedLayer):
+            note_call(head)
             return Head(head.operator().weight().to(head.base.dtype), getattr(head.base_layer, "bias", None))
         if isinstance(head, ModulesToSaveWrapper):
             own: Any = head.current
