@@ -196,6 +196,17 @@ def test_an_answer_that_never_begins(base: Path, tmp_path: Path) -> None:
         train_sft(config(base, tmp_path, data=write(tmp_path / "rows.jsonl", chats(4)), max_length=10))
 
 
+def test_blocks_are_compiled_where_it_pays(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(**changes: Any) -> bool:
+        return config(base, tmp_path, data="rows.jsonl", **{"device": "auto", **changes}).compiled
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not compiled() and compiled(compile=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert compiled() and not compiled(compile=False) and not compiled(device="cpu")
+    assert not any(compiled(**own) for own in ({"packing": False}, {"quant": "nf4"}, {"deterministic": True}))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")  # its own, while it traces
 def test_compiled_blocks_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_peft_model(tiny_llama(), HRAConfig(r=4, target_modules="all-linear", init_weights=False))
@@ -213,3 +224,5 @@ def test_compiled_blocks_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) 
     compile_blocks(model)
     assert len(compiled) == 2 and list(model.state_dict()) == names
     assert torch.allclose(model(ids, use_cache=False).logits, plain, atol=1e-5)
+    with pytest.raises(HalotuneError, match=r"has no repeated blocks\. Leave out --compile"):
+        compile_blocks(get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), HRAConfig(r=2, target_modules=["0"])))

@@ -26,7 +26,6 @@ from transformers import (
     EvalPrediction,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
 from transformers.utils import logging
 
@@ -41,7 +40,7 @@ from .common.dry_run import dry_run as show_dry_run
 from .common.model import adapt, load_base, model_source
 from .common.rows import read_rows, text_of, usable
 from .common.run import Run, read_run, said
-from .common.trainer import RunTrainer, arguments, placement
+from .common.trainer import RunTrainer, arguments, placement, seed
 from .glue.presets import differences, settings
 from .glue.tasks import TASKS, Task, submission
 from .nlu_data import Columns, Data, Example, file_split, hub_split, load_glue, load_table, table_task
@@ -177,9 +176,9 @@ def train_nlu(config: NLUConfig, *, dry_run: bool = False, command: str | None =
     if run.finished and not dry_run:
         said(f"{run.folder}: finished already; nothing was done. Give another --output for a new run.")
         return run.record
+    seed(config)  # of the head and the adapter
     data = load_data(config)
     task = data.task
-    set_seed(config.seed)  # of the head and the adapter
     tokenizer = load_tokenizer(config)
     model = adapt(load_classifier(config, task.labels, tokenizer), config, TaskType.SEQ_CLS)
     if config.freeze_head:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import datasets
+import torch
 from accelerate.utils.other import is_repeated_blocks
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig as TRLConfig
@@ -32,7 +33,7 @@ from .common.config import RunConfig, find_method
 from .common.dry_run import dry_run as show_dry_run
 from .common.model import adapt, load_base, model_source
 from .common.run import Run, said
-from .common.trainer import RunTrainerMixin, arguments, checkpointing
+from .common.trainer import RunTrainerMixin, arguments, checkpointing, seed
 from .language.packing import PackedCollator, check_isolation, fill
 from .language.rows import Columns, Example, read_examples, split, understood
 from .language.tokens import IGNORED, encode_all, set_pad_token, set_template
@@ -56,7 +57,8 @@ class SFTConfig(RunConfig):
         max_length: tokens of an example, longer ones are cut; and of a row of packed ones.
         packing: put several short examples into one row; they do not see each other.
         attention: an implementation that transformers knows (sdpa, eager, flash_attention_2 …).
-        compile: compile every block of the model with torch.compile.
+        compile: compile every block of the model with torch.compile; by default on a CUDA device with packed rows, whose length
+            is fixed, unless `quant` or `deterministic` is set.
     """
 
     data: str
@@ -70,7 +72,7 @@ class SFTConfig(RunConfig):
     max_length: int = 1024
     packing: bool = True
     attention: str = "sdpa"
-    compile: bool = False
+    compile: bool | None = None
     batch_size: int = 16
     schedule: str = "cosine"
     weight_decay: float = 0.0
@@ -82,6 +84,14 @@ class SFTConfig(RunConfig):
     def fill(self) -> None:
         """A tenth of the method's default rate, which is that of a small encoder: with the whole, HRA's loss rises at once."""
         self.fill_in(learning_rate=0.1 * find_method(str(self.method))[1].learning_rate)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether blocks are compiled, here."""
+        if self.compile is not None:
+            return self.compile
+        cuda = self.device != "cpu" and torch.cuda.is_available()
+        return cuda and self.packing and not self.quant and not self.deterministic
 
     def example(self, values: dict[str, Any]) -> Example:
         """What a row of data means; ValueError where it means nothing."""
@@ -120,12 +130,12 @@ def train_sft(
     report_data(config, train, held, cut, bad)
 
     # The model, with its adapter
-    set_seed(config.seed)  # of the adapter
+    seed(config)  # of the adapter
     model = adapt(load_base(AutoModelForCausalLM, config, attn_implementation=config.attention), config, TaskType.CAUSAL_LM)
     if config.packing:
         check_isolation(model)
-    if config.compile:
-        compile_blocks(model)
+    if config.compiled:
+        compile_blocks(model, needed=config.compile is True)
 
     # Training and evaluation
     trainer = make_trainer(config, run, model, tokenizer, train, held)
@@ -135,6 +145,7 @@ def train_sft(
     with run.open():
         rows = {"train": len(train_rows), "evaluation": len(eval_rows), "cut": cut}
         run.update(rows=rows, skipped={"count": len(bad), "rows": bad[:100]}, substitutes=list(substitutes))
+        run.update(compiled=config.compiled)
         trainer.train_run()
         trainer.finish(trainer.measured() if held is not None else {})
     return run.record
@@ -257,7 +268,7 @@ def make_trainer(
         held = filled(held, args.per_device_eval_batch_size * processes.count(), tokenizer.pad_token_id)
     collator = None
     if config.packing and not varlen:
-        collator = PackedCollator(tokenizer.pad_token_id, config.max_length if config.compile else None)
+        collator = PackedCollator(tokenizer.pad_token_id, config.max_length if config.compiled else None)
     return RunSFTTrainer(
         model,
         args=args,
@@ -277,9 +288,15 @@ def filled(held: Dataset, rows: int, pad: int) -> Dataset:
     return concatenate_datasets([held, Dataset.from_list(more, features=held.features)]) if more else held
 
 
-def compile_blocks(model: PeftModel) -> None:
-    """Compile the repeated blocks in place: one compilation serves all of them, and names and hooks stay."""
+def compile_blocks(model: PeftModel, needed: bool = True) -> None:
+    """Compile the repeated blocks in place: one compilation serves all of them, and names and hooks stay.
+
+    Raises:
+        HalotuneError: there are none, and they are `needed`.
+    """
     blocks: Any = next((m for m in model.modules() if is_repeated_blocks(m)), None)
+    if blocks is None and not needed:
+        return
     if blocks is None:
         raise HalotuneError(f"compile: {type(model.get_base_model()).__name__} has no repeated blocks. Leave out --compile.")
     for block in blocks:

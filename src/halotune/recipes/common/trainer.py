@@ -18,8 +18,9 @@ import psutil  # accelerate needs it
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer_utils import enable_full_determinism
 
 from ...cli.main import require
 from ...core.errors import HalotuneError
@@ -86,6 +87,14 @@ def arguments(config: RunConfig, run: Run, kind: type[TrainingArguments] = Train
             **also,
         }
     )
+
+
+def seed(config: RunConfig) -> None:
+    """Seed everything; with `deterministic` also have torch refuse what differs from run to run.
+
+    Before CUDA starts, which reads the variables that are set here once, and before anything is drawn.
+    """
+    enable_full_determinism(config.seed) if config.deterministic else set_seed(config.seed)
 
 
 def placement(device: str) -> dict[str, Any]:
