@@ -202,6 +202,7 @@ def train_nlu(config: NLUConfig, *, dry_run: bool = False, command: str | None =
         show_dry_run(run, trainer, lambda batch: as_text(batch, tokenizer, task))
         return run.record
     with run.open():
+        run.same_data(data.train, *data.evaluations.values())
         run.update(
             task=task.name,
             labels=None if task.labels is None else list(task.labels),

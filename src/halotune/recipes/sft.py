@@ -143,6 +143,7 @@ def train_sft(
         show_dry_run(run, trainer, lambda batch: marked(tokenizer, batch))
         return run.record
     with run.open():
+        run.same_data(train_rows, eval_rows)
         rows = {"train": len(train_rows), "evaluation": len(eval_rows), "cut": cut}
         run.update(rows=rows, skipped={"count": len(bad), "rows": bad[:100]}, substitutes=list(substitutes))
         run.update(compiled=config.compiled)

@@ -12,7 +12,9 @@ index.html      all of it as a page
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -23,7 +25,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,21 @@ class Run:
         self.record |= entries
         if self.writer:
             write_record(self.folder / "run.json", finite(self.record))
+
+    def same_data(self, *parts: Iterable[Any]) -> None:
+        """Note which rows the run is of.
+
+        Raises:
+            HalotuneError: there is a checkpoint already, of other rows.
+        """
+        found = hashlib.sha256()
+        for row in itertools.chain.from_iterable(parts):
+            found.update(repr(row).encode("utf-8", "surrogatepass"))
+        if self.last_checkpoint()[0] and self.record.get("data") not in (None, found.hexdigest()):
+            raise HalotuneError(
+                f"{self.folder}: the data have changed since the run began. Put them back, or give another --output."
+            )
+        self.update(data=found.hexdigest())
 
     # -- metrics
 
