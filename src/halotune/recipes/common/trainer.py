@@ -193,7 +193,8 @@ class RunTrainerMixin(AdapterTrainerMixin):
 
         def finished() -> dict[str, Any]:
             lines = self.run.metrics()
-            write_changes(self.run, model)
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # one process cannot read what all of them hold
+                write_changes(self.run, model)
             self.run.update(
                 status=FINISHED,
                 parameters=count(model),
