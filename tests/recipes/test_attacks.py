@@ -153,6 +153,18 @@ def test_two_evaluations_into_one_folder(base, tmp_path):
         evaluate_math(config)
 
 
+def test_other_problems_than_were_answered_are_refused(base, tmp_path):
+    file = write_problems(tmp_path / "test.jsonl", range(3))
+    own = {"suite": "gsm8k", "model": str(base), "data": str(file), "output": str(tmp_path / "answers"), "device": "cpu"}
+    config = MathEvaluation(**own, template="plain", limit=1, max_new_tokens=2, workers=1)
+    assert evaluate_math(config)["strict"]["of"] == 1
+    config.limit = 2
+    assert evaluate_math(config)["strict"]["of"] == 2
+    write_problems(file, range(5, 8))
+    with pytest.raises(HalotuneError, match="asked for with another content of data"):
+        evaluate_math(config)
+
+
 BOMBS = [
     "\\boxed{" * 1500,
     "\\boxed{" * 1500 + "1" + "}" * 1500,

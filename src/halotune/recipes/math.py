@@ -197,10 +197,10 @@ def evaluate_math(config: MathEvaluation) -> dict[str, Any]:
 
     subject = Evaluated.find(config.model, config.adapter)
     folder = Path(config.output) if config.output else subject.default_output(config.suite)
-    problems = read_problems(config.suite, config.data, config.limit)
+    problems = read_problems(config.suite, config.data)
     with locked(folder) if processes.first() else nullcontext():
         file = subject.answer(config, problems, folder)
-        return processes.from_first(lambda: scored(config, subject, problems, read_lines(file), folder))
+        return processes.from_first(lambda: scored(config, subject, problems[: config.limit], read_lines(file), folder))
 
 
 def scored(

@@ -70,7 +70,8 @@ def _checked(values: Any, escaped: bool) -> dict[Any, Any]:
     if not isinstance(values, dict):
         return {None: "is no JSON object"}
     try:
-        escaped and json.dumps(values, ensure_ascii=False).encode()
+        if escaped:
+            json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return {None: "holds half a character (a surrogate without the other)"}
     return values

@@ -120,14 +120,12 @@ class Run:
         Raises:
             HalotuneError: there is a checkpoint already, of other rows.
         """
-        found = hashlib.sha256()
-        for row in itertools.chain.from_iterable(parts):
-            found.update(repr(row).encode("utf-8", "surrogatepass"))
-        if self.last_checkpoint()[0] and self.record.get("data") not in (None, found.hexdigest()):
+        found = digest(itertools.chain.from_iterable(parts))
+        if self.last_checkpoint()[0] and self.record.get("data") not in (None, found):
             raise HalotuneError(
                 f"{self.folder}: the data have changed since the run began. Put them back, or give another --output."
             )
-        self.update(data=found.hexdigest())
+        self.update(data=found)
 
     # -- metrics
 
@@ -245,6 +243,14 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         return []
     text = file.read_text(encoding="utf-8", errors="replace")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def digest(rows: Iterable[Any]) -> str:
+    """A number that other rows do not have."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(repr(row).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
 
 
 def finite(value: Any) -> Any:

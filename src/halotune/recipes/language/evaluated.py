@@ -15,7 +15,7 @@ from ...core.errors import HalotuneError
 from ...report.record import write_record
 from ..common import processes
 from ..common.model import model_source
-from ..common.run import read_run, said
+from ..common.run import digest, read_run, said
 from .answers import Answers, Sampling, end_tokens, wanted, write_answers, write_answers_vllm
 from .problems import Problem
 from .tokens import set_pad_token, set_template
@@ -90,7 +90,8 @@ class Evaluated:
             seed=config.seed,
             stop=tuple(config.stop or ()),
         )
-        self._check_same(config, folder)
+        self._check_same(config, folder, problems)
+        problems = problems[: config.limit]
         backend = config.backend
         if backend == "auto":
             alone = processes.count() == 1
@@ -134,10 +135,11 @@ class Evaluated:
         del model
         write_answers_vllm(answers, all_, tokenizer, self.base, lora, rank, sampling, ends)
 
-    def _check_same(self, config: MathEvaluation, folder: Path) -> None:
+    def _check_same(self, config: MathEvaluation, folder: Path, problems: list[Problem]) -> None:
         """Refuse a folder whose answers were asked for in another way."""
         names = ("suite", "data", "template", "suffix", "stop", "max_new_tokens", "temperature", "top_p", "seed", "precision")
         asked = {"base": self.base, "adapter": self.adapter, **{n: getattr(config, n) for n in names}}
+        asked["content of data"] = digest(problems)
         file = folder / "asked.json"
         if file.is_file():
             before = json.loads(file.read_text(encoding="utf-8"))
