@@ -16,7 +16,7 @@ pytest.importorskip("pebble")
 from halotune import HalotuneError
 from halotune.cli.main import main
 from halotune.recipes import MathEvaluation, NLUConfig, SFTConfig, evaluate_math, train_nlu, train_sft
-from halotune.recipes.common.run import Run, locked, read_run
+from halotune.recipes.common.run import Run, locked
 from halotune.recipes.grading.workers import Task, grade_all
 
 from .jobs import run
@@ -189,8 +189,3 @@ def test_graders_that_cannot_work_are_an_error(monkeypatch):
     monkeypatch.setattr("halotune.recipes.grading.workers._prepare", os.getpid)  # takes no argument
     with pytest.raises(HalotuneError, match=r"the processes that grade cannot work .*__main__"):
         list(grade_all([Task("gsm8k", "1", "#### 1")], workers=1))
-
-
-def test_how_a_run_that_failed_is_known(encoder, table, tmp_path):
-    run("train_nlu", fields(encoder, table, tmp_path / "run"), 2)
-    assert read_run(tmp_path / "run")["status"] == "failed"

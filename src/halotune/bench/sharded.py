@@ -26,7 +26,7 @@ from ..core.errors import HalotuneError
 from .benches import INPUTS, SEED, SILENT, Work, count, training
 from .config import BenchConfig
 from .contenders import Unavailable
-from .race import Entry, Turn, Watch, attempt, race
+from .race import OUT_OF_TIME, Entry, Turn, Watch, attempt, race
 from .rows import PROCESSES, Row
 from .timing import Clock, no_collection
 
@@ -41,15 +41,15 @@ def run_sharded_step(config: BenchConfig, watch: Watch = SILENT) -> list[Row]:
     started = time.monotonic()
     about = Work.on_model(config, torch.device("meta")).setting(config.batch, config.sequence, nproc=config.nproc)
     entries = [Entry(c, {PROCESSES: n}) for c in config.contenders for n in (1, config.nproc)]
-    with Workers(config) as workers:
+    with Workers(config, started) as workers:
         return race(config, about, entries, ["step"], workers.turn, watch, started)
 
 
 class Workers:
     """Processes of one group, which measure what they are told."""
 
-    def __init__(self, config: BenchConfig) -> None:
-        self.config = config
+    def __init__(self, config: BenchConfig, started: float) -> None:
+        self.config, self.started = config, started
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
 
@@ -58,6 +58,12 @@ class Workers:
 
     def __exit__(self, *_: Any) -> None:
         self.stop()
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the time limit and a minute; None where there is none."""
+        limit = self.config.time_limit
+        return None if limit is None else max(0.0, self.started + limit + 60 - time.monotonic())
 
     def start(self) -> None:
         assert self.config.nproc is not None
@@ -92,7 +98,11 @@ class Workers:
             pipe.send(entry)
         open_ones, turns = list(self.pipes), []
         while open_ones:
-            for pipe in wait(open_ones):
+            ready = wait(open_ones, self.left)
+            if not ready:  # they may wait for each other
+                self.stop()
+                raise Unavailable(OUT_OF_TIME)
+            for pipe in ready:
                 assert isinstance(pipe, Connection)
                 open_ones.remove(pipe)
                 try:

@@ -11,6 +11,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from ...core.errors import HalotuneError
+
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # the first may grade and write for long; if it fails, the launcher ends the others
 
@@ -41,7 +43,13 @@ def backend(cpu: bool) -> str | None:
 
 
 def join(device: str) -> PartialState:
-    """Connect this process with the others, and take its accelerator."""
+    """Connect this process with the others, and take its accelerator.
+
+    Raises:
+        HalotuneError: `device` is one of them alone, and there are several processes.
+    """
+    if count() > 1 and ":" in device:
+        raise HalotuneError(f"device: each of {count()} processes takes one of its own; got {device!r}. Use auto.")
     cpu = on_cpu(device)
     return PartialState(cpu, **({"backend": backend(cpu), "timeout": PATIENCE} if count() > 1 else {}))
 
