@@ -87,6 +87,7 @@ def configured(point: Point, args: argparse.Namespace, scratch: Path) -> Any:
         batch_size=16,
         micro_batch_size=args.micro_batch_size,
         precision="bf16",
+        compile=False,  # runs are short, and several would compile at once
         seed=seed,
         output=str(scratch / "run"),
         log_every=10,

@@ -16,6 +16,7 @@ pytest.importorskip("pebble")
 from halotune import HalotuneError
 from halotune.cli.main import main
 from halotune.recipes import MathEvaluation, NLUConfig, SFTConfig, evaluate_math, train_nlu, train_sft
+from halotune.recipes.common import processes
 from halotune.recipes.common.run import Run, locked
 from halotune.recipes.grading.workers import Task, grade_all
 
@@ -189,3 +190,9 @@ def test_graders_that_cannot_work_are_an_error(monkeypatch):
     monkeypatch.setattr("halotune.recipes.grading.workers._prepare", os.getpid)  # takes no argument
     with pytest.raises(HalotuneError, match=r"the processes that grade cannot work .*__main__"):
         list(grade_all([Task("gsm8k", "1", "#### 1")], workers=1))
+
+
+def test_several_processes_share_no_device(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(HalotuneError, match=r"each of 2 processes takes one of its own; got 'cuda:1'. Use auto"):
+        processes.join("cuda:1")
