@@ -20,149 +20,21 @@ import argparse
 import json
 import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from beside_cases import SUITES, Case, chosen
+from beside_tables import OTHER, THIS, Row, figures, tables
+
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("beside_worker.py")
-THIS, OTHER = "this", "other"
 MARGIN = 10.0  # seconds before the time limit in which no turn may run
-GIB = 2**30
-SLOWER = 1.05  # of the other tree's minimum: said below the tables
-FORMS = ("auto", "activations", "weights")
-
-
-# -- what is measured
-
-
-@dataclass(frozen=True)
-class Case:
-    """One table.
-
-    Attributes:
-        title: its heading; `--only` looks into it.
-        contenders: `frozen`, or `ours|peft:method-rRANK`.
-        job: what a worker has to know beside the contender.
-        once: one round is enough: nothing is timed.
-    """
-
-    title: str
-    contenders: tuple[str, ...]
-    job: dict[str, Any]
-    once: bool = False
-
-
-def training(
-    title: str,
-    model: str,
-    contenders: str,
-    *,
-    batch: tuple[int, int],
-    targets: str = "all-linear",
-    steps: int = 5,
-    **special: Any,
-) -> Case:
-    """Whole training steps in bf16; `special`: layers, captured, checkpointing, quantized."""
-    job = {"kind": "step", "model": model, "targets": targets, "dtype": "bf16", "batch": batch[0], "tokens": batch[1]}
-    job |= {"layers": None, "captured": False, "checkpointing": None, "quantized": False, "warmup": 2, "steps": steps}
-    job |= {"trace": not special.get("captured"), **special}
-    return Case(f"{title}, {batch[0]} × {batch[1]}", ("frozen", *contenders.split()), job)
-
-
-def captured_3b() -> Iterator[Case]:
-    ours = "ours:hra-r8 ours:hra-r32 ours:loha-r8 ours:loha-r32 ours:bone-r64 ours:bat-r64 ours:lora-r32"
-    for targets in ("all-linear", "qv"):
-        title = f"3B, captured, {targets}"
-        yield training(title, "llama-3b", f"{ours} peft:lora-r32", batch=(4, 768), targets=targets, captured=True)
-
-
-def small() -> Iterator[Case]:
-    who = "ours:hra-r8 ours:loha-r8 ours:bone-r64 ours:bat-r64 ours:lora-r8 peft:lora-r8"
-    for batch in ((32, 512), (8, 256)):
-        yield training("135M, eager", "llama-135m", who, batch=batch, steps=10)
-
-
-def one_b() -> Iterator[Case]:
-    yield training("1B, eager", "llama-1b", "ours:hra-r8 ours:lora-r32 peft:lora-r32", batch=(4, 768), steps=10)
-
-
-def checkpointed() -> Iterator[Case]:
-    for model in ("llama-1b", "llama-3b"):
-        for how in ("non-reentrant", "reentrant"):
-            title = f"{model[6:].upper()}, eager, {how} checkpoints"
-            yield training(title, model, "ours:hra-r8 ours:lora-r8", batch=(4, 768), checkpointing=how)
-
-
-def decode() -> Iterator[Case]:
-    who = ("frozen", "ours:hra-r8", "ours:loha-r8", "ours:bone-r64", "ours:bat-r64", "ours:lora-r8", "peft:lora-r8")
-    options = {"model": "llama-3b", "dtype": "bf16", "batch": 8, "prompt": 16, "steps": 16, "weight_cache": 8.0}
-    yield Case("3B, decoding with a budget of 8 GiB for adapted weights, batch 8", who, {"kind": "decode", "options": options})
-
-
-def nf4() -> Iterator[Case]:
-    who = "ours:hra-r8 ours:loha-r8 ours:bone-r64 ours:lora-r8 peft:lora-r8"
-    yield training("1B of 8 layers in nf4, eager", "llama-1b", who, batch=(4, 512), steps=10, layers=8, quantized=True)
-
-
-def oft() -> Iterator[Case]:
-    who = "ours:oft-r32 peft:oft-r32 ours:lora-r32"
-    for captured in (True, False):
-        title = f"3B, OFT of block 32, {'captured' if captured else 'eager'}"
-        yield training(title, "llama-3b", who, batch=(4, 768), captured=captured)
-
-
-def cpu_layer() -> Iterator[Case]:
-    who = ("frozen", "ours:hra-r8", "ours:loha-r8", "ours:bone-r64", "ours:lora-r8")
-    for dtype in ("bf16", "fp32"):
-        options = {"dtype": dtype, "batch": 1, "tokens": 256, "features": (4096, 4096), "steps": 5, "warmup": 2}
-        yield Case(f"one layer of 4096 × 4096, 256 tokens, {dtype}", who, {"kind": "layer", "options": options})
-
-
-def deadzone() -> Iterator[Case]:
-    methods = ("hra-r8", "loha-r8", "loha-r32", "bone-r64", "bat-r64", "lora-r32", "oft-r32")
-    job = {
-        "kind": "deadzone",
-        "dtype": "bf16",
-        "features": (3072, 3072),
-        "rows": 2048,
-        "targets": (1e-4, 3e-4, 1e-3, 1e-2, 1e-1),
-    }
-    for form in FORMS:
-        who = tuple(f"{library}:{m}" for m in methods for library in ("ours", *["peft"] * (form == "auto")))
-        yield Case(f"what of a change is seen, form {form}", who, {**job, "form": form}, once=True)
-
-
-SUITES: dict[str, Callable[[], Iterator[Case]]] = {
-    "captured-3b": captured_3b,
-    "small": small,
-    "1b": one_b,
-    "checkpointed": checkpointed,
-    "decode": decode,
-    "nf4": nf4,
-    "deadzone": deadzone,
-    "cpu-layer": cpu_layer,
-    "oft": oft,
-}
-
-
-def shrunk(job: dict[str, Any]) -> dict[str, Any]:
-    """The job at a size for a test: the same code, and figures that mean nothing."""
-    tiny: dict[str, dict[str, Any]] = {
-        "step": {"model": "llama-tiny", "layers": 1, "batch": 1, "tokens": 8, "warmup": 0, "steps": 2},
-        "decode": {"model": "llama-tiny", "layers": 1, "batch": 1, "prompt": 2, "steps": 2, "warmup": 0},
-        "layer": {"features": (128, 128), "tokens": 8, "steps": 2, "warmup": 0},
-        "deadzone": {"features": (128, 128), "rows": 64, "targets": (1e-3, 1e-1)},
-    }
-    change = tiny[job["kind"]]
-    return {**job, "options": {**job["options"], **change}} if "options" in job else {**job, **change}
 
 
 # -- who measures it
@@ -225,148 +97,6 @@ class Worker:
         """After a failure: a broken capture, say, may have broken CUDA for the process."""
         self.stop()
         self.start()
-
-
-@dataclass
-class Row:
-    """What one contender gave with one worker: measure -> round -> milliseconds."""
-
-    worker: str
-    contender: str
-    rounds: dict[str, dict[int, list[float]]] = field(default_factory=dict)
-    peak: int | None = None
-    launches: int | None = None
-    layers: int | None = None
-    seen: dict[str, Any] | None = None
-    problem: str | None = None
-    skipped: bool = False
-    seconds: float | None = None  # that the last turn took, all included
-
-    @property
-    def name(self) -> str:
-        library, _, adapter = self.contender.rpartition(":")
-        return f"{'peft' if library == 'peft' else self.worker} {adapter}"
-
-    def times(self, measure: str) -> list[float]:
-        return list(chain.from_iterable(self.rounds.get(measure, {}).values()))
-
-    def add(self, number: int, answer: dict[str, Any]) -> None:
-        self.problem, self.skipped = answer.get("problem"), answer.get("skipped", False)
-        if self.problem:
-            return
-        for measure, ms in answer["times"].items():
-            self.rounds.setdefault(measure, {})[number] = ms
-        peaks = [p for p in (self.peak, answer.get("peak")) if p is not None]
-        self.peak = max(peaks, default=None)
-        self.launches, self.layers, self.seen = answer.get("launches"), answer.get("layers"), answer.get("seen")
-
-
-def summary(times: list[float]) -> dict[str, float] | None:
-    """Minimum and median in ms, and the distance of the quartiles over the median."""
-    if not times:
-        return None
-    median = statistics.median(times)
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
-    return {"min": min(times), "median": median, "spread": (high - low) / median}
-
-
-def figures(row: Row, rows: list[Row]) -> dict[str, Any]:
-    """All that a table or the file says of a row; `to_frozen` and `to_other` are ratios of minima and of medians."""
-    bare = [r for r in rows if r.contender == "frozen"]
-    counterpart = [r for r in rows if (r.worker, r.contender) == (OTHER, row.contender) and row.worker == THIS]
-    measures = {}
-    for measure in row.rounds:
-        own = summary(row.times(measure))
-        assert own is not None
-        measures[measure] = {**own, "rounds": len(row.rounds[measure])}
-        for name, group in {"to_frozen": bare, "to_other": counterpart}.items():
-            reference = summary([t for r in group for t in r.times(measure)])
-            measures[measure][name] = reference and {k: own[k] / reference[k] for k in ("min", "median")}
-    launches = min((r.launches for r in bare if r.launches is not None), default=None)
-    more = None
-    if row.launches is not None and launches is not None and row.layers:
-        more = (row.launches - launches) / row.layers
-    smallest = min((r.peak for r in bare if r.peak), default=None)
-    return {
-        "contender": row.contender,
-        "worker": row.worker,
-        "problem": row.problem,
-        "measures": measures,
-        "peak_bytes": row.peak,
-        "peak_to_frozen": row.peak / smallest if row.peak and smallest else None,
-        "launches": row.launches,
-        "launches_a_layer": more,
-        "seen": row.seen,
-        "rounds_ms": {m: {str(i): [round(t, 4) for t in ms] for i, ms in rounds.items()} for m, rounds in row.rounds.items()},
-    }
-
-
-# -- tables
-
-
-def markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def cell(value: float | None, form: str = ".3f") -> str:
-    return "" if value is None else format(value, form)
-
-
-def tables(case: Case, rows: list[Row]) -> str:
-    """A table for each measure, then the problems."""
-    shown = [(row, figures(row, rows)) for row in rows if row.rounds or row.seen]
-    parts = [f"## {case.title}"]
-    for measure in dict.fromkeys(m for row, _ in shown for m in row.rounds):
-        head = [
-            f"{measure}, ms",
-            "rounds",
-            "min",
-            "median",
-            "spread",
-            "× frozen, min",
-            "× frozen, median",
-            "÷ other, min",
-            "÷ other, median",
-        ]
-        first = measure != "kernels"
-        head += ["peak GiB", "× frozen", "launches", "more a layer"] if first else []
-        body = []
-        for row, f in shown:
-            m = f["measures"].get(measure)
-            if m is None:
-                continue
-            line = [row.name, str(m["rounds"]), cell(m["min"], ".2f"), cell(m["median"], ".2f"), cell(m["spread"], ".0%")]
-            line += [cell(m[to] and m[to][k]) for to in ("to_frozen", "to_other") for k in ("min", "median")]
-            if first:
-                line += [cell(row.peak and row.peak / GIB, ".2f"), cell(f["peak_to_frozen"], ".2f")]
-                line += [cell(row.launches, "d"), cell(f["launches_a_layer"], ".2f")]
-            body.append(line)
-        parts.append(markdown(*without_empty(head, body)))
-    seen = [(row, start, values) for row, _ in shown for start, values in (row.seen or {}).items()]
-    if seen:
-        head = ["contender", "from", *(f"{float(target):.0e}" for target in seen[0][2])]
-        parts.append(markdown(head, [[r.name, start, *(cell(v["projection"]) for v in vs.values())] for r, start, vs in seen]))
-    parts += notes(shown, rows)
-    return "\n\n".join(parts)
-
-
-def notes(shown: list[tuple[Row, dict[str, Any]]], rows: list[Row]) -> list[str]:
-    """What is slower than in the other tree, and what could not be measured."""
-    problems: dict[str, list[str]] = {}
-    for row, f in shown:
-        for measure, m in f["measures"].items():
-            if m["to_other"] and m["to_other"]["min"] > SLOWER and row.contender != "frozen":
-                problems.setdefault(f"minimum over {SLOWER} of the other tree's", []).append(f"{row.name} ({measure})")
-    for row in rows:
-        if row.problem:
-            problems.setdefault(row.problem, []).append(row.name)
-    return ["\n".join(f"- {', '.join(names)}: {problem}" for problem, names in problems.items())] if problems else []
-
-
-def without_empty(head: list[str], body: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    kept = [i for i in range(len(head)) if any(line[i] for line in body)]
-    return [head[i] for i in kept], [[line[i] for i in kept] for line in body]
 
 
 # -- one call
@@ -502,15 +232,7 @@ def measure(suite: str, call: Call, commits: dict[str, str | None], args: argpar
     named = ", ".join(f"{name} {id or 'unknown'}" for name, id in commits.items())
     parts = [f"# {suite}{' (tiny)' * args.tiny}: {record['hardware']}, commits: {named}"]
     print(parts[0], flush=True)
-    for case in SUITES[suite]():
-        if args.only and args.only not in case.title:
-            continue
-        if args.tiny:
-            case = Case(case.title, case.contenders, shrunk(case.job), case.once)
-        if args.contenders:
-            wanted = args.contenders.split(",")
-            chosen = tuple(c for c in case.contenders if c == "frozen" or any(text in c for text in wanted))
-            case = Case(case.title, chosen, case.job, case.once)
+    for case in chosen(suite, args.only, args.contenders, args.tiny):
         rows = call.entries(case)
         cases.append((case, rows))
         call.run(case, rows, keep)

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sittings import keep, read, sitting
+from sittings import MISSING, keep, read, sitting
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = {"cola": 5, "sst2": 5, "mrpc": 5, "stsb": 5}
@@ -33,6 +33,7 @@ ROWS = {"sst2": 10_000}
 SCORES = {"cola": "matthews_correlation", "sst2": "accuracy", "mrpc": "accuracy_f1_mean", "stsb": "pearson_spearman_mean"}
 TARGETS = r".*\.(query_proj|key_proj|value_proj|attention\.output\.dense|intermediate\.dense|output\.dense)"
 SEEDS = (1, 2, 3)
+COMMAND = "python benchmarks/glue.py --model warm-started --data GLUE"  # which makes what is missing
 
 # name -> method, its configuration, three rates. Every one has r (in + out) or r · in or r · out = 27,648 a block of the model.
 METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, float, float]]] = {
@@ -117,7 +118,7 @@ def train(point: tuple[str, str, float, int], args: argparse.Namespace) -> str:
             log_every=50,
             tracker="none",
         )
-        record = train_nlu(config)
+        record = train_nlu(config, command=COMMAND)
         record["substitutes"] = [*record["substitutes"], "model: DeBERTa-v2 warm-started from MiniLM, not DeBERTa-v3"]
         record["substitutes"] += ["SST-2: 10,000 of its 67,349 rows"] * (task == "sst2")
         record["workers"] = args.workers  # runs shared the GPU, so seconds are comparable within a sitting alone
@@ -155,22 +156,22 @@ def missing(args: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]:
 
 
 def table(args: argparse.Namespace) -> str:
-    """Mean ± deviation of the last evaluation over three seeds; a cell that is not there yet is a dash."""
+    """Mean ± deviation of the last evaluation over three seeds; a cell that is not there yet says so."""
     lines = ["| method | trained | " + " | ".join(args.tasks) + " | seconds |", "|---|---|" + "---|" * (len(args.tasks) + 1)]
     for method in args.methods:
-        cells, seconds, trained = [], [], "–"
+        cells, seconds, trained = [], [], MISSING
         for task in args.tasks:
             rate = chosen_rate(args.output, task, method)
             found = [result(args.output, task, method, rate, seed) for seed in SEEDS] if rate else []
             records = [r for r in found if r is not None]
             if len(records) < len(SEEDS):
-                cells.append("–")
+                cells.append(MISSING)
                 continue
             scores = [100 * r["results"]["last"][SCORES[task]] for r in records]
             cells.append(f"{statistics.fmean(scores):.1f} ± {statistics.stdev(scores):.1f} ({rate:g})")
             seconds += [r["seconds"] for r in records]
             trained = f"{records[0]['parameters']['trainable']:,}"
-        mean = f"{statistics.fmean(seconds):.0f}" if seconds else "–"
+        mean = f"{statistics.fmean(seconds):.0f}" if seconds else MISSING
         lines.append(f"| {method} | {trained} | " + " | ".join(cells) + f" | {mean} |")
     return "\n".join(lines)
 

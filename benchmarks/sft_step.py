@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-CONTENDERS = ("halotune HRA", "halotune HRA compiled", "TRL + peft LoRA")
+COMPILED, THEIRS = "halotune HRA compiled", "TRL + peft LoRA"
+CONTENDERS = ("halotune HRA", COMPILED, THEIRS)
 WITHOUT_HEAD = "halotune HRA without head"  # what the loss over the vocabulary takes: with --length 8192
 MODELS: dict[str, dict[str, Any]] = {
     "llama-3b": {
@@ -69,94 +72,125 @@ def rows(vocabulary: int, length: int, number: int) -> Any:
     return Dataset.from_list(out)
 
 
+def bare_model(model: str) -> Any:
+    """A Llama of this shape with random bf16 weights, on the GPU where there is one."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**MODELS[model], tie_word_embeddings=True, max_position_embeddings=131072, use_cache=False)
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        torch.set_default_dtype(torch.bfloat16)
+        made = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
+        torch.set_default_dtype(torch.float32)
+    return made
+
+
+def arguments(checkpointing: bool, args: argparse.Namespace, **own: Any) -> Any:
+    """TRL's, the same for both trainers."""
+    import torch
+    import trl
+
+    return trl.SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=args.rows,
+        max_steps=args.warmup + args.steps,
+        learning_rate=1e-4,
+        bf16=True,
+        gradient_checkpointing=checkpointing,
+        logging_steps=args.warmup + args.steps,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        **own,
+    )
+
+
+def ours(contender: str, checkpointing: bool, args: argparse.Namespace, data: Any, watch: Any) -> Any:
+    """The trainer of `halotune train sft`, with HRA."""
+    import trl
+
+    from halotune import HRAConfig, get_peft_model
+    from halotune.integrations.trl import AdapterSFTTrainer
+    from halotune.recipes.language.packing import PackedCollator
+    from halotune.recipes.sft import compile_blocks
+
+    class WithoutHead(AdapterSFTTrainer):
+        """The same step, but for the head and the loss over the vocabulary."""
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
+            inputs = {k: v for k, v in inputs.items() if k != "labels"}
+            return model.get_base_model().model(**inputs, use_cache=False).last_hidden_state.float().square().mean()
+
+    config = HRAConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(bare_model(args.model), config)
+    if contender == COMPILED:
+        compile_blocks(model)
+    kind = WithoutHead if contender == WITHOUT_HEAD else AdapterSFTTrainer
+    return kind(
+        model,
+        args=arguments(checkpointing, args, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
+        data_collator=PackedCollator(0, args.length),
+        train_dataset=trl.pack_dataset(data, args.length),
+        processing_class=tokenizer(),
+        callbacks=[watch],
+    )
+
+
+def theirs(checkpointing: bool, args: argparse.Namespace, data: Any, watch: Any) -> Any:
+    """TRL's own trainer, with peft's LoRA."""
+    import trl
+    from peft import LoraConfig
+
+    return trl.SFTTrainer(
+        bare_model(args.model),
+        args=arguments(checkpointing, args, max_length=args.length, packing=True),
+        train_dataset=data,
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[watch],
+    )
+
+
+def stopwatch(warmup: int) -> Any:
+    """A callback with the seconds of every step, which has the peak forgotten after the first ones."""
+    import torch
+    from transformers import TrainerCallback
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    class Watch(TrainerCallback):
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if len(self.times) == warmup and torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            self.start = now()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.times.append(now() - self.start)
+
+    return Watch()
+
+
 def measure(contender: str, checkpointing: bool, args: argparse.Namespace) -> dict[str, Any]:
     """Median step and peak memory, in this process."""
     import torch
-    import trl
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-    cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
-    torch.manual_seed(0)
-    config = LlamaConfig(**MODELS[args.model], tie_word_embeddings=True, max_position_embeddings=131072, use_cache=False)
-    with torch.device(device):
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
-        torch.set_default_dtype(torch.float32)
-    steps = args.warmup + args.steps
-    data = rows(config.vocab_size, args.length, steps * args.rows + 8)
-    place = tempfile.mkdtemp()
-    usual: dict[str, Any] = {
-        "output_dir": place,
-        "per_device_train_batch_size": args.rows,
-        "max_steps": steps,
-        "learning_rate": 1e-4,
-        "bf16": True,
-        "gradient_checkpointing": checkpointing,
-        "logging_steps": steps,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": not cuda,
-    }
-    times: list[float] = []
-    real: list[int] = []
-
-    class Watch(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if cuda:
-                torch.cuda.synchronize()
-            if len(times) == args.warmup and cuda:
-                torch.cuda.reset_peak_memory_stats()
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            if cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - self.start)
-
-    if contender.startswith("halotune"):
-        from halotune import HRAConfig, get_peft_model
-        from halotune.integrations.trl import AdapterSFTTrainer
-        from halotune.recipes.language.packing import PackedCollator
-        from halotune.recipes.sft import compile_blocks
-
-        adapted = get_peft_model(model, HRAConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-        if contender.endswith("compiled"):
-            compile_blocks(adapted)
-        packed = trl.pack_dataset(data, args.length)
-
-        class WithoutHead(AdapterSFTTrainer):
-            def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
-                inputs = {k: v for k, v in inputs.items() if k != "labels"}
-                return model.get_base_model().model(**inputs, use_cache=False).last_hidden_state.float().square().mean()
-
-        kind = WithoutHead if contender == WITHOUT_HEAD else AdapterSFTTrainer
-        trainer: Any = kind(
-            adapted,
-            args=trl.SFTConfig(**usual, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
-            data_collator=PackedCollator(0, args.length),
-            train_dataset=packed,
-            processing_class=tokenizer(),
-            callbacks=[Watch()],
-        )
+    data = rows(MODELS[args.model]["vocab_size"], args.length, (args.warmup + args.steps) * args.rows + 8)
+    watch = stopwatch(args.warmup)
+    if contender == THEIRS:
+        trainer = theirs(checkpointing, args, data, watch)
     else:
-        from peft import LoraConfig
-
-        trainer = trl.SFTTrainer(
-            model,
-            args=trl.SFTConfig(**usual, max_length=args.length, packing=True),
-            train_dataset=data,
-            processing_class=tokenizer(),
-            peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"),
-            callbacks=[Watch()],
-        )
-    for batch in trainer.get_train_dataloader():
-        real.append(batch["input_ids"].numel())
-        if len(real) == 4:
-            break
+        trainer = ours(contender, checkpointing, args, data, watch)
+    real = [batch["input_ids"].numel() for batch in islice(trainer.get_train_dataloader(), 4)]
     trainer.train()
-    kept = times[args.warmup :]
+    kept = watch.times[args.warmup :]
     median = statistics.median(kept)
     return {
         "contender": contender,
@@ -165,7 +199,7 @@ def measure(contender: str, checkpointing: bool, args: argparse.Namespace) -> di
         "steps_ms": [round(1e3 * t, 2) for t in kept],
         "tokens": statistics.fmean(real),
         "tokens_per_second": statistics.fmean(real) / median,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
         "loss": trainer.state.log_history[-1].get("train_loss"),
         "trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }
@@ -180,32 +214,41 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2, help="how often every contender runs, in turn (default: 2)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="start nothing after (default: 8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of all of it; what is cut off is told (default: 8)")
     parser.add_argument("--contenders", nargs="+", choices=[*CONTENDERS, WITHOUT_HEAD], default=list(CONTENDERS))
     parser.add_argument("--one", nargs=2, metavar=("CONTENDER", "CHECKPOINTING"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print("RESULT " + json.dumps(measure(args.one[0], args.one[1] == "True", args)))
         return
-    import torch
-
     end = time.monotonic() + 60 * args.minutes
     found: list[dict[str, Any]] = []
-    for turn in range(args.rounds):
-        for checkpointing in (False, True):
-            for contender in args.contenders:
-                if time.monotonic() > end:
-                    print(f"left out for lack of time: {contender}, checkpointing {checkpointing}, round {turn}")
-                    continue
-                command = [sys.executable, __file__, *sys.argv[1:], "--one", contender, str(checkpointing)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
-                row = json.loads(line[7:]) if line else {"contender": contender, "checkpointing": checkpointing}
-                if not line:
-                    row["failed"] = next(reversed(done.stderr.strip().splitlines()), "")[:300]
-                found.append({**row, "round": turn})
-                print(found[-1], flush=True)
+    for turn, checkpointing, contender in product(range(args.rounds), (False, True), args.contenders):
+        left = end - time.monotonic()
+        row = {"contender": contender, "checkpointing": checkpointing, "round": turn}
+        found.append(row | (in_a_process(contender, checkpointing, left) if left > 0 else {"failed": "no time was left"}))
+        print(found[-1], flush=True)
+        write(args, found)
+    print(json.dumps(ratios(found), indent=1))
+
+
+def in_a_process(contender: str, checkpointing: bool, seconds: float) -> dict[str, Any]:
+    """What `measure` gives in a process of its own, or why it gives nothing."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", contender, str(checkpointing)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"failed": "the time was over"}
+    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
+    return json.loads(line[7:]) if line else {"failed": next(reversed(done.stderr.strip().splitlines()), "")[:300]}
+
+
+def write(args: argparse.Namespace, found: list[dict[str, Any]]) -> None:
+    """All that was measured so far."""
+    import torch
+
     record = {
+        "command": "python benchmarks/sft_step.py " + shlex.join(sys.argv[1:]),
         "model": args.model,
         "rows": args.rows,
         "length": args.length,
@@ -215,25 +258,26 @@ def main() -> None:
         "ratios": ratios(found),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record["ratios"], indent=1))
+    temporary = args.output.with_suffix(".part")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(args.output)
 
 
 def ratios(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ours over TRL + peft's LoRA: tokens per second and peak memory, of each one's median round."""
+    """Tokens per second and peak memory, of each one's median round: ours over TRL + peft's LoRA, and over our own step without
+    the head."""
+    values: dict[Any, list[float]] = {}
+    for row, key in product(found, ("tokens_per_second", "peak_gib")):
+        if row.get(key) is not None:
+            values.setdefault((row["contender"], row["checkpointing"], key), []).append(row[key])
+    median = {where: statistics.median(v) for where, v in values.items()}
     out: dict[str, Any] = {}
-    for checkpointing in (False, True):
-
-        def median(contender: str, key: str, checkpointing: bool = checkpointing) -> float | None:
-            same = [r for r in found if (r["contender"], r["checkpointing"]) == (contender, checkpointing)]
-            values = [r[key] for r in same if r.get(key) is not None]
-            return statistics.median(values) if values else None
-
-        for contender in CONTENDERS[:-1]:
-            name = f"{contender}, {'checkpointing' if checkpointing else 'no checkpointing'}"
-            for key in ("tokens_per_second", "peak_gib"):
-                ours, theirs = median(contender, key), median(CONTENDERS[-1], key)
-                out.setdefault(name, {})[key] = None if ours is None or theirs is None else round(ours / theirs, 3)
+    for (contender, checkpointing, key), value in median.items():
+        for reference in (THEIRS, WITHOUT_HEAD):
+            other = median.get((reference, checkpointing, key))
+            if other and contender not in (THEIRS, WITHOUT_HEAD):
+                name = f"{contender} / {reference}, {'checkpointing' if checkpointing else 'no checkpointing'}"
+                out.setdefault(name, {})[key] = round(value / other, 3)
     return out
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Point = TypeVar("Point")
+MISSING = "missing"  # of a cell of a table
 
 
 def keep(text: str, folder: Path, target: Path, *, whole: bool) -> None:

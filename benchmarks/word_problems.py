@@ -24,10 +24,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sittings import keep, read, sitting
+from sittings import MISSING, keep, read, sitting
 
 ROOT = Path(__file__).parent.parent
 SEEDS = (1, 2, 3)
+COMMAND = "python benchmarks/word_problems.py --model smollm2 --data DATA"  # which makes what is missing
 BASE = "base model"
 
 # name -> method, its configuration, three rates. All linear layers; 1.12 M to 1.24 M parameters.
@@ -86,6 +87,7 @@ def configured(point: Point, args: argparse.Namespace, scratch: Path) -> Any:
         batch_size=16,
         micro_batch_size=args.micro_batch_size,
         precision="bf16",
+        compile=False,  # runs are short, and several would compile at once
         seed=seed,
         output=str(scratch / "run"),
         log_every=10,
@@ -102,7 +104,7 @@ def work(point: Point, args: argparse.Namespace) -> str:
         scratch = Path(place)
         config = configured(point, args, scratch)
         folder = scratch / "run"
-        record = base_record(config) if method == BASE else train_math(config)
+        record = base_record(config) if method == BASE else train_math(config, command=COMMAND)
         if seed or method == BASE:
             asked = {"model": args.model} if method == BASE else {"adapter": str(folder)}
             scores = evaluate_math(
@@ -137,7 +139,7 @@ def base_record(config: Any) -> dict[str, Any]:
     from halotune.recipes.common.model import adapt, load_base
     from halotune.recipes.common.run import Run
 
-    run = Run(config)
+    run = Run(config, COMMAND)
     tokenizer = sft.load_tokenizer(config)
     _, rows, _ = sft.read_data(config)
     held, _ = sft.tokenized(config, tokenizer, rows)
@@ -172,7 +174,7 @@ def missing(args: argparse.Namespace) -> Iterator[Point]:
 
 
 def table(args: argparse.Namespace) -> str:
-    """Mean ± deviation over the seeds that are there, whose number stands beside them; what is missing is a dash."""
+    """Mean ± deviation over the seeds that are there, whose number stands beside them; what is missing says so."""
     lines = ["| method (rate) | trained | held-out loss | GSM8K strict | GSM8K paper | seconds | peak GiB | seeds |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for method in (BASE, *args.methods):
@@ -180,7 +182,7 @@ def table(args: argparse.Namespace) -> str:
         points: list[Point] = [] if rate is None else [(BASE, 0.0, 0)] if method == BASE else [(method, rate, s) for s in SEEDS]
         found = [r for point in points if (r := result(args.output, point)) is not None]
         if not found:
-            lines.append(f"| {method} | – | – | – | – | – | – | 0 |")
+            lines.append(f"| {method} | {' | '.join([MISSING] * 6)} | 0 |")
             continue
 
         def shown(values: list[float], form: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -90,6 +91,21 @@ def test_every_row_says_what_was_measured_where_and_on_what(kind: str, capsys: p
         assert row["ratios"]["lora"]["to"].startswith("ours:lora-r")
         assert (row["saved_bytes"] is not None) == (kind in ("layer", "scaling"))
         assert row["peak_bytes"] is None  # a CPU does not tell
+
+
+def test_a_step_of_one_process_beside_two(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("step", "frozen,ours:hra-r2", "--nproc", "2", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["runs"][0]["rows"]
+    assert [(r["contender"], r["processes"]) for r in rows] == [(c, n) for c in ("frozen", "ours:hra-r2") for n in (1, 2)]
+    for row in rows:
+        n = row["processes"]
+        assert row["status"] == "ok" and row["setting"]["nproc"] == 2 and row["setting"]["adapted_modules"] == 7
+        assert row["ratios"]["frozen"]["to"] == "frozen" and [len(t) for t in row["rounds_ms"].values()] == [2, 2]
+        assert row["tokens_per_second"] == pytest.approx(n * 4 / row["ms"]["median"] * 1e3)
+    one, two = rows[2:]
+    ratios = [statistics.median(one["rounds_ms"][i]) / statistics.median(two["rounds_ms"][i]) for i in "01"]
+    assert one["speed_up"] is None and 2 * min(ratios) <= 1.0001 * two["speed_up"]["median"] <= 2.001 * max(ratios)
+    assert two["speed_up_to_frozen"] == pytest.approx(two["speed_up"]["median"] / rows[1]["speed_up"]["median"])
 
 
 def test_the_curves_take_every_rank_and_every_number_of_tokens(capsys: pytest.CaptureFixture[str]) -> None:

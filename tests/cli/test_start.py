@@ -44,6 +44,21 @@ def test_the_registry_fills_itself() -> None:
     assert python("from halotune.methods.registry import method_of; print(method_of('HRA').peft_type)") == "HRA\n"
 
 
+def test_threads_that_wait_do_not_spin() -> None:
+    """torch's OpenMP reads the variable, so it has to be set before torch is there; a user's own value stays."""
+    code = (
+        "import os, sys\n"
+        "from halotune.cli.main import main\n"
+        "os.environ.pop('OMP_WAIT_POLICY', None)\n"
+        "main(['--version'])\n"
+        "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n"
+        "os.environ['OMP_WAIT_POLICY'] = 'ACTIVE'\n"
+        "main(['--version'])\n"
+        "print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    assert [line for line in python(code).splitlines() if not line.startswith("halotune")] == ["PASSIVE False", "ACTIVE"]
+
+
 def test_a_name_that_is_not_there() -> None:
     assert isinstance(halotune, types.ModuleType) and "HRAConfig" in dir(halotune)
     with pytest.raises(AttributeError, match="module 'halotune' has no attribute 'HRAConfg'"):

@@ -61,7 +61,7 @@ def test_a_sitting_goes_on_from_the_last(glue, tmp_path):
     for rate, value in zip(rates, (0.1, 0.3, 0.2), strict=True):
         finish(rate, 0, value)
     assert list(glue.missing(args)) == [("cola", "LoRA", rates[1], seed) for seed in (1, 2, 3)]
-    assert glue.table(args).splitlines()[-1] == "| LoRA | – | – | – |"
+    assert glue.table(args).splitlines()[-1] == "| LoRA | missing | missing | missing |"
     for seed, value in ((1, 0.2), (2, 0.4), (3, 0.6)):
         finish(rates[1], seed, value)
     assert list(glue.missing(args)) == []

@@ -61,10 +61,10 @@ def test_flags_win_over_files_wherever_they_stand_and_later_files_over_earlier_o
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--tsk", "cola"], "there is no option --tsk. Did you mean task?"),
+        (["--tsk", "cola"], "there is no option --tsk. Did you mean --task?"),
         (["--task", "cola"], "needed, and not given: --model"),
         ([*NEEDED, "--apply_GS", "--method", "lora"], "--apply_GS is an option of hra"),
-        ([*NEEDED, "--adapter.rr", "4"], "there is no option --adapter.rr. Did you mean adapter.r?"),
+        ([*NEEDED, "--adapter.rr", "4"], "there is no option --adapter.rr. Did you mean --adapter.r?"),
         ([*NEEDED, "--seed", "u"], "--seed: expected int; got u"),
         ([*NEEDED, "--seed", "-1"], "seed: must not be negative; got -1"),
         ([*NEEDED, "--quant", "nf5"], "--quant: expected one of 'nf4', 'int8'; got nf5"),
@@ -84,6 +84,9 @@ def test_errors_say_the_remedy(flags, said):
 
 def test_a_key_of_a_file_is_checked_like_a_flag(tmp_path):
     file = tmp_path / "run.yaml"
+    file.write_text("adapter: {apply_GS: true}\n")
+    with pytest.raises(HalotuneError, match=r"run.yaml: adapter.apply_GS is an option of hra. Choose it with --method hra"):
+        parse(NLUConfig, ["--config", str(file), *NEEDED, "--method", "lora"])
     file.write_text("model: m\ntask: cola\nmethod: lora\nadapter: {lora_alfa: 4}\n")
     with pytest.raises(HalotuneError, match=r"run.yaml: there is no option adapter.lora_alfa. Did you mean adapter.lora_alpha"):
         parse(NLUConfig, ["--config", str(file)])

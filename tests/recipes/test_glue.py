@@ -62,6 +62,7 @@ FILES: dict[str, dict[str, list[list[str]]]] = {
             f"test_{kind}.tsv": [[*MNLI_HEAD, "sentence1", "sentence2"], [*["x"] * 8, "A.", "B."]]
             for kind in ("matched", "mismatched")
         },
+        "../diagnostic/diagnostic.tsv": [["index", "sentence1", "sentence2"], ["0", "The cat sat.", "The cat did not sit."]],
     },
     "qnli": {
         "train.tsv": [["index", "question", "sentence", "label"], ["0", "Who?", "He.", "entailment"]],
@@ -95,6 +96,7 @@ FIRST = {  # what the first training row is
 def write(folder: Path, task: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in FILES[task].items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("".join("\t".join(fields) + "\n" for fields in lines), encoding="utf-8", newline="\n")
     return folder
 
@@ -205,6 +207,6 @@ def test_submissions():
     assert submission(TASKS["stsb"], np.array([5.4, 2.3456])) == "index\tprediction\n0\t5.000\n1\t2.346\n"
     assert {n: [*t.tests.values()] for n, t in TASKS.items() if n in ("sst2", "mnli", "stsb")} == {
         "sst2": ["SST-2.tsv"],
-        "mnli": ["MNLI-m.tsv", "MNLI-mm.tsv"],
+        "mnli": ["MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"],
         "stsb": ["STS-B.tsv"],
     }

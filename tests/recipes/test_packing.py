@@ -23,7 +23,7 @@ from halotune.recipes.language.packing import PackedCollator, check_isolation, f
 from halotune.recipes.language.rows import Conversation  # noqa: E402
 from halotune.recipes.language.tokens import IGNORED, encode_all, set_template  # noqa: E402
 
-from .problems import problem, tiny_llama, tokenizer  # noqa: E402
+from .problems import problem, sft_arguments, tiny_llama, tokenizer  # noqa: E402
 
 LENGTH = 256
 
@@ -113,22 +113,7 @@ def test_a_model_that_looks_over_the_border_is_found(model):
 
 
 def test_the_trainer_takes_packed_rows(rows, model, tmp_path):
-    args = trl.SFTConfig(
-        str(tmp_path),
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=3,
-        max_steps=2,
-        logging_steps=1,
-        learning_rate=1e-2,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
+    args = sft_arguments(tmp_path, per_device_train_batch_size=2, per_device_eval_batch_size=3, logging_steps=1)
     data = packed(rows)
     trainer = AdapterSFTTrainer(
         model,

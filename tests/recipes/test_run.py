@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
@@ -189,7 +190,7 @@ def test_a_folder_that_is_no_run_is_refused(encoder, table, tmp_path):
 
 def test_a_run_has_one_writer(encoder, table, tmp_path):
     config = configure(encoder, table, tmp_path / "run")
-    with Run(config).open(), pytest.raises(HalotuneError, match="another process writes this run"), Run(config).open():
+    with Run(config).open(), pytest.raises(HalotuneError, match="another process writes into it"), Run(config).open():
         pass
     with FileLock(tmp_path / "run" / ".lock", timeout=0):
         pass  # it is given back
@@ -224,6 +225,24 @@ def test_a_dry_run_shows_a_batch_and_its_cost_and_writes_nothing(encoder, table,
     assert out.count("→ positive") + out.count("→ negative") == 8
     assert "trained parameters: " in out and "two steps: " in out and f"would be written to {tmp_path / 'run'}" in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_deterministic_is_set_before_cuda_starts(encoder, table, tmp_path, monkeypatch):
+    """CUDA and cuBLAS read these variables once, when a model is put there."""
+    found: list[Any] = []
+
+    def load(*args: Any) -> Any:
+        found.append((os.environ.get("CUBLAS_WORKSPACE_CONFIG"), torch.are_deterministic_algorithms_enabled()))
+        raise InterruptedError
+
+    monkeypatch.setattr("halotune.recipes.nlu.load_classifier", load)
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "CUDA_LAUNCH_BLOCKING", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")  # so that they are restored
+    for deterministic in (False, True):
+        with pytest.raises(InterruptedError):
+            train_nlu(configure(encoder, table, tmp_path / "run", deterministic=deterministic))
+    torch.use_deterministic_algorithms(False)
+    assert found == [("", False), (":16:8", True)]
 
 
 def test_the_adapter_is_pefts_and_stands_alone(whole, encoder):

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("trl")
 pytest.importorskip("jsonargparse")
 pytest.importorskip("peft")
 datasets = pytest.importorskip("datasets")
-
-from trl.trainer.sft_config import SFTConfig as TRLConfig  # noqa: E402
 
 from halotune import HRAConfig, LoHaConfig, get_peft_model  # noqa: E402
 from halotune.core.errors import HalotuneError  # noqa: E402
@@ -23,7 +23,7 @@ from halotune.recipes import SFTConfig, train_sft  # noqa: E402
 from halotune.recipes.common.run import read_lines  # noqa: E402
 from halotune.recipes.sft import compile_blocks  # noqa: E402
 
-from .problems import base_folder, problem, tiny_llama, tokenizer  # noqa: E402
+from .problems import base_folder, problem, sft_arguments, tiny_llama, tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing:FutureWarning")
 
@@ -57,21 +57,10 @@ def config(base: Path, folder: Path, **changes: Any) -> SFTConfig:
 def trainer(model: Any, folder: Path) -> AdapterSFTTrainer:
     ids = torch.randint(5, 400, (8, 12), generator=torch.Generator().manual_seed(0)).tolist()
     rows = [{"input_ids": i, "labels": [-100] * (k % 4) + i[k % 4 :]} for k, i in enumerate(ids)]
-    args = TRLConfig(
-        str(folder),
-        per_device_train_batch_size=4,
-        max_steps=2,
-        learning_rate=1e-2,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
+    data = datasets.Dataset.from_list(rows)
+    return AdapterSFTTrainer(
+        model, args=sft_arguments(folder), train_dataset=data, eval_dataset=data, processing_class=tokenizer()
     )
-    return AdapterSFTTrainer(model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer())
 
 
 HEADS = {
@@ -104,6 +93,42 @@ def test_a_trained_head_learns_under_the_chunked_loss(kind: str, tmp_path: Path)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if n in head}
     made.train()
     assert all(not torch.equal(before[n], p) for n, p in model.named_parameters() if n in head)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most numbers that a tensor made inside has had."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.most = max(
+            [self.most, *(t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(out) if torch.is_tensor(t))]
+        )
+        return out
+
+
+@pytest.mark.parametrize("kind", [None, *HEADS])
+def test_the_logits_are_never_there(kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in training nor in evaluation; a tile of them is a quarter here."""
+    config = HEADS[kind] if kind else HRAConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 8192)  # of the vocabulary; TRL's is 32,768
+    vocabulary = 4 * 8192
+    model = get_peft_model(tiny_llama(vocab_size=vocabulary), config)
+    made = trainer(model, tmp_path)
+    rows = {name: t.repeat(8, 2) for name, t in next(iter(made.get_train_dataloader())).items()}
+    logits = rows["input_ids"].numel() * vocabulary
+    with Largest() as training:
+        made.compute_loss(model, dict(rows)).backward()
+    model.eval()
+    with Largest() as evaluation:
+        made.prediction_step(model, dict(rows), prediction_loss_only=True)
+    model.merge_adapter()  # which is refused of a layer that is not called
+    model.unmerge_adapter()
+    assert 0.2 * logits < evaluation.most < 0.3 * logits and training.most < 0.3 * logits
+    with Largest() as whole:
+        model(**rows)
+    assert whole.most >= logits
 
 
 def test_trained_parameters_keep_their_precision_on_a_quantized_base(tmp_path: Path) -> None:
@@ -171,6 +196,17 @@ def test_an_answer_that_never_begins(base: Path, tmp_path: Path) -> None:
         train_sft(config(base, tmp_path, data=write(tmp_path / "rows.jsonl", chats(4)), max_length=10))
 
 
+def test_blocks_are_compiled_where_it_pays(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(**changes: Any) -> bool:
+        return config(base, tmp_path, data="rows.jsonl", **{"device": "auto", **changes}).compiled
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not compiled() and compiled(compile=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert compiled() and not compiled(compile=False) and not compiled(device="cpu")
+    assert not any(compiled(**own) for own in ({"packing": False}, {"quant": "nf4"}, {"deterministic": True}))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")  # its own, while it traces
 def test_compiled_blocks_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_peft_model(tiny_llama(), HRAConfig(r=4, target_modules="all-linear", init_weights=False))
@@ -188,3 +224,5 @@ def test_compiled_blocks_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) 
     compile_blocks(model)
     assert len(compiled) == 2 and list(model.state_dict()) == names
     assert torch.allclose(model(ids, use_cache=False).logits, plain, atol=1e-5)
+    with pytest.raises(HalotuneError, match=r"has no repeated blocks\. Leave out --compile"):
+        compile_blocks(get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), HRAConfig(r=2, target_modules=["0"])))

@@ -53,12 +53,13 @@ class Work:
     blocks: Sequence[str]  # names of the classes that are compiled with --compile
 
     @classmethod
-    def on_model(cls, config: BenchConfig) -> Work:
+    def on_model(cls, config: BenchConfig, device: torch.device | None = None) -> Work:
+        """A model on a device, by default the configuration's; on `meta` it is one to be described."""
         torch.manual_seed(SEED)
         family = config.preset.family
         try:
             with quiet():
-                base = models.build(config.preset, config.torch_device, config.torch_dtype)
+                base = models.build(config.preset, device or config.torch_device, config.torch_dtype)
         except Unavailable as e:
             raise HalotuneError(f"model: {config.model} needs a library that {e}. Install it, or take another.") from None
         return cls(config, base, models.target_names(base, family, config.targets), family.blocks)
@@ -92,6 +93,11 @@ class Work:
             "warmup": config.warmup,
             **more,
         }
+
+    def let_gradients_through(self) -> None:
+        """Gradients reach the embeddings' output, of the frozen model too."""
+        entry = self.config.preset.family.entry(self.base)
+        entry.register_forward_hook(lambda module, args, out: out.requires_grad_(True))
 
     @contextmanager
     def adapted(self, contender: Contender) -> Iterator[Any]:
@@ -166,21 +172,12 @@ def run_step(config: BenchConfig) -> Race:
     batches = [family.batch(*sizes) for _ in range(INPUTS)]
     if config.cuda_graph:
         batches = [family.static(batch) for batch in batches]
-    family.entry(work.base).register_forward_hook(lambda module, args, out: out.requires_grad_(True))
+    work.let_gradients_through()
 
     def turn(entry: Entry) -> Turn:
         with work.adapted(entry.contender) as model:
             model.train()
-            parameters = trained(model)
-            options: dict[str, Any] = {"fused": clock.cuda, "capturable": config.cuda_graph}
-            optimizer = torch.optim.AdamW(parameters, lr=1e-4, **options) if parameters else None
-
-            def train(batch: models.Batch) -> None:
-                family.loss(model, batch).backward()
-                if optimizer:
-                    optimizer.step()
-                    optimizer.zero_grad()
-
+            train = training(model, family, fused=clock.cuda, capturable=config.cuda_graph)
             clock.forget_peak()
             run = captured(train, batches[0]) if config.cuda_graph else train
 
@@ -199,6 +196,20 @@ def run_step(config: BenchConfig) -> Race:
 
     about = work.setting(config.batch, config.sequence, cuda_graph=config.cuda_graph)
     return about, everyone(config), ["step", *[KERNELS] * clock.cuda], turn
+
+
+def training(model: nn.Module, family: models.Family, fused: bool, capturable: bool = False) -> Callable[[models.Batch], None]:
+    """A whole step on a batch: forward, backward, AdamW."""
+    parameters = trained(model)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=fused, capturable=capturable) if parameters else None
+
+    def train(batch: models.Batch) -> None:
+        family.loss(model, batch).backward()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return train
 
 
 def captured(train: Callable[[models.Batch], None], example: models.Batch) -> Callable[[models.Batch], None]:

@@ -63,6 +63,7 @@ class BenchConfig:
     warmup: int = _number("repetitions before, not timed (default: %(default)s)", 2, least=0)
     compile: bool = _option("compile every layer of the model in full", default=False, action="store_true")
     cuda_graph: bool = _option("of step: capture it once and replay it", default=False, action="store_true")
+    nproc: int | None = _number("of step: also in so many processes, which share the model by FSDP2", None, least=2)
     time_limit: float | None = _option(
         "start no turn after that, and report what was measured", default=None, type=float, metavar="SECONDS"
     )
@@ -83,10 +84,12 @@ class BenchConfig:
                 raise HalotuneError(f"{f.name}: expected one of {', '.join(choices)}; got {value!r}.")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise HalotuneError(f"device: expected cpu, cuda or cuda:N; got {self.device!r}.")
-        if self.device != "cpu" and not torch.cuda.is_available():
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise HalotuneError(f"device: {self.device} was asked for, but torch finds no CUDA device. Use cpu.")
         if self.cuda_graph and self.device == "cpu":
             raise HalotuneError("cuda_graph: a CPU has none. Use device cuda, or leave it out.")
+        if self.nproc and (self.compile or self.cuda_graph):
+            raise HalotuneError("nproc: steps of several processes are eager. Leave out compile and cuda_graph.")
 
     @property
     def preset(self) -> Preset:

@@ -56,12 +56,20 @@ class Contender:
             yield base
             return
         with restored(base), quiet():
-            model = LIBRARIES[self.library].wrap(base, self, targets)
+            model = self.wrap(base, targets)
             try:
-                fill(model)
                 yield model
             finally:
                 model.unload()
+
+    def wrap(self, base: nn.Module, targets: Sequence[str]) -> Any:
+        """`base` with this adapter, with small random values, for good."""
+        if self.library == FROZEN:
+            return base
+        with quiet():
+            model = LIBRARIES[self.library].wrap(base, self, targets)
+            fill(model)
+            return model
 
 
 class PeftApi:

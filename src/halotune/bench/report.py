@@ -14,7 +14,7 @@ from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..report.record import read_record
 from ..report.table import text_table
-from .rows import Row, short
+from .rows import PROCESSES, Row, short
 
 FILE, FORMAT = "bench.json", 1
 GIB, MIB = 2**30, 2**20
@@ -34,6 +34,7 @@ def heading(kind: str, setting: dict[str, Any]) -> str:
     shape = ", ".join(f"{k} {v}" for k, v in s["shape"].items() if isinstance(v, int))
     where = "" if s["targets"] is None else f", {s['targets']} ({s['adapted_modules']} modules)"
     mode = ("compiled" if s["compiled"] else "eager") + (", in a CUDA graph" if s.get("cuda_graph") else "")
+    mode += f", FSDP2 over {s['nproc']} processes beside one" if s.get("nproc") else ""
     size = "" if s["batch"] is None else f", batch {s['batch']} × {s['tokens']} tokens"
     return "\n".join(
         [
@@ -55,6 +56,10 @@ def table(rows: Sequence[Row]) -> str:
     for name, title in TITLES.items():
         if name in ("frozen", "lora") or any(name in r.ratios for r in rows):
             columns.append((title, lambda r, name=name: f"{r.ratios[name].median:.2f}" if name in r.ratios else NONE))
+    if any(r.tokens_per_second for r in rows):
+        columns.append(("tokens/s", lambda r: NONE if r.tokens_per_second is None else f"{r.tokens_per_second:,.0f}"))
+        columns.append(("speed-up", lambda r: NONE if r.speed_up is None else f"{r.speed_up.median:.2f}"))
+        columns.append(("÷ frozen's", lambda r: NONE if r.scaling is None else f"{r.scaling:.2f}"))
     if any(r.saved is not None for r in rows):
         columns.append(("kept MiB", lambda r: NONE if r.saved is None else f"{r.saved / MIB:.2f}"))
     columns.append(("peak GiB", lambda r: NONE if r.peak is None else f"{r.peak / GIB:.2f}"))
@@ -96,6 +101,7 @@ def plot_name(kind: str, setting: dict[str, Any]) -> str:
     sizes = f"{s['shape'].get('in_features')}x{s['shape'].get('out_features')}"
     what = [sizes] if s["targets"] is None else [s["model"], s["targets"]]
     batch = [] if s["batch"] is None else [f"{s['batch']}x{s['tokens']}"]
+    batch += [f"fsdp{n}"] if (n := s.get("nproc")) else []
     mode = [name for name, on in {"compiled": s["compiled"], "cuda-graph": s.get("cuda_graph")}.items() if on]
     return "-".join([kind, *what, s["dtype"], *batch, *mode]) + ".png"
 
@@ -146,7 +152,7 @@ def _curves(axes: Any, name: str, rows: Sequence[Row]) -> None:
     colours = dict(zip(dict.fromkeys(method for _, method in lines if method), cycle(COLOURS), strict=False))
     for (library, method), line in lines.items():
         label = f"{library}:{method}" if method else library
-        if name == "tokens" and method:
+        if name in ("tokens", PROCESSES) and method:
             label = str(line[0].contender)
         style: dict[str, Any] = {
             "color": colours.get(method, LIBRARIES["frozen"]),

@@ -15,6 +15,7 @@ import torch
 
 from .contenders import FROZEN, Contender
 
+PROCESSES = "processes"  # the name of a point
 OK, NOT_MEASURED = "ok", "not measured"
 PACKAGES = ("torch", "transformers", "diffusers", "peft", "lycoris-lora", "triton")
 
@@ -58,6 +59,8 @@ class Row:
     problem: str | None = None  # why it could not be measured, or not to the end
     ratios: dict[str, Ratio] = field(default_factory=dict)  # of the times, by the name of the reference
     memory_ratio: float | None = None  # of the peak, to the frozen model's
+    speed_up: Ratio | None = None  # of the tokens in a second, over the same contender's in one process
+    scaling: float | None = None  # the speed-up, to the frozen model's
 
     @property
     def times(self) -> list[float]:
@@ -66,6 +69,13 @@ class Row:
     @property
     def median(self) -> float | None:
         return statistics.median(self.times) if self.rounds else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of all processes together, each of which has a batch; None where there is no such curve."""
+        if self.median is None or PROCESSES not in self.point:
+            return None
+        return self.point[PROCESSES] * self.setting["batch"] * self.setting["tokens"] / self.median * 1e3
 
     @property
     def status(self) -> str:
@@ -80,6 +90,15 @@ class Row:
             "trainable_parameters": self.trainable,
             "ms": None if not self.rounds else {"median": self.median, "min": min(self.times), "max": max(self.times)},
             "ratios": {name: vars(ratio) for name, ratio in self.ratios.items()},
+            **(
+                {
+                    "tokens_per_second": self.tokens_per_second,
+                    "speed_up": self.speed_up and vars(self.speed_up),
+                    "speed_up_to_frozen": self.scaling,
+                }
+                if PROCESSES in self.point
+                else {}
+            ),
             "peak_bytes": self.peak,
             "peak_to_frozen": self.memory_ratio,
             "saved_bytes": self.saved,
@@ -104,6 +123,14 @@ def compare(rows: Sequence[Row]) -> None:
                     row.ratios[name] = ratio
                 if name == "frozen" and row.peak and reference.peak:
                     row.memory_ratio = row.peak / reference.peak
+    alone = {(r.contender, r.measure): r for r in rows if r.point.get(PROCESSES) == 1}
+    for row in rows:
+        n, one = row.point.get(PROCESSES, 1), alone.get((row.contender, row.measure))
+        if n > 1 and one and (time := Ratio.between(row, one)):
+            row.speed_up = Ratio(f"{time.to} in one process", n / time.median, n / time.high, n / time.low)
+    frozen = next((r.speed_up.median for r in rows if r.speed_up and r.contender.library == FROZEN), None)
+    for row in rows:
+        row.scaling = row.speed_up.median / frozen if row.speed_up and frozen else None
 
 
 def short(ms: float) -> str:

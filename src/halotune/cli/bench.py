@@ -16,6 +16,7 @@ from ..bench.benches import BENCHES
 from ..bench.config import CONTENDERS, BenchConfig, parse_contenders
 from ..bench.race import Watch
 from ..bench.rows import Row
+from ..bench.sharded import run_sharded_step
 from ..core.errors import HalotuneError
 from ..report.record import json_text, write_record
 from .main import FAILED, INTERRUPTED
@@ -50,6 +51,10 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.cuda_graph and args.kind != "step":
         raise HalotuneError(f"--cuda-graph captures a training step; {args.kind} has none. Leave it out, or measure step.")
+    if args.nproc and args.kind != "step":
+        raise HalotuneError(
+            f"--nproc shares the model of a training step; {args.kind} has none. Leave it out, or measure step."
+        )
     batch, steps = (8, 16) if args.kind == "decode" else (4, 5)
     chosen = {"contenders": parse_contenders(args.contenders), "batch": args.batch or batch, "steps": args.steps or steps}
     config = BenchConfig(**{f.name: getattr(args, f.name) for f in fields(BenchConfig)} | chosen)
@@ -66,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
     interrupted = False
     try:
-        BENCHES[kind](config, Watch(lambda line: print(line, file=sys.stderr, flush=True), keep))
+        bench = run_sharded_step if config.nproc else BENCHES[kind]
+        bench(config, Watch(lambda line: print(line, file=sys.stderr, flush=True), keep))
     except KeyboardInterrupt:
         interrupted = True
     if rows:

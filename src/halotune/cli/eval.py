@@ -30,9 +30,11 @@ def run(args: argparse.Namespace) -> int:
     if recipe.evaluate is None:
         raise HalotuneError(f"{args.recipe} has no evaluation of its own. There are {', '.join(KNOWN)}.")
     require(recipe.extra, recipe.packages)
+    from ..recipes.common import processes
     from ..recipes.common.commandline import parse
 
     config, evaluate = recipe.evaluate
     found = recipe.part(evaluate)(parse(recipe.part(config), args.arguments, f"halotune eval {args.recipe}"))
-    print(json.dumps(found, indent=1, ensure_ascii=False))
+    if processes.first():
+        print(json.dumps(found, indent=1, ensure_ascii=False))
     return 0

@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no "→" must not end a run
+    # Threads that wait for each other spin, by GNU OpenMP's default, and where other programs run too, a thread that spins
+    # holds the core that the one it waits for needs: a token then took 4 s instead of 0.1 s. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

@@ -32,5 +32,9 @@ def run(args: argparse.Namespace) -> int:
     require(recipe.extra, recipe.packages)
     fields = ("data", "output", "which", "batch_size", "device", "skip_bad_rows")
     config = recipe.part("Prediction")(args.run_folder, **{name: getattr(args, name) for name in fields})
-    print(recipe.part("predict_nlu")(config))
+    file = recipe.part("predict_nlu")(config)
+    from ..recipes.common import processes
+
+    if processes.first():
+        print(file)
     return 0

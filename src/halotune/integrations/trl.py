@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.errors import HalotuneError
 from ..core.layer import AdaptedLayer
+from ..engine.injection.first_pass import note_call
 from ..engine.injection.modules_to_save import ModulesToSaveWrapper
 from ..engine.model import PeftModel
 from .transformers import AdapterTrainerMixin
@@ -33,7 +34,7 @@ class AdapterSFTTrainer(AdapterTrainerMixin, SFTTrainer):
     - The chunked loss multiplies by the head's weight itself: an adapted head, or one that is fully fine-tuned, gives the
       weight that it computes with, and so learns.
     - Trained parameters keep their dtype on a quantized base, where TRL rounds them to bf16.
-    - `eval_loss` is the mean over all tokens that count, whatever the batches are.
+    - `eval_loss`, `eval_entropy` and `eval_mean_token_accuracy` are means over all tokens that count, whatever the batches are.
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -72,8 +73,11 @@ class AdapterSFTTrainer(AdapterTrainerMixin, SFTTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         key = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
         if self._eval_sums and output.metrics is not None and key in output.metrics:
-            total, counted = torch.stack(self._eval_sums).sum(0).tolist()
-            output.metrics[key] = total / max(counted, 1)
+            totals, counted = torch.stack(self._eval_sums).T
+            output.metrics[key] = float(totals.sum() / counted.sum().clamp(min=1))
+            for name in ("entropy", "mean_token_accuracy"):  # of which TRL has a batch's mean
+                means = torch.tensor(self._metrics["eval"][name], dtype=torch.float64, device=counted.device)
+                self._metrics["eval"][name] = [float((means * counted).sum() / counted.sum().clamp(min=1))]
         return output
 
 
@@ -91,6 +95,7 @@ def show_head(base: nn.Module) -> None:
     def get_output_embeddings(self: nn.Module) -> Any:
         head = original()  # type: ignore[operator]
         if isinstance(head, AdaptedLayer):
+            note_call(head)
             return Head(head.operator().weight().to(head.base.dtype), getattr(head.base_layer, "bias", None))
         if isinstance(head, ModulesToSaveWrapper):
             own: Any = head.current

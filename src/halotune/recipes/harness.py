@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import HalotuneError, closest
+from .common import processes
 from .common.run import said
 from .language.evaluated import Evaluated
 
@@ -57,12 +58,14 @@ def evaluate_harness(config: HarnessEvaluation) -> dict[str, Any]:
     Returns:
         lm-eval's `results`: task -> metric -> number.
     """
+    from accelerate import Accelerator
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
+    state = processes.join(config.device)
     names = [name.strip() for name in config.tasks.split(",")]
     manager = TaskManager(include_defaults=not all(map(_is_file, names)))  # reading its thousands of tasks takes a while
     tasks: list[Any] = [_known(name, manager) for name in names]
@@ -71,9 +74,12 @@ def evaluate_harness(config: HarnessEvaluation) -> dict[str, Any]:
     folder = Path(config.output) if config.output else subject.default_output("harness")
     tracker = EvaluationTracker(output_path=str(folder))
     named = f"pretrained={subject.base}" + (f",peft={subject.adapter}" if subject.adapter else "")
-    runner: Any = HFLM  # whose metaclass hides its arguments
+    wrap: Any = HFLM  # whose metaclass hides its arguments
+    runner = wrap(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size)
+    if state.num_processes > 1:  # of a model that is there already it asks for no others
+        runner._rank, runner._world_size, runner.accelerator = state.process_index, state.num_processes, Accelerator()
     found = simple_evaluate(
-        runner(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size),
+        runner,
         model_args=named,  # for the names of its files
         tasks=tasks,
         num_fewshot=config.num_fewshot,
@@ -87,16 +93,21 @@ def evaluate_harness(config: HarnessEvaluation) -> dict[str, Any]:
         fewshot_random_seed=config.seed,
         confirm_run_unsafe_code=config.allow_code,
     )
-    if found is None:  # not the first process
-        return {}
-    samples: dict[str, Any] = found.pop("samples")  # type: ignore[misc]
-    tracker.save_results_aggregated(results=found, samples=samples)  # type: ignore[arg-type]
-    for task, lines in samples.items():
-        tracker.save_results_samples(task_name=task, samples=lines)
-    said(make_table(found))
-    said(f"{folder}: results and samples, as lm-eval writes them")
-    results: dict[str, Any] = found["results"]  # type: ignore[typeddict-item]
-    return {task: {k: v.item() if hasattr(v, "item") else v for k, v in m.items()} for task, m in results.items()}
+
+    def kept() -> dict[str, Any]:
+        assert found is not None  # which it is in the other processes
+        samples: dict[str, Any] = found.pop("samples")  # type: ignore[misc]
+        for lines in samples.values():
+            lines.sort(key=lambda line: line["doc_id"])  # they come process by process
+        tracker.save_results_aggregated(results=found, samples=samples)  # type: ignore[arg-type]
+        for task, lines in samples.items():
+            tracker.save_results_samples(task_name=task, samples=lines)
+        said(make_table(found))
+        said(f"{folder}: results and samples, as lm-eval writes them")
+        results: dict[str, Any] = found["results"]  # type: ignore[typeddict-item]
+        return {task: {k: v.item() if hasattr(v, "item") else v for k, v in m.items()} for task, m in results.items()}
+
+    return processes.from_first(kept)
 
 
 def _known(name: str, manager: Any) -> str:

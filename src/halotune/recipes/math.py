@@ -10,22 +10,27 @@ learned. GSM8K's and MATH's own files are taken too. `eval math` has a model ans
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..report.record import write_record
+from .common import processes
 from .common.config import resolve_adapter
-from .common.run import read_lines, said
+from .common.run import locked, read_lines, said
 from .grading import stored
 from .grading.scores import accuracy, by, vote
 from .grading.workers import Grade, Task, grade_all
 from .language.problems import Problem, as_metamath, read_problems
 from .language.rows import Columns, Example, understood
 from .sft import SFTConfig, quiet, train_sft
+
+if TYPE_CHECKING:
+    from .language.evaluated import Evaluated
 
 # What the authors of HRA did: "paper" as their paper says, "paper-code" as their script does.
 COMMON = {
@@ -186,14 +191,23 @@ def evaluate_math(config: MathEvaluation) -> dict[str, Any]:
     """
     quiet()
     if config.answers is not None:
-        return grade_stored(config)
+        processes.join(config.device)
+        return processes.from_first(lambda: grade_stored(config))
     from .language.evaluated import Evaluated
 
     subject = Evaluated.find(config.model, config.adapter)
     folder = Path(config.output) if config.output else subject.default_output(config.suite)
-    problems = read_problems(config.suite, config.data, config.limit)
-    file = subject.answer(config, problems, folder)
-    rows = graded(config, problems, read_lines(file), folder)
+    problems = read_problems(config.suite, config.data)
+    with locked(folder) if processes.first() else nullcontext():
+        file = subject.answer(config, problems, folder)
+        return processes.from_first(lambda: scored(config, subject, problems[: config.limit], read_lines(file), folder))
+
+
+def scored(
+    config: MathEvaluation, subject: Evaluated, problems: list[Problem], lines: list[dict[str, Any]], folder: Path
+) -> dict[str, Any]:
+    """What scores.json holds, which is written, shown, and told to the run."""
+    rows = graded(config, problems, lines, folder)
     scores = {"suite": config.suite, "model": subject.base, "adapter": subject.adapter, **summary(config, rows)}
     write_record(folder / "scores.json", scores)
     subject.record(config.suite, scores)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -25,7 +26,6 @@ from transformers import (
     EvalPrediction,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
 from transformers.utils import logging
 
@@ -34,12 +34,13 @@ from ..core.config import TaskType
 from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..engine.model import PeftModel
+from .common import processes
 from .common.config import RunConfig
 from .common.dry_run import dry_run as show_dry_run
 from .common.model import adapt, load_base, model_source
 from .common.rows import read_rows, text_of, usable
 from .common.run import Run, read_run, said
-from .common.trainer import RunTrainer, arguments
+from .common.trainer import RunTrainer, arguments, placement, seed
 from .glue.presets import differences, settings
 from .glue.tasks import TASKS, Task, submission
 from .nlu_data import Columns, Data, Example, file_split, hub_split, load_glue, load_table, table_task
@@ -137,14 +138,29 @@ def load_classifier(config: NLUConfig, labels: Sequence[str] | None, tokenizer: 
     return model
 
 
+def first_output(outputs: Any) -> Any:
+    """The logits: some models give more."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
 def answers(logits: Any, regression: bool) -> np.ndarray[Any, Any]:
     """Class numbers or values, from a model's outputs (N, classes) or (N, 1)."""
-    logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits, dtype=np.float64)
+    logits = np.asarray(first_output(logits), dtype=np.float64)
     return logits[:, 0] if regression else logits.argmax(-1)
 
 
 def metrics(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
-    return lambda p: task.metric(answers(p.predictions, task.regression), np.asarray(p.label_ids))
+    """The task's metrics, and the loss: the Trainer's own counts the rows that fill up the last batch of several processes."""
+
+    def found(p: EvalPrediction) -> dict[str, float]:
+        logits, labels = (torch.as_tensor(x) for x in (first_output(p.predictions), p.label_ids))
+        if task.regression:
+            loss = nn.functional.mse_loss(logits[:, 0].double(), labels.double())
+        else:
+            loss = nn.functional.cross_entropy(logits.double(), labels)
+        return {"loss": loss.item(), **task.metric(answers(p.predictions, task.regression), np.asarray(p.label_ids))}
+
+    return found
 
 
 def train_nlu(config: NLUConfig, *, dry_run: bool = False, command: str | None = None) -> dict[str, Any]:
@@ -160,9 +176,9 @@ def train_nlu(config: NLUConfig, *, dry_run: bool = False, command: str | None =
     if run.finished and not dry_run:
         said(f"{run.folder}: finished already; nothing was done. Give another --output for a new run.")
         return run.record
+    seed(config)  # of the head and the adapter
     data = load_data(config)
     task = data.task
-    set_seed(config.seed)  # of the head and the adapter
     tokenizer = load_tokenizer(config)
     model = adapt(load_classifier(config, task.labels, tokenizer), config, TaskType.SEQ_CLS)
     if config.freeze_head:
@@ -186,6 +202,7 @@ def train_nlu(config: NLUConfig, *, dry_run: bool = False, command: str | None =
         show_dry_run(run, trainer, lambda batch: as_text(batch, tokenizer, task))
         return run.record
     with run.open():
+        run.same_data(data.train, *data.evaluations.values())
         run.update(
             task=task.name,
             labels=None if task.labels is None else list(task.labels),
@@ -297,7 +314,8 @@ def evaluate_nlu(config: NLUEvaluation) -> dict[str, Any]:
             said(f"no {name} was written: {e}")
             continue
         text = submission(task, trained.answers(tests))
-        write_atomically(folder / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
+        if processes.first():
+            write_atomically(folder / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
         said(f"{folder / name}: {len(tests):,} answers")
     return found
 
@@ -352,7 +370,7 @@ def predict_nlu(config: Prediction) -> Path:
             writer.writeheader()
             writer.writerows(row | more for row, more in zip(rows, added, strict=True))
 
-    write_atomically(output, write)
+    processes.from_first(lambda: write_atomically(output, write))
     said(f"{output}: {len(rows):,} predictions")
     return output
 
@@ -377,10 +395,9 @@ class TrainedRun:
         args = TrainingArguments(
             output_dir=str(folder / "predictions"),
             per_device_eval_batch_size=batch_size,
-            use_cpu=device == "cpu",
             bf16_full_eval=self.config.precision == "bf16",
             fp16_full_eval=self.config.precision == "fp16",
-            dataloader_pin_memory=torch.accelerator.is_available() and device != "cpu",
+            **placement(device),
             report_to=[],
             disable_tqdm=not sys.stderr.isatty(),
         )

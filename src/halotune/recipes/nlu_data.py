@@ -11,7 +11,7 @@ from typing import Any
 from ..core.errors import HalotuneError
 from .common.rows import read_rows, text_of, usable
 from .glue.files import converter, find_file, read_split
-from .glue.tasks import Task, accuracy, correlations
+from .glue.tasks import DIAGNOSTIC, Task, accuracy, correlations
 
 HUB = "nyu-mll/glue"
 SPLIT_SEED = 0  # fixed, so that runs of different seeds see the same rows
@@ -70,7 +70,8 @@ def hub_split(task: Task, split: str) -> list[Example]:
     from datasets import load_dataset
 
     try:
-        rows: Any = load_dataset(HUB, task.name, split=split)
+        part = (split, "test") if split == DIAGNOSTIC else (task.name, split)
+        rows: Any = load_dataset(HUB, part[0], split=part[1])
     except Exception as e:  # the hub's client has no common class of errors
         reason = next(iter(str(e).strip().splitlines()), type(e).__name__)
         raise HalotuneError(

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import datasets
+import torch
 from accelerate.utils.other import is_repeated_blocks
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from datasets import Dataset, concatenate_datasets
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig as TRLConfig
@@ -27,11 +28,12 @@ from ..core.config import TaskType
 from ..core.errors import HalotuneError
 from ..engine.model import PeftModel
 from ..integrations.trl import AdapterSFTTrainer
+from .common import processes
 from .common.config import RunConfig, find_method
 from .common.dry_run import dry_run as show_dry_run
 from .common.model import adapt, load_base, model_source
 from .common.run import Run, said
-from .common.trainer import RunTrainerMixin, arguments, checkpointing
+from .common.trainer import RunTrainerMixin, arguments, checkpointing, seed
 from .language.packing import PackedCollator, check_isolation, fill
 from .language.rows import Columns, Example, read_examples, split, understood
 from .language.tokens import IGNORED, encode_all, set_pad_token, set_template
@@ -55,7 +57,8 @@ class SFTConfig(RunConfig):
         max_length: tokens of an example, longer ones are cut; and of a row of packed ones.
         packing: put several short examples into one row; they do not see each other.
         attention: an implementation that transformers knows (sdpa, eager, flash_attention_2 …).
-        compile: compile every block of the model with torch.compile.
+        compile: compile every block of the model with torch.compile; by default on a CUDA device with packed rows, whose length
+            is fixed, unless `quant` or `deterministic` is set.
     """
 
     data: str
@@ -69,7 +72,7 @@ class SFTConfig(RunConfig):
     max_length: int = 1024
     packing: bool = True
     attention: str = "sdpa"
-    compile: bool = False
+    compile: bool | None = None
     batch_size: int = 16
     schedule: str = "cosine"
     weight_decay: float = 0.0
@@ -81,6 +84,14 @@ class SFTConfig(RunConfig):
     def fill(self) -> None:
         """A tenth of the method's default rate, which is that of a small encoder: with the whole, HRA's loss rises at once."""
         self.fill_in(learning_rate=0.1 * find_method(str(self.method))[1].learning_rate)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether blocks are compiled, here."""
+        if self.compile is not None:
+            return self.compile
+        cuda = self.device != "cpu" and torch.cuda.is_available()
+        return cuda and self.packing and not self.quant and not self.deterministic
 
     def example(self, values: dict[str, Any]) -> Example:
         """What a row of data means; ValueError where it means nothing."""
@@ -119,12 +130,12 @@ def train_sft(
     report_data(config, train, held, cut, bad)
 
     # The model, with its adapter
-    set_seed(config.seed)  # of the adapter
+    seed(config)  # of the adapter
     model = adapt(load_base(AutoModelForCausalLM, config, attn_implementation=config.attention), config, TaskType.CAUSAL_LM)
     if config.packing:
         check_isolation(model)
-    if config.compile:
-        compile_blocks(model)
+    if config.compiled:
+        compile_blocks(model, needed=config.compile is True)
 
     # Training and evaluation
     trainer = make_trainer(config, run, model, tokenizer, train, held)
@@ -132,8 +143,10 @@ def train_sft(
         show_dry_run(run, trainer, lambda batch: marked(tokenizer, batch))
         return run.record
     with run.open():
+        run.same_data(train_rows, eval_rows)
         rows = {"train": len(train_rows), "evaluation": len(eval_rows), "cut": cut}
         run.update(rows=rows, skipped={"count": len(bad), "rows": bad[:100]}, substitutes=list(substitutes))
+        run.update(compiled=config.compiled)
         trainer.train_run()
         trainer.finish(trainer.measured() if held is not None else {})
     return run.record
@@ -252,9 +265,11 @@ def make_trainer(
         **({} if config.gradient_checkpointing else dict.fromkeys(checkpointing(TRLConfig), False)),
         **({} if held is not None else {"eval_strategy": "no"}),
     )
+    if held is not None and processes.count() > 1:
+        held = filled(held, args.per_device_eval_batch_size * processes.count(), tokenizer.pad_token_id)
     collator = None
     if config.packing and not varlen:
-        collator = PackedCollator(tokenizer.pad_token_id, config.max_length if config.compile else None)
+        collator = PackedCollator(tokenizer.pad_token_id, config.max_length if config.compiled else None)
     return RunSFTTrainer(
         model,
         args=args,
@@ -267,9 +282,22 @@ def make_trainer(
     )
 
 
-def compile_blocks(model: PeftModel) -> None:
-    """Compile the repeated blocks in place: one compilation serves all of them, and names and hooks stay."""
+def filled(held: Dataset, rows: int, pad: int) -> Dataset:
+    """With rows of which nothing counts, up to a whole batch of every process: accelerate would count some rows twice there."""
+    row = {"input_ids": [pad] * 2, "labels": [IGNORED] * 2, "seq_lengths": [2]}
+    more = [{name: row[name] for name in held.column_names}] * (-len(held) % rows)
+    return concatenate_datasets([held, Dataset.from_list(more, features=held.features)]) if more else held
+
+
+def compile_blocks(model: PeftModel, needed: bool = True) -> None:
+    """Compile the repeated blocks in place: one compilation serves all of them, and names and hooks stay.
+
+    Raises:
+        HalotuneError: there are none, and they are `needed`.
+    """
     blocks: Any = next((m for m in model.modules() if is_repeated_blocks(m)), None)
+    if blocks is None and not needed:
+        return
     if blocks is None:
         raise HalotuneError(f"compile: {type(model.get_base_model()).__name__} has no repeated blocks. Leave out --compile.")
     for block in blocks:

@@ -50,6 +50,13 @@ def is_uncalled(layer: nn.Module) -> bool:
     return any(isinstance(hook, Uncalled) for hook in layer._forward_pre_hooks.values())
 
 
+def note_call(layer: nn.Module) -> None:
+    """Who computes with the weight that a layer and its adapters have, rather than calling it, says so."""
+    for hook in list(layer._forward_pre_hooks.values()):
+        if isinstance(hook, (Note, Uncalled)):
+            hook(layer, ())
+
+
 class FirstPass:
     """Watches layers until the first pass of the model after they were adapted is over. Afterwards no hook is left, but on what
     was not called."""

@@ -41,7 +41,7 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str = "halotune") -> T:
     adapter = [n.removeprefix("adapter.") for n in options if n.startswith("adapter.")]
     for file, key in [(file, key) for file, entries in files.items() for key in _keys(entries)]:
         if key not in options:
-            raise HalotuneError(f"{file}: {unknown(key, _shown(options), f'there is no option {key}')}")
+            raise HalotuneError(f"{file}: {_unknown_option(key, _shown(options))}")
     arguments = _normalized(arguments, options, adapter, _switches(kind, parser))
     try:
         found = parser.parse_args(arguments)
@@ -114,18 +114,18 @@ def _normalized(arguments: Sequence[str], options: Mapping[str, str], adapter: S
         if name not in options and name in adapter:
             name = f"adapter.{name}"
         if name not in options:
-            raise HalotuneError(_unknown_option(name, [*_shown(options), *adapter]))
+            raise HalotuneError(_unknown_option(f"--{name}", [f"--{known}" for known in (*_shown(options), *adapter)]))
         alone = i + 1 == len(arguments) or arguments[i + 1].startswith("--")
         out.append(f"--{name}" + (equals + value if equals else "=true" if name in switches and alone else ""))
     return files + out
 
 
 def _unknown_option(name: str, known: list[str]) -> str:
-    field = name.removeprefix("adapter.")
+    field = name.removeprefix("--").removeprefix("adapter.")
     owners = [n.lower() for n, (method, _) in kinds().items() if field in method.config.__dataclass_fields__]
     if owners and field not in SET_BY_RECIPE:
-        return f"--{name} is an option of {', '.join(owners)}. Choose it with --method {owners[0]}, or leave the option out."
-    return unknown(name, known, f"there is no option --{name}")
+        return f"{name} is an option of {', '.join(owners)}. Choose it with --method {owners[0]}, or leave the option out."
+    return unknown(name, known, f"there is no option {name}")
 
 
 def _shown(options: Mapping[str, str]) -> list[str]:

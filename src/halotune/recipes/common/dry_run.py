@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from . import processes
 from .model import count
 from .run import Run
 from .trainer import memory_bytes
@@ -28,13 +29,16 @@ def dry_run(run: Run, trainer: Trainer, batch_as_text: Callable[[dict[str, Any]]
     steps = _Steps()
     trainer.add_callback(steps)
     batch = next(iter(trainer.get_train_dataloader()))
-    print("first batch:\n" + batch_as_text(batch))
+    if processes.first():
+        print("first batch:\n" + batch_as_text(batch))
     with tempfile.TemporaryDirectory() as scratch:
         args: Any = trainer.args
         whole = args.max_steps if args.max_steps > 0 else round(len(trainer.get_train_dataloader()) * args.num_train_epochs)
         args.output_dir, args.max_steps = scratch, STEPS
         args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
         trainer.train()
+    if not processes.first():
+        return
     for empty in (run.checkpoints, run.folder):  # the Trainer makes its output_dir when it is made
         with suppress(OSError):  # there is a run already
             empty.rmdir()

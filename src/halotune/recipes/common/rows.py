@@ -62,18 +62,32 @@ def _jsonl(file: Path) -> Iterator[Row]:
                     values = json.loads(line)
                 except ValueError as e:
                     values = {None: f"is no JSON ({e})"}
-                yield Row(file, number, values if isinstance(values, dict) else {None: "is no JSON object"})
+                yield Row(file, number, _checked(values, "\\ud" in line.lower()))
+
+
+def _checked(values: Any, escaped: bool) -> dict[Any, Any]:
+    """A JSON object, or what is wrong with it; `escaped`: it may hold half a character, which JSON allows and no tokenizer."""
+    if not isinstance(values, dict):
+        return {None: "is no JSON object"}
+    try:
+        if escaped:
+            json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return {None: "holds half a character (a surrogate without the other)"}
+    return values
 
 
 def _json(file: Path) -> Iterator[Row]:
     try:
-        entries = json.loads(file.read_text(encoding="utf-8-sig"))
+        text = file.read_text(encoding="utf-8-sig")
+        entries = json.loads(text)
     except ValueError as e:
         raise HalotuneError(f"{file}: is no JSON ({e}). A file with an object on each line is called .jsonl.") from e
     if not isinstance(entries, list):
         raise HalotuneError(f"{file}: expected a list of objects; found a {type(entries).__name__}. Give the list alone.")
+    escaped = "\\ud" in text.lower()
     for number, values in enumerate(entries, 1):
-        yield Row(file, number, values if isinstance(values, dict) else {None: "is no JSON object"})
+        yield Row(file, number, _checked(values, escaped))
 
 
 def _parquet(file: Path) -> Iterator[Row]:

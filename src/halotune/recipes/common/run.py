@@ -12,7 +12,9 @@ index.html      all of it as a page
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -23,7 +25,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from filelock import FileLock, Timeout
 from ...core.errors import HalotuneError
 from ...core.files import write_atomically
 from ...report.record import write_record
+from . import processes
 from .config import RunConfig, as_yaml, plain
 
 FINISHED, RUNNING, INTERRUPTED, FAILED = "finished", "running", "interrupted", "failed"
@@ -62,7 +65,7 @@ class Run:
 
     def __init__(self, config: RunConfig, command: str | None = None) -> None:
         self.folder = Path(str(config.output))
-        self.writer = int(os.environ.get("RANK", "0")) == 0
+        self.writer = processes.first()
         self.config, self.as_yaml = plain(config), as_yaml(config)
         found = read_run(self.folder)
         if found is None:
@@ -92,37 +95,37 @@ class Run:
         if not self.writer:
             yield self
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise HalotuneError(
-                f"{self.folder}: another process writes this run. Wait for it, or give another --output."
-            ) from None
-        main = threading.current_thread() is threading.main_thread()
-        usual = signal.signal(signal.SIGTERM, _interrupt) if main else None
-        try:
-            write_atomically(self.folder / "config.yaml", lambda file: file.write_text(self.as_yaml, encoding="utf-8"))
-            self.update(status=RUNNING, config=self.config, label=self.config["label"], error=None)
-            self.update(versions=versions(), hardware=hardware(), commit=commit())
-            yield self
-        except KeyboardInterrupt:
-            self.update(status=INTERRUPTED)
-            raise
-        except BaseException as e:
-            self.update(status=FAILED, error=f"{type(e).__name__}: {e}")
-            raise
-        finally:
-            if main:
-                signal.signal(signal.SIGTERM, usual)
-            lock.release()
+        with locked(self.folder), _terminated_as_interrupted():
+            try:
+                write_atomically(self.folder / "config.yaml", lambda file: file.write_text(self.as_yaml, encoding="utf-8"))
+                self.update(status=RUNNING, config=self.config, label=self.config["label"], error=None)
+                self.update(versions=versions(), hardware=hardware(), commit=commit())
+                yield self
+            except KeyboardInterrupt:
+                self.update(status=INTERRUPTED)
+                raise
+            except BaseException as e:
+                self.update(status=FAILED, error=f"{type(e).__name__}: {e}")
+                raise
 
     def update(self, **entries: Any) -> None:
         """Entries of run.json."""
         self.record |= entries
         if self.writer:
             write_record(self.folder / "run.json", finite(self.record))
+
+    def same_data(self, *parts: Iterable[Any]) -> None:
+        """Note which rows the run is of.
+
+        Raises:
+            HalotuneError: there is a checkpoint already, of other rows.
+        """
+        found = digest(itertools.chain.from_iterable(parts))
+        if self.last_checkpoint()[0] and self.record.get("data") not in (None, found):
+            raise HalotuneError(
+                f"{self.folder}: the data have changed since the run began. Put them back, or give another --output."
+            )
+        self.update(data=found)
 
     # -- metrics
 
@@ -187,9 +190,40 @@ class Run:
             )
 
 
-def _interrupt(*_: Any) -> None:
-    """What a scheduler ends a job with is like Ctrl-C."""
-    raise KeyboardInterrupt
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other job writes into the folder, which is made.
+
+    Raises:
+        HalotuneError: another one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise HalotuneError(f"{folder}: another process writes into it. Wait for it, or give another --output.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Inside, what a scheduler ends a job with is like Ctrl-C."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    usual = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, usual)
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -209,6 +243,14 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         return []
     text = file.read_text(encoding="utf-8", errors="replace")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def digest(rows: Iterable[Any]) -> str:
+    """A number that other rows do not have."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(repr(row).encode("utf-8", "surrogatepass"))
+    return found.hexdigest()
 
 
 def finite(value: Any) -> Any:
@@ -234,11 +276,10 @@ def _version(package: str) -> str:
 
 def hardware() -> dict[str, Any]:
     """The first accelerator, or the processor; and how many processes share the work."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        return {"device": properties.name, "memory_bytes": properties.total_memory, "processes": processes}
-    return {"device": platform.processor() or platform.machine(), "cores": os.cpu_count(), "processes": processes}
+        return {"device": properties.name, "memory_bytes": properties.total_memory, "processes": processes.count()}
+    return {"device": platform.processor() or platform.machine(), "cores": os.cpu_count(), "processes": processes.count()}
 
 
 def commit() -> str | None:
@@ -255,7 +296,7 @@ def commit() -> str | None:
 
 def said(text: str) -> None:
     """A line to the user, below whatever bar is being drawn; once, not once a process."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if processes.first():
         print(text, file=sys.stderr, flush=True)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -25,6 +24,7 @@ from ...core.files import write_atomically
 from ...report.page import write_page
 from ...report.record import write_record
 from ...report.table import text_table
+from . import processes
 from .commandline import parse
 from .config import RunConfig, as_yaml
 from .run import FINISHED, finite, read_run, said
@@ -48,7 +48,7 @@ def sweep(kind: type[RunConfig], arguments: Sequence[str], axes: Sequence[str], 
     Returns:
         the rows of sweep.json.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes.count() > 1:
         raise HalotuneError("--sweep starts its runs itself. Leave out accelerate launch or torchrun, or --sweep.")
     points = grid(axes)
     first = _configure(kind, arguments, points[0])

@@ -18,14 +18,16 @@ import psutil  # accelerate needs it
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer_utils import enable_full_determinism
 
 from ...cli.main import require
 from ...core.errors import HalotuneError
 from ...engine.training import parameter_groups
 from ...integrations.transformers import AdapterTrainerMixin
 from ...report.page import write_page
+from . import processes
 from .config import RunConfig
 from .model import count, write_changes
 from .run import FINISHED, Run, said
@@ -40,12 +42,12 @@ def arguments(config: RunConfig, run: Run, kind: type[TrainingArguments] = Train
         kind: their class, for Trainers that have their own.
         also: further arguments, the recipe's own.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = config.micro_batch_size or max(config.batch_size // processes, 1)
-    if config.batch_size % (micro * processes):
+    n = processes.count()
+    micro = config.micro_batch_size or max(config.batch_size // n, 1)
+    if config.batch_size % (micro * n):
         raise HalotuneError(
-            f"batch_size: {config.batch_size} examples cannot be shared by {processes} processes that take {micro} at once. "
-            f"Use a multiple of {micro * processes}, or another micro_batch_size."
+            f"batch_size: {config.batch_size} examples cannot be shared by {n} processes that take {micro} at once. "
+            f"Use a multiple of {micro * n}, or another micro_batch_size."
         )
 
     warmup = config.warmup or 0.0
@@ -53,13 +55,12 @@ def arguments(config: RunConfig, run: Run, kind: type[TrainingArguments] = Train
     def when(every: int | None) -> dict[str, Any]:
         return {"strategy": "epoch"} if every is None else {"strategy": "steps", "steps": every}
 
-    cpu = config.device == "cpu" or not torch.accelerator.is_available()
     return kind(
         **{
             "output_dir": str(run.checkpoints),
             "per_device_train_batch_size": micro,
             "per_device_eval_batch_size": max(micro, 8),
-            "gradient_accumulation_steps": config.batch_size // (micro * processes),
+            "gradient_accumulation_steps": config.batch_size // (micro * n),
             "learning_rate": config.learning_rate,
             "lr_scheduler_type": config.schedule,
             "warmup_steps": int(warmup) if warmup >= 1 else warmup,
@@ -80,14 +81,32 @@ def arguments(config: RunConfig, run: Run, kind: type[TrainingArguments] = Train
             "report_to": [] if config.tracker in ("none", "tensorboard") else [config.tracker],
             "include_num_input_tokens_seen": "non_padding",
             "disable_tqdm": True,  # RunCallback has a bar of its own, with the loss in it
-            "use_cpu": cpu,
-            "ddp_backend": "gloo" if cpu and processes > 1 else None,
+            **placement(config.device),
             "ddp_find_unused_parameters": False,
-            "dataloader_pin_memory": not cpu,
             "remove_unused_columns": True,
             **also,
         }
     )
+
+
+def seed(config: RunConfig) -> None:
+    """Seed everything; with `deterministic` also have torch refuse what differs from run to run.
+
+    Before CUDA starts, which reads the variables that are set here once, and before anything is drawn.
+    """
+    enable_full_determinism(config.seed) if config.deterministic else set_seed(config.seed)
+
+
+def placement(device: str) -> dict[str, Any]:
+    """Where a Trainer works, and how its processes talk."""
+    cpu = processes.on_cpu(device)
+    waits = int(processes.PATIENCE.total_seconds())
+    return {
+        "use_cpu": cpu,
+        "ddp_backend": processes.backend(cpu),
+        "ddp_timeout": waits,
+        "dataloader_pin_memory": not cpu,
+    }
 
 
 def checkpointing(kind: type[TrainingArguments]) -> dict[str, Any]:
@@ -121,6 +140,7 @@ class RunTrainerMixin(AdapterTrainerMixin):
         """Train, from the last checkpoint where there is one."""
         checkpoint, step = self.run.last_checkpoint()
         self.run.rewind(step)
+        self.accelerator.wait_for_everyone()  # each reads what is left, to know the best evaluation so far
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()  # of an earlier run in this process
         self.add_callback(RunCallback(self.run, self.best_name, lambda: self.save_adapter("best")))
@@ -169,10 +189,12 @@ class RunTrainerMixin(AdapterTrainerMixin):
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write what a finished run has: the adapter, what it changed, the results, the page."""
         self.save_adapter()
-        lines = self.run.metrics()
         model: Any = self.model
-        if self.is_world_process_zero():
-            write_changes(self.run, model)
+
+        def finished() -> dict[str, Any]:
+            lines = self.run.metrics()
+            if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # one process cannot read what all of them hold
+                write_changes(self.run, model)
             self.run.update(
                 status=FINISHED,
                 parameters=count(model),
@@ -182,6 +204,9 @@ class RunTrainerMixin(AdapterTrainerMixin):
             )
             write_page([self.run.folder], self.run.folder / "index.html")
             said(f"{self.run.folder}: finished")
+            return self.run.record
+
+        self.run.record = processes.from_first(finished)
 
 
 class RunTrainer(RunTrainerMixin, Trainer):

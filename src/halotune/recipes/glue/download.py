@@ -97,7 +97,7 @@ def _lay_out(task: Task, source: Path, folder: Path) -> None:
     def fill(target: Path) -> None:
         for name in {name for names in LAYOUTS[task.name].files.values() for name in names}:
             if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
+                shutil.copyfile(source / name, target / Path(name).name)
         ids = next((source / n for n in ("mrpc_dev_ids.tsv", "dev_ids.tsv") if (source / n).is_file()), None)
         if task.name == "mrpc" and ids is not None and not (target / "dev.tsv").exists():
             _divide(source / "msr_paraphrase_train.txt", ids, target)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...core.errors import HalotuneError
 from ..common.rows import Row, text_of
-from .tasks import TASKS, Task
+from .tasks import DIAGNOSTIC, TASKS, Task
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ LAYOUTS: dict[str, Layout] = {
             "validation_mismatched": ("dev_mismatched.tsv",),
             "test_matched": ("test_matched.tsv",),
             "test_mismatched": ("test_mismatched.tsv",),
+            DIAGNOSTIC: ("diagnostic.tsv", "AX.tsv", "../diagnostic/diagnostic.tsv", "../AX.tsv"),
         },
         _PAIR,
         "gold_label",

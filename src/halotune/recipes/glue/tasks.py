@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+DIAGNOSTIC = "ax"  # the sentences that GLUE's diagnosis is made of, which a model of MNLI answers
 Metric = Callable[[NDArray[Any], NDArray[Any]], dict[str, float]]
 
 
@@ -80,7 +81,7 @@ _MNLI = Task(
     accuracy,
     "matched_accuracy",
     {"matched_": "validation_matched", "mismatched_": "validation_mismatched"},
-    {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
+    {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv", DIAGNOSTIC: "AX.tsv"},
 )
 _STSB = Task(
     "stsb",

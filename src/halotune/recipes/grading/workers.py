@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 
+from ...core.errors import HalotuneError
 from . import paper, strict
 
 RULES = {"strict": strict.right, "paper": paper.right}
@@ -50,6 +51,10 @@ def grade(task: Task) -> Grade:
     return Grade(right, strict.final(task.suite, task.answer))
 
 
+TRIVIAL = Task("gsm8k", "1", "#### 1")
+START = 120.0  # seconds for a process to import what it needs
+
+
 def grade_all(tasks: Iterable[Task], *, workers: int | None = None, seconds: float = 10.0, gib: float = 4.0) -> Iterator[Grade]:
     """The grades of all answers, in their order.
 
@@ -57,12 +62,22 @@ def grade_all(tasks: Iterable[Task], *, workers: int | None = None, seconds: flo
         workers: processes; None is one to each core.
         seconds: that one answer may take.
         gib: of memory that a process may have.
+
+    Raises:
+        HalotuneError: no process can grade anything.
     """
     from pebble import ProcessExpired, ProcessPool  # type: ignore[import-not-found]
 
     tasks = list(tasks)
     context = get_context("forkserver" if os.name == "posix" else "spawn")  # fork copies a CUDA context and its locks
     with ProcessPool(workers or cores(), initializer=_prepare, initargs=(gib,), context=context) as pool:
+        try:
+            pool.schedule(grade, args=[TRIVIAL], timeout=START).result()
+        except Exception as e:  # else every answer would count as wrong
+            raise HalotuneError(
+                f"the processes that grade cannot work ({type(e).__name__}: {e}). In a script, call this under "
+                "`if __name__ == '__main__':`, since they import the script."
+            ) from e
         found = pool.map(grade, tasks, timeout=seconds, chunksize=1).result()
         for task in tasks:
             failed = None

@@ -14,6 +14,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ...core.errors import HalotuneError
+from ...core.files import write_atomically
+from ..common import processes
 from ..common.run import read_lines
 from .problems import Problem
 from .rows import Conversation
@@ -48,35 +50,59 @@ def wanted(problems: Sequence[Problem], tokenizer: Any, suffix: str, samples: in
 
 
 class Answers:
-    """answers.jsonl: a line for every answer, `id`, `sample`, `answer`, `tokens`, `ended`."""
+    """answers.jsonl: a line for every answer, `id`, `sample`, `answer`, `tokens`, `ended`.
 
-    def __init__(self, file: Path) -> None:
+    Of several processes each but the first has a file of its own, answers-1.jsonl …, until all answers are there. What an
+    earlier call left in any of them counts, whatever its number of processes was.
+    """
+
+    def __init__(self, file: Path, rank: int = 0) -> None:
         self.file = file
-        lines = read_lines(file)
-        self.found: dict[tuple[int, int], dict[str, Any]] = {(line["id"], line["sample"]): line for line in lines}
-        if file.exists() and not file.read_bytes().endswith(b"\n"):  # a killed process left half a line
-            file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        self.own = file.with_stem(f"{file.stem}-{rank}") if rank else file
+        self.found = self._read()
+        if self.own.exists() and not self.own.read_bytes().endswith(b"\n"):  # a killed process left half a line
+            self._write(self.own, read_lines(self.own))
+
+    @property
+    def parts(self) -> list[Path]:
+        return [self.file, *sorted(self.file.parent.glob(f"{self.file.stem}-*{self.file.suffix}"))]
 
     def missing(self, all_: Sequence[Wanted]) -> list[Wanted]:
         return [w for w in all_ if (w.id, w.sample) not in self.found]
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:
         """Keep these answers; one call of the system writes them."""
-        with self.file.open("ab", buffering=0) as f:
+        with self.own.open("ab", buffering=0) as f:
             f.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-        self.found |= {(line["id"], line["sample"]): line for line in lines}
+
+    def join(self) -> None:
+        """All answers in one file, in the order of the problems."""
+        found = self._read()
+        self._write(self.file, [found[key] for key in sorted(found)])
+        for part in self.parts[1:]:
+            part.unlink()
+
+    def _read(self) -> dict[tuple[int, int], dict[str, Any]]:
+        return {(line["id"], line["sample"]): line for part in self.parts for line in read_lines(part)}
+
+    @staticmethod
+    def _write(file: Path, lines: Sequence[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_answers(
     answers: Answers, all_: Sequence[Wanted], model: Any, tokenizer: Any, sampling: Sampling, batch_size: int
 ) -> None:
-    """Have transformers write the answers that are missing."""
+    """Have transformers write the answers that are missing, this process its share of them."""
     ends = end_tokens(model, tokenizer)
-    open_ones = answers.missing(all_)
-    with tqdm(total=len(all_), initial=len(all_) - len(open_ones), unit="answer", disable=not sys.stderr.isatty()) as bar:
-        for batch in _batches(open_ones, batch_size):
+    open_ones, n = answers.missing(all_), processes.count()
+    size = max(1, min(batch_size, -(-len(open_ones) // n)))
+    silent = not (processes.first() and sys.stderr.isatty())
+    with tqdm(total=len(all_), initial=len(all_) - len(open_ones), unit="answer", disable=silent) as bar:
+        for batch in list(_batches(open_ones, size))[processes.rank() :: n]:
             answers.add(_generate(batch, model, tokenizer, sampling, ends))
-            bar.update(len(batch))
+            bar.update(min(len(batch) * n, len(all_) - bar.n))
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

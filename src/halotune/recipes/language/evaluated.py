@@ -13,8 +13,9 @@ import torch
 from ...cli.loading import BaseModel, Saved, find_device, load_tokenizer, loadable
 from ...core.errors import HalotuneError
 from ...report.record import write_record
+from ..common import processes
 from ..common.model import model_source
-from ..common.run import read_run, said
+from ..common.run import digest, read_run, said
 from .answers import Answers, Sampling, end_tokens, wanted, write_answers, write_answers_vllm
 from .problems import Problem
 from .tokens import set_pad_token, set_template
@@ -79,7 +80,8 @@ class Evaluated:
             return model.to(where).eval(), AutoTokenizer.from_pretrained(self.base)
 
     def answer(self, config: MathEvaluation, problems: list[Problem], folder: Path) -> Path:
-        """Have the model answer all problems, those of a former call excepted; returns answers.jsonl."""
+        """Have the model answer all problems that no former call did, each process its share; returns answers.jsonl."""
+        state = processes.join(config.device)
         sampling = Sampling(
             max_new_tokens=config.max_new_tokens or 512,
             temperature=config.temperature or 0.0,
@@ -88,24 +90,43 @@ class Evaluated:
             seed=config.seed,
             stop=tuple(config.stop or ()),
         )
-        self._check_same(config, folder)
-        answers = Answers(folder / "answers.jsonl")
-        if (
-            len({i for i, _ in answers.found} & {p.id for p in problems}) == len(problems)
-            and len([key for key in answers.found if key[1] < config.samples]) >= len(problems) * config.samples
-        ):
-            said(f"{answers.file}: all answers are there")
-            return answers.file
+        self._check_same(config, folder, problems)
+        problems = problems[: config.limit]
         backend = config.backend
         if backend == "auto":
-            backend = "vllm" if find_spec("vllm") and torch.cuda.is_available() else "transformers"
+            alone = processes.count() == 1
+            backend = "vllm" if alone and find_spec("vllm") and torch.cuda.is_available() else "transformers"
+        if backend == "vllm" and processes.count() > 1:
+            raise HalotuneError(
+                "backend: vllm shares its work itself; got several processes. Start one, or use --backend transformers."
+            )
+        answers = Answers(folder / "answers.jsonl", processes.rank())
+        state.wait_for_everyone()  # all have read what is there before the first adds to it
+        if all((p.id, k) in answers.found for p in problems for k in range(config.samples)):
+            said(f"{answers.file}: all answers are there")
+        else:
+            self._write_missing(config, problems, folder, answers, backend, sampling)
+        state.wait_for_everyone()
+        if processes.first():
+            answers.join()
+        return answers.file
+
+    def _write_missing(
+        self,
+        config: MathEvaluation,
+        problems: list[Problem],
+        folder: Path,
+        answers: Answers,
+        backend: str,
+        sampling: Sampling,
+    ) -> None:
         model, tokenizer = self.load(config.precision, config.device if backend == "transformers" else "cpu")
         set_template(tokenizer, config.template if config.template != "auto" or tokenizer.chat_template else "alpaca")
         set_pad_token(tokenizer)
         all_ = wanted(problems, tokenizer, config.suffix or "", config.samples)
         if backend == "transformers":
             write_answers(answers, all_, model, tokenizer, sampling, config.batch_size)
-            return answers.file
+            return
         ends, lora, rank = end_tokens(model, tokenizer), None, 8
         if self.adapter is not None:
             lora = folder / "lora"
@@ -113,12 +134,12 @@ class Evaluated:
             rank = json.loads((lora / "adapter_config.json").read_text(encoding="utf-8"))["r"]
         del model
         write_answers_vllm(answers, all_, tokenizer, self.base, lora, rank, sampling, ends)
-        return answers.file
 
-    def _check_same(self, config: MathEvaluation, folder: Path) -> None:
+    def _check_same(self, config: MathEvaluation, folder: Path, problems: list[Problem]) -> None:
         """Refuse a folder whose answers were asked for in another way."""
         names = ("suite", "data", "template", "suffix", "stop", "max_new_tokens", "temperature", "top_p", "seed", "precision")
         asked = {"base": self.base, "adapter": self.adapter, **{n: getattr(config, n) for n in names}}
+        asked["content of data"] = digest(problems)
         file = folder / "asked.json"
         if file.is_file():
             before = json.loads(file.read_text(encoding="utf-8"))
@@ -129,7 +150,8 @@ class Evaluated:
                     f"{folder}: holds answers that were asked for with another {n} ({before.get(n)!r}, now {asked[n]!r}). Give "
                     "another --output, or delete the folder."
                 )
-        write_record(file, asked)
+        if processes.first():
+            write_record(file, asked)
 
     def record(self, suite: str, scores: dict[str, Any]) -> None:
         """The scores among the run's results, for reports."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from ...cli.main import require
 from ...core.errors import HalotuneError
@@ -28,8 +29,10 @@ def smollm2() -> str:
     """The folder of the model; made on the first call."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "halotune"
     folder = cache / "SmolLM2-135M-Instruct"
-    if not (folder / "model.safetensors").is_file():
-        _make(folder)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f".{folder.name}.lock"):  # several processes may want it first
+        if not (folder / "model.safetensors").is_file():
+            _make(folder)
     return str(folder)
 
 
