@@ -22,6 +22,7 @@ from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
 from ...methods.registry import method_of
+from ..injection.experts import create
 from ..injection.modules import adapted_layers, innermost, is_attention, plain_modules, visible_modules
 from ..injection.modules_to_save import ModulesToSaveWrapper
 from ..injection.resolve import modules_to_save_paths, named_paths
@@ -122,10 +123,12 @@ def asked(model: nn.Module, config: AdapterConfig) -> dict[str, torch.Size]:
         if module in targets:
             shape = module.base.shape if isinstance(module, AdaptedLayer) else base_for(module, path).shape
             own = config.at(targets[module])
-            key = shape if own is config else (shape, targets[module])
+            stored = module.base_layer if isinstance(module, AdaptedLayer) else module
+            same = shape, getattr(stored, "experts", None)
+            key = same if own is config else (same, targets[module])
             if key not in made:
                 with torch.device("meta"):
-                    made[key] = {k: t.shape for k, t in held_tensors(method.create(shape, own)).items()}
+                    made[key] = {k: t.shape for k, t in held_tensors(create(method, stored, shape, own)).items()}
             out.update({f"{PREFIX}{_path_in_file(path, modules)}.{k}": size for k, size in made[key].items()})
         if module in copied:
             copies = module.modules_to_save.values() if isinstance(module, ModulesToSaveWrapper) else ()

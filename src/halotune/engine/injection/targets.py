@@ -72,6 +72,30 @@ def select(
     return _of_layers(config, kept)
 
 
+def select_parameters(config: AdapterConfig, experts: Collection[str], adaptable: Collection[str]) -> list[str]:
+    """What `target_parameters` names: weights of fused experts, or the `weight` of a module that can be adapted.
+
+    Raises:
+        HalotuneError: a name that means nothing.
+    """
+    found: dict[str, None] = {}
+    for wanted in sorted(config.target_parameters or ()):
+        own = [n for n in experts if matches_suffix(n, wanted)]
+        own += [n for n in adaptable if matches_suffix(f"{n}.weight", wanted)]
+        if not own:
+            known = sorted({".".join(n.split(".")[-2:]) for n in experts})
+            raise HalotuneError(
+                f"target_parameters: {wanted!r} names no weight that can be adapted. "
+                + (f"Weights of fused experts here: {', '.join(known)}. " if known else "The model has no fused experts. ")
+                + "Modules are named in target_modules, and a router is trained in full with modules_to_save."
+            )
+        found.update(dict.fromkeys(own))
+    if not found:
+        return []
+    kept = [n for n in found if not matches(n, config.exclude_modules)]
+    return _of_layers(config, kept) if kept else []
+
+
 def _of_layers(config: AdapterConfig, found: list[str]) -> list[str]:
     wanted = config.layers_to_transform
     if wanted is None:
