@@ -41,8 +41,9 @@ class Factors:
 
 
 @torch.no_grad()
-def factors_of(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> Factors:
-    """The factors of what these adapters, applied in this order, add to the layer's weight; of at most this rank.
+def factors_of(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> list[Factors]:
+    """The factors of what these adapters, applied in this order, add to the layer's weight; of at most this rank. Of a stack
+    of experts, one for each.
 
     Each is `W + s (F(W) − W)`, so a second one sees the weight that the first one made.
 
@@ -51,9 +52,17 @@ def factors_of(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> F
     """
     layer.base.require_known(type(layer.base_layer).__name__, [layer.adapters[n] for n in names])  # type: ignore[misc]
     W, adapters = _work(layer.base.weight()), [_exact_copy(layer.adapters[n]) for n in names]  # type: ignore[arg-type]
+    scales = [layer.scales[n] for n in names]
+    if W.dim() == 2:
+        return [_factors(W, adapters, scales, layer.base.shape, rank)]
+    each = zip(*(a.each() for a in adapters), strict=True)  # type: ignore[attr-defined]
+    return [_factors(W[e], own, scales, layer.base.shape, rank) for e, own in enumerate(each)]
+
+
+def _factors(W: Tensor, adapters: Sequence[Adapter], scales: Sequence[float], shape: WeightShape, rank: int | None) -> Factors:
     full = next((type(a).__name__ for a in adapters if not a.factors_exist), None)
     if full is None:
-        return truncated(*_composed(W.double(), adapters, [layer.scales[n] for n in names]), rank)
+        return truncated(*_composed(W.double(), adapters, scales), rank)
     if len(adapters) > 1:
         raise HalotuneError(f"the delta of {full} has full rank, and is sketched alone only. Export one adapter at a time.")
     if rank is None:
@@ -61,8 +70,8 @@ def factors_of(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> F
             f"the delta of {full} has full rank, so no LoRA equals it. Give a rank: the best approximation of that rank is "
             "exported, and its error reported; or merge the adapter into the weights."
         )
-    found = sketched(lambda: adapters[0].delta_rows(W), layer.base.shape, rank, W.device)
-    return Factors(layer.scales[names[0]] * found.B, found.A, found.error, found.how)
+    found = sketched(lambda: adapters[0].delta_rows(W), shape, rank, W.device)
+    return Factors(scales[0] * found.B, found.A, found.error, found.how)
 
 
 def _work(t: Tensor) -> Tensor:
@@ -140,17 +149,22 @@ def sketched(rows: Callable[[], Iterable[Tensor]], shape: WeightShape, rank: int
     return Factors(B, A, (rest / total) ** 0.5 if total else 0.0, SKETCHED)
 
 
-def laid_out(found: Factors, shape: WeightShape, rank: int, blocks: bool) -> tuple[Tensor, Tensor]:
+def laid_out(each: Sequence[Factors], shape: WeightShape, rank: int, blocks: bool) -> tuple[Tensor, Tensor]:
     """`lora_A` and `lora_B` of a file, filled up with zeros to `rank`.
 
     | layer | lora_A | lora_B |
     |---|---|---|
     | linear | `(rank, in)` | `(out, rank)` |
+    | of experts | `(experts, rank, in)` | `(experts, out, rank)` |
     | convolution | `(rank, C / groups, k…)` | `(out, rank, 1…)` |
     | grouped, in blocks | `(rank, C, k…)`, block-diagonal over the groups | `(out, rank / groups, 1…)` |
 
     The blocks are peft's form: its A is a convolution over all channels, its B a grouped one.
     """
+    if len(each) > 1:
+        A, B = zip(*(laid_out([f], shape, rank, blocks) for f in each), strict=True)
+        return torch.stack(A), torch.stack(B)
+    (found,) = each
     groups = shape.groups if blocks else 1
     own = rank // groups
     A = F.pad(found.A, (0, 0, 0, own - found.rank))

@@ -29,10 +29,17 @@ from ..injection.resolve import modules_to_save_paths, named_paths
 
 PREFIX = "base_model.model."  # of every key in a file
 
-_PREFIXES = (PREFIX, "model.", "")  # of a PeftModel, an AdapterModel, a bare module
+PREFIXES = (PREFIX, "model.", "")  # of a PeftModel, an AdapterModel, a bare module
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
 _SHARDING = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PARALLEL = re.compile(r"(?<![^.])module\.")  # of DistributedDataParallel; it may be a model's own name, too
+
+
+def config_of(model: nn.Module, name: str) -> AdapterConfig:
+    configs: dict[str, AdapterConfig] = getattr(model, "peft_config", {})
+    if name not in configs:
+        raise HalotuneError(f"there is no adapter named {name!r}; the model has {sorted(configs) or 'none'}.")
+    return configs[name]
 
 
 def held_tensors(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
@@ -94,8 +101,8 @@ def under_own_names(given: Mapping[str, Tensor], wanted: Collection[str]) -> Map
     best, most = given, sum(key in given for key in wanted)
     bare = {_COMPILED.sub("", without_sharding(key)): t for key, t in given.items()}
     for named in (bare, {_PARALLEL.sub("", key): t for key, t in bare.items()}):
-        for old in _PREFIXES:
-            for new in _PREFIXES:
+        for old in PREFIXES:
+            for new in PREFIXES:
                 if most == len(wanted):
                     return best
                 renamed = {new + key.removeprefix(old): t for key, t in named.items() if key.startswith(old)}
