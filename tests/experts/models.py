@@ -18,6 +18,7 @@ import re
 import sys
 import types
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,36 +108,58 @@ def files() -> list[str]:
     return out
 
 
-def shrink(config: Any, seen: set[int] | None = None) -> Any:
-    """A configuration with every size that is known by name made small, in place."""
-    seen = seen or set()
-    seen.add(id(config))
-    layers = 2
-    for name in list(vars(config)):
-        value = vars(config)[name]
-        if hasattr(value, "to_dict") and id(value) not in seen:
-            shrink(value, seen)
-        elif name in EXPERTS:
-            setattr(config, name, 4)
-        elif name in SIZES and isinstance(value, int) and value is not None:
-            setattr(config, name, SIZES[name])
+# What the defaults leave open, and a toy needs.
+GIVEN: dict[str, dict[str, Any]] = {
+    "Dots1Config": {"n_shared_experts": 1, "moe_intermediate_size": 48},
+    "Gemma4TextConfig": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
+    "DiffusionGemmaTextConfig": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
+    "HunYuanMoEV1Config": {"head_dim": 8, "moe_topk": 2},
+    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0},
+    "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},
+}
+# Their own gates compute in float32.
+ROUNDED = {"beam", "inkling2", "openai_privacy_filter"}
+# Linear layers that do more than a product, which "all-linear" asks to be left out.
+LEFT_OUT = {"deepseek_v4": ["o_a_proj"]}
+
+
+def toy(kind: type) -> Any:
+    """A configuration with every size that is known by name made small; what follows from these follows anew."""
+    default = kind()
+    given = {**_small(default), **GIVEN.get(kind.__name__, {})}
+    try:
+        return kind(**given)
+    except Exception:  # it takes other arguments than it keeps
+        for name, value in given.items():
+            setattr(default, name, value)
+        return default
+
+
+def _small(config: Any, layers: int = 2) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            out[name] = toy(type(value))
+        elif isinstance(value, bool):
+            continue
+        elif name in EXPERTS and value:
+            out[name] = 4
+        elif name in SIZES and isinstance(value, int):
+            out[name] = SIZES[name]
         elif INNER.match(name) and isinstance(value, int):
-            setattr(config, name, 48)
+            out[name] = 48
         elif IDS.match(name) and isinstance(value, int) and value > 95:
-            setattr(config, name, 95)
+            out[name] = 95
         elif name in ("layer_types", "mlp_layer_types", "layers_block_type", "hybrid_override_pattern") and value:
-            setattr(config, name, value[-layers:] if isinstance(value, str) else _varied(list(value), layers))
-    return config
+            out[name] = value[-layers:] if isinstance(value, str) else _varied(list(value), layers)
+    return out
 
 
 def _varied(kinds: list[str], n: int) -> list[str]:
-    """The last kinds, of which one runs experts."""
-    out = kinds[-n:]
-    if "sparse" in kinds:
-        out = ["sparse"] * n
-    if "moe" in kinds and "moe" not in out:
-        out[-1] = "moe"
-    return out
+    """One of each of the last kinds, of which one runs experts, and one attends."""
+    known = list(dict.fromkeys(reversed(kinds)))
+    out = (known * n)[:n] if "moe" not in known else ["moe", *[k for k in known if k != "moe"]][:n]
+    return ["sparse"] * n if "sparse" in known else out
 
 
 def config_class(module: types.ModuleType, cls: type) -> Any:
@@ -164,7 +187,7 @@ def build(module: types.ModuleType, cls: type[nn.Module]) -> nn.Module:
     problem: Exception | None = None
     for kind in config_class(module, cls):
         try:
-            config = shrink(kind())
+            config = toy(kind)
             config._experts_implementation = "eager"
             experts = cls(config).double()
         except Exception as e:  # another configuration of the file may be the one
@@ -253,7 +276,7 @@ def eager(experts: Any, weights: dict[str, Tensor], *inputs: Tensor) -> Tensor:
         experts.config = config
 
 
-def check_experts(experts: nn.Module) -> None:
+def check_experts(experts: nn.Module, tolerance: float = 1e-10) -> None:
     """Outputs and gradients of every method, per expert and shared, against the class's own forward with W'."""
     inputs = routed(experts)
     for shared in (False, True):
@@ -264,17 +287,17 @@ def check_experts(experts: nn.Module) -> None:
             x = inputs[0].clone().requires_grad_()
             y = model(x, *inputs[1:])
             expected = eager(holder.base_layer, dense(model), x, *inputs[1:])
-            assert error(y, expected) < 1e-10, f"{name}: outputs are {error(y, expected):.1e} off"
+            assert error(y, expected) < tolerance, f"{name}: outputs are {error(y, expected):.1e} off"
             weight = torch.randn_like(y)
             got = torch.autograd.grad((y * weight).sum(), [x, *trained])
             due = torch.autograd.grad((expected * weight).sum(), [x, *trained])
             worst = max(map(error, got, due))
-            assert worst < 1e-8, f"{name}: gradients are {worst:.1e} off"
+            assert worst < 100 * tolerance, f"{name}: gradients are {worst:.1e} off"
             with model.disable_adapter():
                 off = error(model(*inputs), eager(holder.base_layer, {}, *inputs))
-            assert off < 1e-12, f"{name}: disabled it is {off:.1e} off"
+            assert off < tolerance, f"{name}: disabled it is {off:.1e} off"
             merged = model.merge_and_unload()
-            assert error(merged(*inputs), expected) < 1e-10, f"{name}: merged"
+            assert error(merged(*inputs), expected) < tolerance, f"{name}: merged"
 
 
 def model_of(module: types.ModuleType) -> nn.Module:
@@ -292,7 +315,7 @@ def model_of(module: types.ModuleType) -> nn.Module:
             continue
         try:
             torch.manual_seed(0)
-            model = kind(shrink(config())).eval()
+            model = kind(toy(config)).eval()
         except Exception as e:
             problem = problem or e
             continue
@@ -301,12 +324,14 @@ def model_of(module: types.ModuleType) -> nn.Module:
     raise problem or RuntimeError("no model of the file has experts in its default configuration")
 
 
-def check_model(model: nn.Module) -> None:
-    """ "all-linear" reaches every expert; a pass equals that of the merged model, and every adapter of experts gets a gradient."""
+def check_model(model: nn.Module, left_out: Sequence[str] = ()) -> None:
+    """ "all-linear" reaches every expert; a pass equals that of the merged model; adapters of experts get gradients."""
     holders = [n for n, m in model.named_modules() if projection_names(m)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = halotune.get_peft_model(model, halotune.HRAConfig(r=4, target_modules="all-linear"))
+        wrapped = halotune.get_peft_model(
+            model, halotune.HRAConfig(r=4, target_modules="all-linear", exclude_modules=list(left_out))
+        )
     layers = adapted_layers(wrapped.get_base_model())
     missed = [f"{n}.down_proj" for n in holders if f"{n}.down_proj" not in layers]
     assert not missed, f"{missed[0]} has no adapter"
@@ -353,9 +378,9 @@ def check(name: str) -> dict[str, Result]:
             torch.manual_seed(0)
             flags, experts = "", "right"
             try:
-                toy = build(module, cls)
-                flags = flags_of(toy)
-                check_experts(toy)
+                made = build(module, cls)
+                flags = flags_of(made)
+                check_experts(made, 1e-6 if name in ROUNDED else 1e-10)
             except Exception as e:
                 experts = _said(e)
             try:
@@ -364,7 +389,7 @@ def check(name: str) -> dict[str, Result]:
                 whole = f"does not build: {_said(e)}"
             else:
                 try:
-                    check_model(model)
+                    check_model(model, LEFT_OUT.get(name, ()))
                     whole = "right"
                 except Exception as e:
                     whole = _said(e)

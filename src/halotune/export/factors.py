@@ -40,16 +40,21 @@ class Factors:
         return self.A.shape[0]
 
 
-@torch.no_grad()
-def factors_of(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> list[Factors]:
-    """The factors of what these adapters, applied in this order, add to the layer's weight; of at most this rank. Of a stack
-    of experts, one for each.
+def factors_of(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> Factors:
+    """The factors of what these adapters, applied in this order, add to the layer's weight; of at most this rank.
 
     Each is `W + s (F(W) − W)`, so a second one sees the weight that the first one made.
 
     Raises:
         HalotuneError: a delta of full rank without a rank to truncate it to, or composed with others.
     """
+    (found,) = factors_of_each(layer, names, rank)
+    return found
+
+
+@torch.no_grad()
+def factors_of_each(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> list[Factors]:
+    """`factors_of` of each expert, where the layer holds several."""
     layer.base.require_known(type(layer.base_layer).__name__, [layer.adapters[n] for n in names])  # type: ignore[misc]
     W, adapters = _work(layer.base.weight()), [_exact_copy(layer.adapters[n]) for n in names]  # type: ignore[arg-type]
     scales = [layer.scales[n] for n in names]
@@ -149,22 +154,17 @@ def sketched(rows: Callable[[], Iterable[Tensor]], shape: WeightShape, rank: int
     return Factors(B, A, (rest / total) ** 0.5 if total else 0.0, SKETCHED)
 
 
-def laid_out(each: Sequence[Factors], shape: WeightShape, rank: int, blocks: bool) -> tuple[Tensor, Tensor]:
+def laid_out(found: Factors, shape: WeightShape, rank: int, blocks: bool) -> tuple[Tensor, Tensor]:
     """`lora_A` and `lora_B` of a file, filled up with zeros to `rank`.
 
     | layer | lora_A | lora_B |
     |---|---|---|
     | linear | `(rank, in)` | `(out, rank)` |
-    | of experts | `(experts, rank, in)` | `(experts, out, rank)` |
     | convolution | `(rank, C / groups, k…)` | `(out, rank, 1…)` |
     | grouped, in blocks | `(rank, C, k…)`, block-diagonal over the groups | `(out, rank / groups, 1…)` |
 
     The blocks are peft's form: its A is a convolution over all channels, its B a grouped one.
     """
-    if len(each) > 1:
-        A, B = zip(*(laid_out([f], shape, rank, blocks) for f in each), strict=True)
-        return torch.stack(A), torch.stack(B)
-    (found,) = each
     groups = shape.groups if blocks else 1
     own = rank // groups
     A = F.pad(found.A, (0, 0, 0, own - found.rank))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.errors import HalotuneError
 from ..core.layer import AdaptedLayer
 from .components import Component
-from .factors import EXACT, Factors, factors_of, laid_out
+from .factors import EXACT, Factors, factors_of_each, laid_out
 from .runtimes import Runtime
 
 
@@ -91,7 +91,7 @@ def as_lora(
         most = None if rank is None else rank // runtime.blocks(layer)
         try:
             own_dtype = dtype or next(layer.adapters[own[0]].parameters()).dtype
-            found[path] = [_rounded(f, own_dtype) for f in factors_of(layer, own, most)]
+            found[path] = [_rounded(f, own_dtype) for f in factors_of_each(layer, own, most)]
         except HalotuneError as e:
             raise HalotuneError(f"{path}: {e}") from None
     ranks = {path: max(f.rank for f in each) * runtime.blocks(layers[path]) for path, each in found.items()}
@@ -100,7 +100,8 @@ def as_lora(
         raise HalotuneError(f"rank: {common} is no multiple of {step}, the groups of a convolution. Leave the convolution out.")
     tensors: dict[str, Tensor] = {}
     for path, each in found.items():
-        A, B = laid_out(each, layers[path].base.shape, common, runtime.convolutions == "basic")
+        pairs = [laid_out(f, layers[path].base.shape, common, runtime.convolutions == "basic") for f in each]
+        A, B = pairs[0] if layers[path].base.weight().dim() == 2 else map(torch.stack, zip(*pairs, strict=True))
         key_A, key_B, key_alpha = runtime.keys(path, component)
         tensors.update({key_A: A, key_B: B})
         if key_alpha:

@@ -34,18 +34,26 @@ def resolve_targets(model: nn.Module, config: AdapterConfig) -> tuple[AdapterCon
     if config.target_modules is None and not config.target_parameters:
         config = copy.copy(config)
         config.target_modules = {t for t in _defaults(model) if any(matches_suffix(n, t) for n in adaptable)}
-    if config.target_modules == ALL_LINEAR:
-        _warn_of_experts(free, experts, config)
-        config = spelled_out(config, [n for n in everything if n in linear or n in experts], everything)
-    _report_experts(config, free, experts)
+    every = config.target_modules == ALL_LINEAR
+    if every:
+        routers = _routers(free, experts)
+        linear -= set(routers)
+        _warn_of_experts(free, experts, routers, config)
+        found = [n for n in everything if n in linear or n in experts]
+        named = spelled_out(config, found, everything)
+    else:
+        named = config
+        _report_experts(config, free, experts)
     inside = [n for n in modules if n not in everything]
-    chosen = set(_expanded(select(config, free, linear, adaptable, inside), free) if config.target_modules else ())
-    chosen |= set(select_parameters(config, experts, adaptable))
+    chosen: set[str] = set()
+    if config.target_modules and (linear or not (every and experts)):
+        chosen |= set(_expanded(select(config, free, linear, adaptable, inside), free))
+    chosen |= set(select_parameters(named, experts, adaptable))
     paths = [n for n in everything if n in chosen]
     for path in paths:
         if not isinstance(everything[path], AdaptedLayer):
             base_for(everything[path], path)
-    return config, paths
+    return named, paths
 
 
 def named_paths(modules: Mapping[str, nn.Module], config: AdapterConfig) -> list[str]:
@@ -144,34 +152,45 @@ def task_heads(model: nn.Module, config: AdapterConfig, usual: Sequence[str], ot
     return [n for n in (*others, *_BEFORE_HEADS) if n in root and any(True for _ in modules[n].parameters())]
 
 
-def _warn_of_experts(modules: Mapping[str, nn.Module], experts: Sequence[str], config: AdapterConfig) -> None:
+def _routers(modules: Mapping[str, nn.Module], experts: Sequence[str]) -> list[str]:
+    """Modules beside fused experts whose weight is a matrix, and which are no linear layers or give more than one gives."""
+    blocks = tuple({f"{n.rpartition('.')[0].rpartition('.')[0]}." for n in experts} - {"."})
+
+    def is_router(module: nn.Module) -> bool:
+        own = module.base_layer if isinstance(module, AdaptedLayer) else module
+        kind = base_kind(own)
+        if not any(p.dim() == 2 for p in own.parameters(recurse=False)):
+            return False
+        return kind is None or not (kind(own).takes_weight or kind(own).unusual_output() is None)
+
+    return [n for n, m in modules.items() if blocks and n.startswith(blocks) and is_router(m)]
+
+
+def _warn_of_experts(
+    modules: Mapping[str, nn.Module], experts: Sequence[str], routers: Sequence[str], config: AdapterConfig
+) -> None:
     """Say what "all-linear" leaves out of a mixture of experts: experts of a kind that is not known, and routers."""
     known = {n.rpartition(".")[0] for n in experts}
-    others = {
-        name: module
+    fused = [
+        name
         for name, module in modules.items()
         if name not in known
         and not isinstance(module, (AdaptedLayer, nn.modules.conv._ConvNd, nn.utils.parametrize.ParametrizationList))
         and not matches(name, config.exclude_modules)
-    }
-    fused = [n for n, m in others.items() if any(p.dim() == 3 and min(p.shape) > 1 for p in m.parameters(recurse=False))]
+        and any(p.dim() == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
+    ]
     if fused:
         warn(
             f"target_modules='all-linear': {len(fused)} modules hold several matrices in one weight (experts) and are not made "
             f"by transformers' experts interface, so they get no adapter, for example {fused[0]}. They can be fully fine-tuned "
             "with modules_to_save."
         )
-    blocks = tuple({f"{n.rpartition('.')[0]}." for n in known if "." in n})
-    routers = [
-        n
-        for n, m in others.items()
-        if n.startswith(blocks) and not base_kind(m) and any(p.dim() == 2 for p in m.parameters(recurse=False))
-    ]
-    if blocks and routers:
-        leaf = routers[0].rpartition(".")[2]
+    left = [n for n in routers if not matches(n, config.exclude_modules)]
+    if left:
+        leaf = left[0].rpartition(".")[2]
         warn(
-            f"target_modules='all-linear': {len(routers)} routers of experts are no linear layers and stay as they are, for "
-            f"example {routers[0]} ({type(modules[routers[0]]).__name__}). Train them in full with modules_to_save=[{leaf!r}], "
+            f"target_modules='all-linear': {len(left)} routers of experts are no plain linear layers and stay as they are, for "
+            f"example {left[0]} ({type(modules[left[0]]).__name__}). Train them in full with modules_to_save=[{leaf!r}], "
             f"or leave them out knowingly with exclude_modules=[{leaf!r}]."
         )
 
