@@ -110,17 +110,18 @@ def files() -> list[str]:
 
 # What the defaults leave open, and a toy needs.
 GIVEN: dict[str, dict[str, Any]] = {
-    "Dots1Config": {"n_shared_experts": 1, "moe_intermediate_size": 48},
+    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 48},
     "Gemma4TextConfig": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
     "DiffusionGemmaTextConfig": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
     "HunYuanMoEV1Config": {"head_dim": 8, "moe_topk": 2},
+    "Lfm2MoeConfig": {"layer_types": ["full_attention", "conv"], "num_dense_layers": 0},
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1, "expert_layer_offset": 0},
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},
 }
 # Their own gates compute in float32.
 ROUNDED = {"beam", "inkling2", "openai_privacy_filter"}
 # Linear layers that do more than a product, which "all-linear" asks to be left out.
-LEFT_OUT = {"deepseek_v4": ["o_a_proj"]}
+LEFT_OUT = {"deepseek_v4": ["o_a_proj"], "jamba": ["dt_proj"]}
 
 
 def toy(kind: type) -> Any:
@@ -137,6 +138,7 @@ def toy(kind: type) -> Any:
 
 def _small(config: Any, layers: int = 2) -> dict[str, Any]:
     out: dict[str, Any] = {}
+    latent = {"num_key_value_heads": 4} if "kv_lora_rank" in vars(config) else {}  # its keys are of all heads
     for name, value in vars(config).items():
         if hasattr(value, "to_dict"):
             out[name] = toy(type(value))
@@ -145,7 +147,7 @@ def _small(config: Any, layers: int = 2) -> dict[str, Any]:
         elif name in EXPERTS and value:
             out[name] = 4
         elif name in SIZES and isinstance(value, int):
-            out[name] = SIZES[name]
+            out[name] = latent.get(name, SIZES[name])
         elif INNER.match(name) and isinstance(value, int):
             out[name] = 48
         elif IDS.match(name) and isinstance(value, int) and value > 95:
@@ -162,17 +164,17 @@ def _varied(kinds: list[str], n: int) -> list[str]:
     return ["sparse"] * n if "sparse" in known else out
 
 
-def config_class(module: types.ModuleType, cls: type) -> Any:
-    """The configuration of a model file in which a class of experts finds what it asks for."""
+def config_classes(module: types.ModuleType, cls: type) -> list[Any]:
+    """The configurations of a model file, the one first that a class of experts says it takes."""
     folder = module.__name__.rpartition(".")[0]
     name = module.__name__.rpartition(".modeling_")[2]
     inner = importlib.import_module(f"{folder}.configuration_{name}")
     hint = inspect.signature(inspect.unwrap(cls.__init__)).parameters.get("config")
     wanted = getattr(hint, "annotation", None)
     wanted = getattr(inner, wanted, None) if isinstance(wanted, str) else wanted
-    if inspect.isclass(wanted) and hasattr(wanted, "to_dict"):
-        return [wanted]
-    return [c for c in vars(inner).values() if inspect.isclass(c) and hasattr(c, "to_dict") and c.__module__ == inner.__name__]
+    first = [wanted] if inspect.isclass(wanted) and hasattr(wanted, "to_dict") else []
+    kinds = [c for c in vars(inner).values() if inspect.isclass(c) and hasattr(c, "to_dict")]
+    return first + [c for c in kinds if c.__module__ == inner.__name__]
 
 
 def experts_of(module: types.ModuleType) -> list[type[nn.Module]]:
@@ -185,13 +187,13 @@ def experts_of(module: types.ModuleType) -> list[type[nn.Module]]:
 def build(module: types.ModuleType, cls: type[nn.Module]) -> nn.Module:
     """A module of toy experts in float64, with random weights."""
     problem: Exception | None = None
-    for kind in config_class(module, cls):
+    for kind in config_classes(module, cls):
         try:
             config = toy(kind)
             config._experts_implementation = "eager"
             experts = cls(config).double()
         except Exception as e:  # another configuration of the file may be the one
-            problem = e
+            problem = problem or e
             continue
         for p in experts.parameters():
             nn.init.normal_(p, std=0.3)
@@ -263,7 +265,7 @@ def dense(model: halotune.PeftModel) -> dict[str, Tensor]:
 
 
 def error(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp_min(1e-12))
+    return float((a.detach() - b.detach()).norm() / b.detach().norm().clamp_min(1e-12))
 
 
 def eager(experts: Any, weights: dict[str, Tensor], *inputs: Tensor) -> Tensor:

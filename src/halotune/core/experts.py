@@ -201,7 +201,8 @@ class AdaptedExperts(Wrapper):
         if "_halotune" not in own:
             config = copy.copy(own["config"])
             own["_halotune"] = self, own["config"]
-            config.__dict__["_experts_implementation_internal"] = IMPLEMENTATION  # of this one alone, not of those inside it
+            internal = "_experts_implementation_internal"  # the property sets it in all configurations inside, too
+            vars(config)[internal if internal in vars(config) else "_experts_implementation"] = IMPLEMENTATION
             own["config"] = config
 
     def detach(self) -> None:
