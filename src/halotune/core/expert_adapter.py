@@ -92,7 +92,22 @@ class ExpertAdapter(Adapter):
             yield same or self.expert(e)
 
     def tensors(self) -> Tensors:
-        return tuple([local(t) for t in super().tensors()])
+        return tuple([_Replicated.apply(t) if self.shared and is_distributed(t) else local(t) for t in super().tensors()])
+
+    def distribute(self, mesh: Any) -> None:
+        """Keep the parameters of those experts alone that are on this process; shared ones on all of them."""
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        if type(self.one).start_from is not Adapter.start_from:
+            raise HalotuneError(
+                f"{type(self.one).__name__} starts from the weight of its layer, which expert parallelism has spread over "
+                "processes. Make the adapter on one process, save it, and load it here."
+            )
+        placements = [Replicate() if self.shared else Shard(0)]
+        for module in self.modules():
+            for name, p in module._parameters.items():
+                if p is not None:  # drawn by the first process for all
+                    module._parameters[name] = nn.Parameter(distribute_tensor(p.detach(), mesh, placements))
 
     def part(self, begin: int, end: int) -> Adapter:
         """This adapter on some of the experts."""
@@ -261,9 +276,29 @@ class _Matrix:
         return self.W
 
 
+class _Replicated(torch.autograd.Function):
+    """What all processes hold, as this one's tensor. Each has the gradient of its own experts' rows: they add up."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Any) -> Tensor:
+        ctx.mesh, ctx.placements = p.device_mesh, p.placements
+        return p.to_local()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        from torch.distributed.tensor import DTensor, Partial
+
+        partial = DTensor.from_local(grad_outputs[0], ctx.mesh, [Partial()], run_check=False)
+        return partial.redistribute(ctx.mesh, ctx.placements)
+
+
+def is_distributed(t: Tensor) -> bool:
+    return hasattr(t, "placements")
+
+
 def local(t: Tensor) -> Tensor:
     """Of a stack whose experts lie on several processes, those that are here."""
-    return t.to_local() if hasattr(t, "to_local") else t  # type: ignore[operator]
+    return t.to_local() if is_distributed(t) else t  # type: ignore[operator]
 
 
 def grouped(op: Operator) -> Any:

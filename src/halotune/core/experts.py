@@ -8,6 +8,7 @@ sorted by expert, each projection an operator on groups of rows (`ops/grouped.py
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from ..ops.grouped import grouped_outer, grouped_product
 from .adapter import Adapted
 from .base import LinearLike, register_base
 from .errors import HalotuneError
-from .expert_adapter import local
+from .expert_adapter import is_distributed, local
 from .layer import AdaptedLayer
 from .operator import Operator, WeightShape
 from .prepared import exact
@@ -90,6 +91,34 @@ class ExpertsBase(LinearLike):
 
     def stored(self, W: Tensor) -> Tensor:
         return W.mT if self.module.module.is_transposed else W
+
+    @property
+    def computed(self) -> bool:
+        """Whether the weight is computed anew wherever it is read, as one in few bits is."""
+        return self.module.weight_name not in self.module.module._parameters
+
+    @property
+    def takes_weight(self) -> bool:
+        return True  # it is our own code that multiplies
+
+    def is_product(self, *, written: bool = True) -> bool:
+        return not (written and self.computed)
+
+    def require_mergeable(self, where: str, as_float: bool = False) -> None:
+        if self.computed or self.parameter.is_meta:
+            how = "offloaded" if self.parameter.is_meta else "computed from other parameters (quantized, say)"
+            raise HalotuneError(
+                f"{where}: the weight of these experts is {how}, so nothing can be written there. Nothing was merged. Load the "
+                "base in floats, in memory, or keep the adapter beside it."
+            )
+        super().require_mergeable(where, as_float)
+
+    def require_known(self, where: str, adapters: Sequence[Any]) -> None:
+        if is_distributed(self.parameter):
+            raise HalotuneError(
+                f"{where}: these experts are spread over processes, and so are their adapters. Save the adapter, and export it "
+                "from a model on one process."
+            )
 
 
 register_base(ExpertsBase)

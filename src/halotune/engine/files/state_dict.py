@@ -263,6 +263,8 @@ def _assign(modules: Mapping[str, nn.Module], key: str, tensor: Tensor, *, repla
     module = modules[path]
     old = getattr(module, leaf)
     ours = ".adapters." in key or ".modules_to_save." in key
+    if hasattr(old, "placements") and not hasattr(tensor, "placements"):  # each process takes its part of the file
+        tensor = _distributed_like(old, tensor)
     if not old.is_meta and not (replace and ours):  # a tensor of the base may be shared: it stays the same object
         old.copy_(tensor)
         return
@@ -270,6 +272,13 @@ def _assign(modules: Mapping[str, nn.Module], key: str, tensor: Tensor, *, repla
     dtype = tensor.dtype if keep_dtype and ours else old.dtype
     new = tensor.to(device=device, dtype=dtype, copy=True)
     setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+
+def _distributed_like(old: Any, tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    kind = old.device_mesh.device_type
+    return distribute_tensor(tensor.to(kind), old.device_mesh, old.placements, src_data_rank=None)
 
 
 def _device_beside(modules: Mapping[str, nn.Module], path: str) -> torch.device:

@@ -31,7 +31,17 @@ def create(method: Method, module: nn.Module, shape: WeightShape, config: Adapte
             f"bias={config.bias!r}: the biases of fused experts lie in one parameter, which no file of adapters holds. Use "
             'bias="none".'
         )
-    return ExpertAdapter.of(lambda: method.create(shape, config), module.experts, config.expert_sharing)
+    adapter = ExpertAdapter.of(lambda: method.create(shape, config), module.experts, config.expert_sharing)
+    placements = getattr(module.weight, "placements", ())
+    if placements:
+        if [str(p) for p in placements] != ["S(0)"]:
+            raise HalotuneError(
+                f"{module.weight_name}: these experts are sharded as {tuple(placements)}, and adapters follow expert "
+                "parallelism alone (Shard(0), ep_size equal to tp_size). Put adapters in before the model is sharded further "
+                "(FSDP), or load it with another distributed_config."
+            )
+        adapter.distribute(module.weight.device_mesh)  # type: ignore[attr-defined]
+    return adapter
 
 
 def attach(experts: AdaptedExperts) -> None:
