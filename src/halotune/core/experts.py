@@ -21,6 +21,7 @@ from .base import LinearLike, register_base
 from .errors import HalotuneError
 from .expert_adapter import is_distributed, local
 from .layer import AdaptedLayer
+from .offload import offload_hook
 from .operator import Operator, WeightShape
 from .prepared import exact
 from .wrapper import Wrapper
@@ -64,9 +65,23 @@ class ExpertWeights(nn.Module):
         return getattr(self.module, f"{self.weight_name}_bias") if self.module.has_bias else None
 
     @property
+    def computed(self) -> Any:
+        """What computes the weight anew wherever it is read, as it does one in few bits; None for a plain parameter."""
+        return dict(getattr(self.module, "parametrizations", {})).get(self.weight_name)
+
+    @property
+    def state(self) -> Any:
+        """What bitsandbytes knows of a weight in 4 bits (`shape`, `dtype`, `quant_type`), or None."""
+        return None if self.computed is None else getattr(self.computed[0], "quant_state", None)
+
+    @property
+    def size(self) -> torch.Size:
+        """Of the weight, on all processes; reading it may cost dequantization."""
+        return (self.weight if self.state is None else self.state).shape
+
+    @property
     def experts(self) -> int:
-        """How many there are, on all processes."""
-        return self.weight.shape[0]
+        return self.size[0]
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
         return GroupedOperator(ExpertsBase(self), groups)(x)
@@ -81,7 +96,7 @@ class ExpertsBase(LinearLike):
 
     @property
     def shape(self) -> WeightShape:  # type: ignore[override]
-        _, *sizes = self.module.weight.shape
+        _, *sizes = self.module.size
         return WeightShape(*(reversed(sizes) if self.module.module.is_transposed else sizes))
 
     def weight(self) -> Tensor:
@@ -93,20 +108,30 @@ class ExpertsBase(LinearLike):
         return W.mT if self.module.module.is_transposed else W
 
     @property
-    def computed(self) -> bool:
-        """Whether the weight is computed anew wherever it is read, as one in few bits is."""
-        return self.module.weight_name not in self.module.module._parameters
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype if self.module.state is None else self.module.state.dtype
+
+    @property
+    def device(self) -> torch.device:
+        stored = self.module.computed
+        own = self.parameter if stored is None else next(stored.parameters())
+        hook = offload_hook(self.module.module) if own.is_meta else None
+        return own.device if hook is None else torch.device(hook.execution_device)
+
+    @property
+    def quantization(self) -> str | None:
+        return None if self.module.state is None else f"bitsandbytes {self.module.state.quant_type}"
 
     @property
     def takes_weight(self) -> bool:
         return True  # it is our own code that multiplies
 
     def is_product(self, *, written: bool = True) -> bool:
-        return not (written and self.computed)
+        return True
 
     def require_mergeable(self, where: str, as_float: bool = False) -> None:
-        if self.computed or self.parameter.is_meta:
-            how = "offloaded" if self.parameter.is_meta else "computed from other parameters (quantized, say)"
+        if self.module.computed is not None or self.parameter.is_meta:
+            how = "offloaded" if self.module.computed is None else "computed from other parameters (quantized, say)"
             raise HalotuneError(
                 f"{where}: the weight of these experts is {how}, so nothing can be written there. Nothing was merged. Load the "
                 "base in floats, in memory, or keep the adapter beside it."
@@ -163,7 +188,9 @@ class GroupedOperator(Operator):
         return GroupedOperator(self.base, groups, slice(begin, end))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.add_bias(self.contract(x, self.weight()))
+        if self.base.module.computed is None:
+            return self.add_bias(self.contract(x, self.weight()))
+        return self.add_bias(_Computed.apply(x, self))  # type: ignore[arg-type]
 
     def weight(self) -> Tensor:
         W = self.base.weight()
@@ -193,6 +220,20 @@ class GroupedOperator(Operator):
     @property
     def hooked(self) -> bool:
         return False
+
+
+class _Computed(torch.autograd.Function):
+    """The product with a weight that is computed where it is read: again in backward, so that none is kept until then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, op: GroupedOperator) -> Tensor:
+        ctx.op = op
+        return op.contract(x, op.weight().detach())
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None]:
+        op = ctx.op
+        return op.groups.product(grad_outputs[0], op.weight().detach()), None
 
 
 class AdaptedExpertWeights(AdaptedLayer):

@@ -20,11 +20,15 @@ MOST_GROUPS = 1000  # of one launch of it
 
 def grouped_product(x: Tensor, W: Tensor, ends: Tensor, whole: bool = True) -> Tensor:
     """`y_i = x_i W_e`: `x (n, k)`, `W (groups, k, m)` -> `(n, m)`, in the dtype of x; differentiable any number of times."""
+    if torch.compiler.is_compiling():
+        return product_node(x, W, ends, whole)
     return _Product.apply(x, W, ends, whole)  # type: ignore[return-value]
 
 
 def grouped_outer(x: Tensor, d: Tensor, ends: Tensor) -> Tensor:
     """`Σ_i x_iᵀ d_i` over the rows of each group: `x (n, k)`, `d (n, m)` -> `(groups, k, m)`, zero for a group without rows."""
+    if torch.compiler.is_compiling():
+        return outer_node(x, d, ends)
     return _Outer.apply(x, d, ends)  # type: ignore[return-value]
 
 
@@ -33,7 +37,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, W: Tensor, ends: Tensor, whole: bool) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W, ends)
         ctx.whole = whole
-        return product_node(x, W, ends, whole) if torch.compiler.is_compiling() else _product(x, W, ends, whole)
+        return _product(x, W, ends, whole)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -48,7 +52,7 @@ class _Outer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, d: Tensor, ends: Tensor) -> Tensor:
         ctx.save_for_backward(x, d, ends)
-        return outer_node(x, d, ends) if torch.compiler.is_compiling() else _outer(x, d, ends)
+        return _outer(x, d, ends)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -96,6 +100,8 @@ def _outer(x: Tensor, d: Tensor, ends: Tensor) -> Tensor:
     return G
 
 
+# -- for a compiler, which does not see into them
+
 product_node = torch.library.custom_op(
     "halotune::grouped_product", _product, mutates_args=(), schema="(Tensor x, Tensor W, Tensor ends, bool whole) -> Tensor"
 )
@@ -104,6 +110,29 @@ outer_node = torch.library.custom_op(
     "halotune::grouped_outer", _outer, mutates_args=(), schema="(Tensor x, Tensor d, Tensor ends) -> Tensor"
 )
 outer_node.register_fake(lambda x, d, ends: x.new_empty(ends.shape[0], x.shape[1], d.shape[1]))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.whole = inputs[3:] != (False,)
+
+
+def _product_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, W, ends = ctx.saved_tensors
+    need_x, need_W, *_ = ctx.needs_input_grad
+    dx = product_node(dy, W.mT, ends, ctx.whole) if need_x else None
+    return dx, (outer_node(x, dy, ends).to(W.dtype) if need_W else None), None, None
+
+
+def _outer_backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
+    x, d, ends = ctx.saved_tensors
+    need_x, need_d, _ = ctx.needs_input_grad
+    dx = product_node(d, G.mT, ends, False) if need_x else None
+    return dx, (product_node(x, G, ends, False) if need_d else None), None
+
+
+product_node.register_autograd(_product_backward, setup_context=_keep)
+outer_node.register_autograd(_outer_backward, setup_context=_keep)
 
 
 def _in_one_launch(x: Tensor, other: Tensor) -> bool:
