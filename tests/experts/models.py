@@ -110,7 +110,10 @@ def files() -> list[str]:
 
 # What the defaults leave open, and a toy needs.
 GIVEN: dict[str, dict[str, Any]] = {
-    "Dots1Config": {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 48},
+    "DeepseekV2Config": {"num_experts_per_tok": 2},
+    "NemotronHConfig": {"layers_block_type": ["attention", "moe"]},
+    "Ernie4_5_VLMoeTextConfig": {"moe_num_experts": 4, "moe_intermediate_size": [48, 24]},
+    "Dots1Config": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 48},
     "Gemma4TextConfig": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
     "DiffusionGemmaTextConfig": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
     "HunYuanMoEV1Config": {"head_dim": 8, "moe_topk": 2},
@@ -159,7 +162,7 @@ def _small(config: Any, layers: int = 2) -> dict[str, Any]:
 
 def _varied(kinds: list[str], n: int) -> list[str]:
     """One of each of the last kinds, of which one runs experts, and one attends."""
-    known = list(dict.fromkeys(reversed(kinds)))
+    known = sorted(dict.fromkeys(reversed(kinds)), key=lambda kind: "attention" not in kind)
     out = (known * n)[:n] if "moe" not in known else ["moe", *[k for k in known if k != "moe"]][:n]
     return ["sparse"] * n if "sparse" in known else out
 

@@ -48,7 +48,7 @@ def resolve_targets(model: nn.Module, config: AdapterConfig) -> tuple[AdapterCon
     chosen: set[str] = set()
     if config.target_modules and (linear or not (every and experts)):
         chosen |= set(_expanded(select(config, free, linear, adaptable, inside), free))
-    chosen |= set(select_parameters(named, experts, adaptable))
+    chosen |= set(select_parameters(named, experts, adaptable, _parameters(free)))
     paths = [n for n in everything if n in chosen]
     for path in paths:
         if not isinstance(everything[path], AdaptedLayer):
@@ -87,6 +87,18 @@ def _free(modules: Mapping[str, nn.Module], config: AdapterConfig) -> tuple[dict
     to_save = config.modules_to_save or []
     free = {n: m for n, m in modules.items() if n and not any(_inside(n, w) for w in to_save)}
     return free, [n for n, m in free.items() if is_expert_weights(m)]
+
+
+def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Every parameter, and what it is, for errors."""
+    out = {}
+    for path, module in modules.items():
+        for name, p in module.named_parameters(recurse=False):
+            own = f"{path}.{name}" if path else name
+            out[own] = f"a parameter of a {type(module).__name__}, {tuple(p.shape)} in {p.dtype}"
+            if not p.is_floating_point():
+                out[own] += ", packed in a form that its own kernels read; load the model dequantized to adapt it"
+    return out
 
 
 def _report_experts(config: AdapterConfig, free: Mapping[str, nn.Module], experts: Sequence[str]) -> None:
@@ -154,12 +166,13 @@ def task_heads(model: nn.Module, config: AdapterConfig, usual: Sequence[str], ot
 
 def _routers(modules: Mapping[str, nn.Module], experts: Sequence[str]) -> list[str]:
     """Modules beside fused experts whose weight is a matrix, and which are no linear layers or give more than one gives."""
-    blocks = tuple({f"{n.rpartition('.')[0].rpartition('.')[0]}." for n in experts} - {"."})
+    around = {n.rpartition(".")[0].rpartition(".")[0] for n in experts}
+    blocks = tuple(f"{n}." if n else "" for n in around)
 
     def is_router(module: nn.Module) -> bool:
         own = module.base_layer if isinstance(module, AdaptedLayer) else module
         kind = base_kind(own)
-        if not any(p.dim() == 2 for p in own.parameters(recurse=False)):
+        if isinstance(own, nn.Embedding) or not any(p.dim() == 2 for p in own.parameters(recurse=False)):
             return False
         return kind is None or not (kind(own).takes_weight or kind(own).unusual_output() is None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError, closest, warn
@@ -72,8 +72,13 @@ def select(
     return _of_layers(config, kept)
 
 
-def select_parameters(config: AdapterConfig, experts: Collection[str], adaptable: Collection[str]) -> list[str]:
+def select_parameters(
+    config: AdapterConfig, experts: Collection[str], adaptable: Collection[str], others: Mapping[str, str] | None = None
+) -> list[str]:
     """What `target_parameters` names: weights of fused experts, or the `weight` of a module that can be adapted.
+
+    Args:
+        others: the model's other parameters, and what each is.
 
     Raises:
         HalotuneError: a name that means nothing.
@@ -84,8 +89,9 @@ def select_parameters(config: AdapterConfig, experts: Collection[str], adaptable
         own += [n for n in adaptable if matches_suffix(f"{n}.weight", wanted)]
         if not own:
             known = sorted({".".join(n.split(".")[-2:]) for n in experts})
+            is_other = next((f" ({n} is {what})" for n, what in (others or {}).items() if matches_suffix(n, wanted)), "")
             raise HalotuneError(
-                f"target_parameters: {wanted!r} names no weight that can be adapted. "
+                f"target_parameters: {wanted!r} names no weight that can be adapted{is_other}. "
                 + (f"Weights of fused experts here: {', '.join(known)}. " if known else "The model has no fused experts. ")
                 + "Modules are named in target_modules, and a router is trained in full with modules_to_save."
             )
