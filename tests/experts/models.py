@@ -194,7 +194,8 @@ def build(module: types.ModuleType, cls: type[nn.Module]) -> nn.Module:
         try:
             config = toy(kind)
             config._experts_implementation = "eager"
-            experts = cls(config).double()
+            sized = "intermediate_size" in inspect.signature(inspect.unwrap(cls.__init__)).parameters
+            experts = cls(config, *([48] if sized else [])).double()
         except Exception as e:  # another configuration of the file may be the one
             problem = problem or e
             continue

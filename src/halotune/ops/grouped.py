@@ -138,7 +138,7 @@ outer_node.register_autograd(_outer_backward, setup_context=_keep)
 def _in_one_launch(x: Tensor, other: Tensor) -> bool:
     if not (x.is_cuda and x.dtype is other.dtype is torch.bfloat16) or x.shape[0] == 0:
         return False
-    return other.dim() < 3 or other.shape[0] <= MOST_GROUPS
+    return torch.cuda.get_device_capability(x.device) >= (8, 0) and (other.dim() < 3 or other.shape[0] <= MOST_GROUPS)
 
 
 def _grouped(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
 from torch import nn
 
 from ...core.adapter import Adapter
@@ -46,6 +43,7 @@ def create(method: Method, module: nn.Module, shape: WeightShape, config: Adapte
 
 def attach(experts: AdaptedExperts) -> None:
     """Let transformers' experts interface run a module with adapters on its experts."""
-    moe: Any = sys.modules["transformers.integrations.moe"]  # which made the module
-    moe.ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # which made the module
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     experts.attach()
