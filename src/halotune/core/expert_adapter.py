@@ -37,7 +37,7 @@ class ExpertAdapter(Adapter):
 
     def __init__(self, one: Adapter, experts: int, shared: bool) -> None:
         super().__init__(one.shape)
-        self.__dict__["one"] = one  # no submodule: its parameters are not among ours
+        vars(self)["one"] = one  # no submodule: its parameters are not among ours
         self.experts, self.shared = experts, shared
         self.dropout, self.scale_free, self.makes_weight = one.dropout, one.scale_free, one.makes_weight  # type: ignore[misc]
         self.factors_exist = one.factors_exist  # type: ignore[misc]
@@ -111,7 +111,7 @@ class ExpertAdapter(Adapter):
 
     def part(self, begin: int, end: int) -> Adapter:
         """This adapter on some of the experts."""
-        return self if self.shared else _Part.of(self, begin, end)
+        return self if self.shared else _Part.cut(self, begin, end)
 
     # -- the definition: that of the method
 
@@ -243,14 +243,14 @@ class _Part(ExpertAdapter):
     """An adapter on some of a stack's experts; it holds nothing of its own."""
 
     @classmethod
-    def of(cls, whole: ExpertAdapter, begin: int, end: int) -> _Part:
+    def cut(cls, whole: ExpertAdapter, begin: int, end: int) -> _Part:
         part = cls.__new__(cls)
-        part.__dict__.update(whole.__dict__)
-        part.__dict__["between"] = begin, end
+        vars(part).update(vars(whole))
+        vars(part)["between"] = begin, end
         return part
 
     def tensors(self) -> Tensors:
-        begin, end = self.__dict__["between"]
+        begin, end = vars(self)["between"]
         return tuple([t[begin:end] for t in super().tensors()])
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:

@@ -142,7 +142,7 @@ def _in_one_launch(x: Tensor, other: Tensor) -> bool:
 
 
 def _grouped(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
-    run: Any = getattr(F, "grouped_mm", None) or torch._grouped_mm
+    run: Any = getattr(F, "grouped_mm", None) or torch.ops.aten._grouped_mm
     return run(x, W, offs=ends)
 
 
