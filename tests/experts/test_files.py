@@ -178,3 +178,21 @@ def test_an_adapter_given_by_the_keys_of_a_state_dict(tmp_path):
         f"experts.{n}.adapters.default.hra_u" for n in ("gate_up_proj", "down_proj")
     }
     assert on_experts(HRAConfig(r=4)).target_parameters == twin.peft_config["default"].target_parameters
+
+
+def test_lycoris_has_no_experts(tmp_path):
+    model = adapted(LoraConfig(r=3))
+    with pytest.raises(HalotuneError, match="no adapters on fused experts"):
+        halotune.save_lycoris(model, tmp_path / "file.safetensors")
+
+
+def test_every_expert_is_inspected():
+    from halotune.inspect.figures import measure_model
+
+    model = adapted(HRAConfig(r=4))
+    figures = {f.path: f for f in measure_model(model)}
+    assert set(figures) == {f"experts.{n}[{e}]" for n in ("gate_up_proj", "down_proj") for e in range(5)}
+    layer = model.get_base_model().experts.down_proj
+    W = layer.base.weight()
+    delta = (layer.adapters["default"].weight(W) - W).detach()
+    assert figures["experts.down_proj[3]"].delta_norm == pytest.approx(float(delta[3].norm()), rel=1e-9)

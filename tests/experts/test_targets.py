@@ -111,3 +111,16 @@ def test_experts_of_a_kernel_of_their_own_are_refused_by_name():
         found(model, HRAConfig(r=2, target_parameters=["experts.down_proj"]))
     with pytest.warns(UserWarning, match="1 modules hold several matrices .* experts"):
         found(model, HRAConfig(r=2, target_modules="all-linear"))
+
+
+def test_experts_in_eight_bits_with_scales_beside_them_are_left_out_by_name():
+    """Their parameters have three dimensions, and are no weights without the scales."""
+    models = [block(dtype=torch.float32) for _ in range(2)]
+    for model in models:
+        for name in ("gate_up_proj", "down_proj"):
+            p = getattr(model.experts, name)
+            setattr(model.experts, name, nn.Parameter(p.to(torch.float8_e4m3fn), requires_grad=False))
+    with pytest.warns(UserWarning, match="1 modules hold several matrices .* experts"):
+        assert found(models[0], HRAConfig(r=2, target_modules="all-linear", exclude_modules=["router"])) == {"out"}
+    with pytest.raises(HalotuneError, match="float8_e4m3fn"):
+        found(models[1], HRAConfig(r=2, target_parameters=["down_proj"]))

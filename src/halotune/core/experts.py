@@ -31,13 +31,18 @@ _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
 def projection_names(module: nn.Module) -> tuple[str, ...]:
-    """The weights of a module of experts; () for any other module."""
+    """The weights of a module of experts; () for any other module, and for experts packed in a form of their own."""
     own = vars(module)
     if not all(isinstance(own.get(flag), bool) for flag in _FLAGS):
         return ()
     names = ("gate_up_proj" if own["has_gate"] else "up_proj", "down_proj")
-    known = {*module._parameters, *getattr(module, "parametrizations", ())}
-    return names if known.issuperset(names) else ()
+    parameters, computed = module._parameters, getattr(module, "parametrizations", ())
+    readable = all(n in computed or (n in parameters and _is_float(parameters[n])) for n in names)
+    return names if readable else ()
+
+
+def _is_float(p: Tensor | None) -> bool:
+    return p is not None and p.dim() == 3 and p.is_floating_point() and p.dtype.itemsize > 1
 
 
 class ExpertWeights(nn.Module):
