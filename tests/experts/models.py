@@ -307,7 +307,7 @@ def check_experts(experts: nn.Module, tolerance: float = 1e-10) -> None:
 
 
 def model_of(module: types.ModuleType) -> nn.Module:
-    """A toy model of a file, with at least one module of experts; of the text, where it has several parts."""
+    """A toy model of a file that runs, with at least one module of experts; of the text, where it has several parts."""
     names = [n for n, c in vars(module).items() if inspect.isclass(c) and c.__module__ == module.__name__]
     kinds = sorted(
         (n for n in names if n.endswith(("ForCausalLM", "ForConditionalGeneration", "Model", "ForTokenClassification"))),
@@ -322,6 +322,8 @@ def model_of(module: types.ModuleType) -> nn.Module:
         try:
             torch.manual_seed(0)
             model = kind(toy(config)).eval()
+            with torch.no_grad():
+                model(input_ids=torch.ones(1, 7, dtype=torch.long))
         except Exception as e:
             problem = problem or e
             continue
