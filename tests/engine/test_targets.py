@@ -278,14 +278,29 @@ def test_alpha_pattern() -> None:
     assert {s for p, s in scales.items() if "q_proj" in p} == {1.0}
 
 
-def test_fused_experts_are_left_out_with_a_warning():
+def test_all_linear_reaches_fused_experts_and_names_the_routers_that_it_leaves_out():
     """peft's "all-linear" on Mixtral adapts the attention and no expert, silently."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=32, num_local_experts=3, **sizes))
     if not any(p.dim() == 3 for p in model.parameters()):
         pytest.skip("this transformers keeps experts as linear layers")
-    with pytest.warns(UserWarning, match=r"1 modules hold several matrices .* model\.layers\.0\.mlp\.experts"):
+    with pytest.warns(UserWarning, match=r"1 routers of experts .* model\.layers\.0\.mlp\.gate .*modules_to_save=\['gate'\]"):
+        adapted = halotune.get_peft_model(model, HRAConfig(r=2, target_modules="all-linear"))
+    assert adapted.peft_config["default"].target_parameters == {"experts.gate_up_proj", "experts.down_proj"}
+    assert {f"model.layers.0.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj")} <= set(
+        adapted_layers(adapted.get_base_model())
+    )
+
+
+def test_experts_of_a_kind_that_is_not_known_are_left_out_with_a_warning():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4, 4))
+
+    model = nn.ModuleDict({"linear": nn.Linear(4, 4), "experts": Experts()})
+    with pytest.warns(UserWarning, match="1 modules hold several matrices .* experts"):
         halotune.get_peft_model(model, HRAConfig(r=2, target_modules="all-linear"))
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ..core.errors import AdapterFileError, HalotuneError, warn
+from ..engine.files.keys import config_of
 from ..engine.files.load import AdapterSource
-from ..engine.files.state_dict import config_of, get_peft_model_state_dict, read_metadata, read_tensors, write_tensors
+from ..engine.files.state_dict import get_peft_model_state_dict, read_metadata, read_tensors, write_tensors
 from ..engine.model import PeftModel
 from ..engine.tuner import AdapterModel
 from .base import BaseLayers

@@ -33,6 +33,11 @@ def write(adapter: StoredAdapter, prefix: str, base: BaseLayers | None = None, o
     if method.lycoris is None:
         known = ", ".join(m.peft_type for m in methods() if m.lycoris)
         raise HalotuneError(f"LyCORIS has no {method.peft_type} as it is here; its files hold {known}. Keep PEFT's format.")
+    if config.target_parameters:
+        raise HalotuneError(
+            f"target_parameters={sorted(config.target_parameters)}: LyCORIS has no adapters on fused experts. Keep PEFT's "
+            "format."
+        )
     form = method.lycoris
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in adapter.tensors.items():

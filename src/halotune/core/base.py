@@ -309,6 +309,7 @@ _FORWARDS = frozenset(
         "bitsandbytes.nn.modules",
         "hqq.core.quantize",
         "halotune.core.attention",
+        "halotune.core.experts",
     }
 )
 

@@ -66,10 +66,13 @@ class AdapterConfig(BaseConfig):
 
     Args:
         target_modules: which modules get an adapter: names matched as suffixes, a regular expression matched in full,
-            `"all-linear"` (every linear layer but the output layer), or None for the architecture's usual ones.
+            `"all-linear"` (every linear layer but the output layer, and fused experts), or None for the architecture's usual
+            ones, if target_parameters names none.
         exclude_modules: names or a regular expression of modules to leave out.
         layers_to_transform: only layers of these indices.
         layers_pattern: name(s) of the list of layers, where the usual ones do not match.
+        target_parameters: names of fused experts' weights that get adapters, matched as endings: `"experts.gate_up_proj"`.
+        expert_sharing: one adapter for all experts of a weight, instead of one for each.
         modules_to_save: modules fully fine-tuned and stored beside the adapter.
         r: the rank: the number of reflections, of columns, or the side of a block.
         bias: which biases of the base are trained: `"none"`, `"all"`, or the method's own name for those of its layers.
@@ -82,6 +85,8 @@ class AdapterConfig(BaseConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, int] = beyond_peft(default_factory=dict)
+    target_parameters: list[str] | set[str] | tuple[str, ...] | None = beyond_peft(None)
+    expert_sharing: bool = beyond_peft(False)
 
     r: int = 8
     bias: str = beyond_peft("none")
@@ -110,6 +115,8 @@ class AdapterConfig(BaseConfig):
             self.task_type = TaskType(self.task_type)
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
+        if isinstance(self.target_parameters, (list, tuple)):
+            self.target_parameters = set(self.target_parameters)
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)
         if self.layers_pattern and self.layers_to_transform is None:

@@ -12,6 +12,7 @@ Any of them may be applied as a weight instead: W' of all layers of one shape is
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ from .operator import Operator
 from .prepared import Tensors
 from .weight_form import weight_form, weight_form_linear
 
+if TYPE_CHECKING:
+    from .experts import Groups
+
 
 class Rotation(Adapter):
     """`W' = W Q`: the input is rotated, then meets the base as it is."""
@@ -31,6 +35,12 @@ class Rotation(Adapter):
     @abstractmethod
     def rotate(self, x: Tensor, *factors: Tensor) -> Tensor:
         """`x Qᵀ` over the last dimension, in the dtype of `x`."""
+
+    def rotate_groups(self, x: Tensor, groups: Groups, *factors: Tensor) -> Tensor:
+        """`rotate` for rows sorted by expert, with factors `(experts, …)`."""
+        sizes = torch.diff(groups.ends, prepend=groups.ends.new_zeros(1)).tolist()
+        *rows, rest = x.split([*sizes, x.shape[0] - sum(sizes)])
+        return torch.cat([*(self.rotate(part, *(f[e] for f in factors)) for e, part in enumerate(rows)), rest])
 
     def drop(self, *factors: Tensor) -> Tensors:
         """The factors of a rotation of which each part is left out with the chance `dropout`."""

@@ -40,7 +40,6 @@ class Factors:
         return self.A.shape[0]
 
 
-@torch.no_grad()
 def factors_of(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> Factors:
     """The factors of what these adapters, applied in this order, add to the layer's weight; of at most this rank.
 
@@ -49,11 +48,26 @@ def factors_of(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> F
     Raises:
         HalotuneError: a delta of full rank without a rank to truncate it to, or composed with others.
     """
+    (found,) = factors_of_each(layer, names, rank)
+    return found
+
+
+@torch.no_grad()
+def factors_of_each(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> list[Factors]:
+    """`factors_of` of each expert, where the layer holds several."""
     layer.base.require_known(type(layer.base_layer).__name__, [layer.adapters[n] for n in names])  # type: ignore[misc]
     W, adapters = _work(layer.base.weight()), [_exact_copy(layer.adapters[n]) for n in names]  # type: ignore[arg-type]
+    scales = [layer.scales[n] for n in names]
+    if W.dim() == 2:
+        return [_factors(W, adapters, scales, layer.base.shape, rank)]
+    each = zip(*(a.each() for a in adapters), strict=True)  # type: ignore[attr-defined]
+    return [_factors(W[e], own, scales, layer.base.shape, rank) for e, own in enumerate(each)]
+
+
+def _factors(W: Tensor, adapters: Sequence[Adapter], scales: Sequence[float], shape: WeightShape, rank: int | None) -> Factors:
     full = next((type(a).__name__ for a in adapters if not a.factors_exist), None)
     if full is None:
-        return truncated(*_composed(W.double(), adapters, [layer.scales[n] for n in names]), rank)
+        return truncated(*_composed(W.double(), adapters, scales), rank)
     if len(adapters) > 1:
         raise HalotuneError(f"the delta of {full} has full rank, and is sketched alone only. Export one adapter at a time.")
     if rank is None:
@@ -61,8 +75,8 @@ def factors_of(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> F
             f"the delta of {full} has full rank, so no LoRA equals it. Give a rank: the best approximation of that rank is "
             "exported, and its error reported; or merge the adapter into the weights."
         )
-    found = sketched(lambda: adapters[0].delta_rows(W), layer.base.shape, rank, W.device)
-    return Factors(layer.scales[names[0]] * found.B, found.A, found.error, found.how)
+    found = sketched(lambda: adapters[0].delta_rows(W), shape, rank, W.device)
+    return Factors(scales[0] * found.B, found.A, found.error, found.how)
 
 
 def _work(t: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.errors import HalotuneError
 from ..core.layer import AdaptedLayer
 from .components import Component
-from .factors import EXACT, Factors, factors_of, laid_out
+from .factors import EXACT, Factors, factors_of_each, laid_out
 from .runtimes import Runtime
 
 
@@ -85,26 +85,29 @@ def as_lora(
         raise HalotuneError(
             f"rank: expected a positive multiple of {step}{' (the groups of convolutions)' if step > 1 else ''}; got {rank}."
         )
-    found: dict[str, Factors] = {}
+    found: dict[str, list[Factors]] = {}
     for path, layer in layers.items():
         own = [n for n in names if n in layer.adapters]
         most = None if rank is None else rank // runtime.blocks(layer)
         try:
-            found[path] = _rounded(factors_of(layer, own, most), dtype or next(layer.adapters[own[0]].parameters()).dtype)
+            own_dtype = dtype or next(layer.adapters[own[0]].parameters()).dtype
+            found[path] = [_rounded(f, own_dtype) for f in factors_of_each(layer, own, most)]
         except HalotuneError as e:
             raise HalotuneError(f"{path}: {e}") from None
-    ranks = {path: f.rank * runtime.blocks(layers[path]) for path, f in found.items()}
+    ranks = {path: max(f.rank for f in each) * runtime.blocks(layers[path]) for path, each in found.items()}
     common = runtime.fitting_rank(rank or math.ceil(max(ranks.values()) / step) * step)
     if common % step:
         raise HalotuneError(f"rank: {common} is no multiple of {step}, the groups of a convolution. Leave the convolution out.")
     tensors: dict[str, Tensor] = {}
-    for path, factors in found.items():
-        A, B = laid_out(factors, layers[path].base.shape, common, runtime.convolutions == "basic")
+    for path, each in found.items():
+        pairs = [laid_out(f, layers[path].base.shape, common, runtime.convolutions == "basic") for f in each]
+        A, B = pairs[0] if layers[path].base.weight().dim() == 2 else map(torch.stack, zip(*pairs, strict=True))
         key_A, key_B, key_alpha = runtime.keys(path, component)
         tensors.update({key_A: A, key_B: B})
         if key_alpha:
             tensors[key_alpha] = torch.tensor(float(common))
-    report = {path: LayerReport(ranks[path], f.error, f.how) for path, f in found.items()}
+    worst = {path: max(each, key=lambda f: f.error) for path, each in found.items()}
+    report = {path: LayerReport(ranks[path], f.error, f.how) for path, f in worst.items()}
     return tensors, ExportReport(runtime.name, common, report)
 
 

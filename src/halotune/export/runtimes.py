@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 from ..core.attention import ProjectionBase
 from ..core.base import Convolution, TransposedLinear
 from ..core.errors import HalotuneError, closest
+from ..core.experts import ExpertsBase
 from ..core.files import WEIGHTS_NAME
 from ..core.layer import AdaptedLayer
 from .components import Component
@@ -25,6 +26,7 @@ class Runtime:
         convolutions: "no"; "basic": as peft wraps them, two convolutions without dilation and padded with zeros; "any".
         attention: the projections of `torch.nn.MultiheadAttention`. peft 0.21 adds the output projection's LoRA twice.
         transposed: transformers' `Conv1D`.
+        experts: fused experts, as PEFT from 0.19 on stores them.
         modules_to_save: modules fully fine-tuned, and resized embeddings, beside the LoRA.
         folder: a folder with `adapter_config.json`, in PEFT's names; else one file, in those of diffusers.
         ranks: the ranks that it takes; () is any.
@@ -35,6 +37,7 @@ class Runtime:
     convolutions: Literal["no", "basic", "any"] = "no"
     attention: bool = False
     transposed: bool = True
+    experts: bool = False
     modules_to_save: bool = False
     folder: bool = True
     ranks: tuple[int, ...] = ()
@@ -55,6 +58,8 @@ class Runtime:
             return "wraps a layer that has several names (peft does) at one of them only"
         if not self.attention and (isinstance(base, ProjectionBase) or path.endswith(".base_layer.out_proj")):
             return "reads no LoRA of torch.nn.MultiheadAttention, or reads it wrong"
+        if isinstance(base, ExpertsBase) and not self.experts:
+            return "reads no LoRA of fused experts"
         if isinstance(base, TransposedLinear) and not self.transposed:
             return "does not know that the weight of transformers' Conv1D is transposed"
         if not isinstance(base, Convolution) or self.convolutions == "any":
@@ -114,8 +119,8 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 RUNTIMES: dict[str, Runtime] = {
     c.name: c
     for c in (
-        Runtime("peft", convolutions="basic", modules_to_save=True),
-        Runtime("halotune", convolutions="any", attention=True, modules_to_save=True),
+        Runtime("peft", convolutions="basic", experts=True, modules_to_save=True),
+        Runtime("halotune", convolutions="any", attention=True, experts=True, modules_to_save=True),
         Runtime("vllm", ranks=_VLLM_RANKS, hint="serve with --max-lora-rank {rank}"),
         Runtime("sglang"),
         Runtime("llama.cpp", transposed=False),

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..cli.loading import BaseModel, Saved
 from ..core.adapter import Adapter
 from ..core.errors import AdapterFileError, HalotuneError
+from ..core.expert_adapter import ExpertAdapter
 from ..core.operator import WeightShape
 from ..engine.injection.modules import adapted_layers
 from ..engine.model import PeftModel
@@ -64,15 +65,27 @@ def measure_model(model: PeftModel) -> list[Figures]:
     """The figures of all layers of a model with active adapters."""
     measures = method_of(model.active_peft_config.peft_type).measures
     return [
-        _figures(path, adapter, type(layer.base_layer).__name__, layer.base.weight(), measures)
+        _figures(name, own, type(layer.base_layer).__name__, W, measures)
         for path, layer in adapted_layers(model.get_base_model()).items()
         for adapter in layer.running()
+        for name, own, W in _each(path, adapter, layer.base.weight())
     ]
+
+
+def _each(path: str, adapter: Adapter, W: Tensor) -> Iterator[tuple[str, Adapter, Tensor]]:
+    """The adapter on its weight; on fused experts, that of each expert."""
+    if not isinstance(adapter, ExpertAdapter):
+        yield path, adapter, W
+        return
+    for e, own in enumerate(adapter.each()):
+        yield f"{path}[{e}]", own, W[e]
 
 
 def _in_file(saved: Saved, measures: Measures | None) -> Iterator[tuple[str, Adapter]]:
     """The adapters of a file, each on a weight of the shape that its tensors tell."""
     method = method_of(saved.config.peft_type)
+    if saved.config.target_parameters:
+        raise HalotuneError("adapters on fused experts are inspected with their base model. Give it with --base.")
     if measures is None:
         raise HalotuneError(f"{method.peft_type} adapters are inspected with their base model. Give it with --base.")
     for path, tensors in _by_layer(saved).items():

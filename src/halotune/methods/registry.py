@@ -31,6 +31,17 @@ class FromPeft:
 
 
 @dataclass(frozen=True)
+class ExpertsForm:
+    """How PEFT's files hold two factors of an adapter on fused experts, A `(E, …)` and B `(E, …)`, which are not shared."""
+
+    names: tuple[str, str]
+    write: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    # A, B, the number of experts, a weight's shape, whether it is stored transposed, PEFT's version -> our A and B
+    read: Callable[[Tensor, Tensor, int, WeightShape, bool, str | None], tuple[Tensor, Tensor]]
+    version: str  # PEFT's first that reads what is written
+
+
+@dataclass(frozen=True)
 class Kind:
     """One kind of a method's adapters, as benchmarks and the default learning rates tell them apart."""
 
@@ -52,6 +63,7 @@ class Method:
     # for the method that represents every low-rank delta, whose adapters have `set_factors(B, A)`: with a scale of 1
     low_rank: Callable[[int], AdapterConfig] | None = None
     lycoris: LycorisForm | None = None
+    experts: ExpertsForm | None = None  # where PEFT has a form of its own
     from_peft: FromPeft | None = None  # for methods that gain by it
     measures: Measures | None = None  # without it, saved adapters are looked at with their base model only
 

@@ -24,11 +24,12 @@ from ...export.rules import RULES, check
 from ...export.runtimes import RUNTIMES, Runtime, named
 from ...methods.registry import low_rank_method
 from ..injection.modules import plain_modules, public_path, tied_parameters, visible_modules
-from ..injection.targets import shortest_suffixes
+from ..injection.resolve import spelled_out
 from .card import write_card
+from .experts import experts_written, form_of
 from .keys import adapter_keys, check_readable
 from .save import parameter_count, written_config
-from .state_dict import get_peft_model_state_dict, vocabulary_differs, write_tensors
+from .state_dict import adapter_tensors, vocabulary_differs, write_tensors
 
 if TYPE_CHECKING:
     from ..tuner import AdapterModel
@@ -63,6 +64,7 @@ def export_adapters(
     grouped = target.convolutions == "basic" and any(layer.base.shape.groups > 1 for layer in layers.values())
     if target.folder and not grouped:  # which peft stores in another form than ours
         check_readable(tuner.model, config, {**tensors, **beside}, beside)
+    tensors = experts_written(layers, tensors)
     shared = {name for names in tied_parameters(tuner.model) for name in names}
     tied = any(f"{path}.base_layer.weight" in shared for path in layers)
     converted = gguf_lora(tensors, tuner.model) if gguf else None
@@ -123,8 +125,8 @@ def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], runtime: Run
             )
         resized = vocabulary_differs(tuner.model, config)
         own = {key for key, at in adapter_keys(tuner, name).items() if f".adapters.{name}." in at}
-        tensors = get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=resized)
-        found.update({key: t for key, t in tensors.items() if key not in own})
+        tensors, _ = adapter_tensors(tuner, name, save_embedding_layers=resized)
+        found.update({key: t for key, t in tensors.items() if key not in own and t is not None})
     if found and not runtime.modules_to_save:
         modules = ", ".join(sorted({key.removeprefix("model.").rpartition(".")[0] for key in found}))
         raise HalotuneError(
@@ -136,12 +138,14 @@ def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], runtime: Run
 
 def _lora_config(tuner: AdapterModel, names: Sequence[str], layers: Mapping[str, AdaptedLayer], rank: int) -> AdapterConfig:
     like = written_config(tuner, names[0])
-    targets = shortest_suffixes([public_path(path) for path in layers], [n for n, _ in visible_modules(tuner.model)])
+    visible = dict(visible_modules(tuner.model))
+    named = spelled_out(like, [public_path(path) for path in layers], visible)
     modules_to_save = sorted({m for n in names for m in tuner.peft_config[n].modules_to_save or []})
     create = low_rank_method().low_rank
     assert create is not None
     entries = {
-        "target_modules": sorted(targets),
+        "target_modules": sorted(named.target_modules or ()),
+        "target_parameters": sorted(named.target_parameters or ()) or None,
         "modules_to_save": modules_to_save or None,
         "fan_in_fan_out": any(isinstance(layer.base, TransposedLinear) for layer in layers.values()),
         "task_type": like.task_type,
@@ -150,7 +154,10 @@ def _lora_config(tuner: AdapterModel, names: Sequence[str], layers: Mapping[str,
         "auto_mapping": like.auto_mapping,
         "inference_mode": True,
     }
-    return replace(create(rank), **entries)
+    config = replace(create(rank), **entries)
+    if config.target_parameters and (form := form_of(config)):
+        config.peft_version = form.version
+    return config
 
 
 def _write(

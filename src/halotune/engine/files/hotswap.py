@@ -10,7 +10,8 @@ from torch import nn
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.files import WEIGHTS_NAME, locate
-from .state_dict import LoadResult, config_of, read_tensors, set_peft_model_state_dict
+from .keys import config_of
+from .state_dict import LoadResult, read_tensors, set_peft_model_state_dict
 
 # What may differ between two adapters that run the same code.
 _BOOKKEEPING = frozenset(

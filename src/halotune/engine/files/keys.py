@@ -22,16 +22,24 @@ from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
 from ...methods.registry import method_of
+from ..injection.experts import create
 from ..injection.modules import adapted_layers, innermost, is_attention, plain_modules, visible_modules
 from ..injection.modules_to_save import ModulesToSaveWrapper
 from ..injection.resolve import modules_to_save_paths, named_paths
 
 PREFIX = "base_model.model."  # of every key in a file
 
-_PREFIXES = (PREFIX, "model.", "")  # of a PeftModel, an AdapterModel, a bare module
+PREFIXES = (PREFIX, "model.", "")  # of a PeftModel, an AdapterModel, a bare module
 _COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
 _SHARDING = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PARALLEL = re.compile(r"(?<![^.])module\.")  # of DistributedDataParallel; it may be a model's own name, too
+
+
+def config_of(model: nn.Module, name: str) -> AdapterConfig:
+    configs: dict[str, AdapterConfig] = getattr(model, "peft_config", {})
+    if name not in configs:
+        raise HalotuneError(f"there is no adapter named {name!r}; the model has {sorted(configs) or 'none'}.")
+    return configs[name]
 
 
 def held_tensors(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
@@ -93,8 +101,8 @@ def under_own_names(given: Mapping[str, Tensor], wanted: Collection[str]) -> Map
     best, most = given, sum(key in given for key in wanted)
     bare = {_COMPILED.sub("", without_sharding(key)): t for key, t in given.items()}
     for named in (bare, {_PARALLEL.sub("", key): t for key, t in bare.items()}):
-        for old in _PREFIXES:
-            for new in _PREFIXES:
+        for old in PREFIXES:
+            for new in PREFIXES:
                 if most == len(wanted):
                     return best
                 renamed = {new + key.removeprefix(old): t for key, t in named.items() if key.startswith(old)}
@@ -122,10 +130,12 @@ def asked(model: nn.Module, config: AdapterConfig) -> dict[str, torch.Size]:
         if module in targets:
             shape = module.base.shape if isinstance(module, AdaptedLayer) else base_for(module, path).shape
             own = config.at(targets[module])
-            key = shape if own is config else (shape, targets[module])
+            stored = module.base_layer if isinstance(module, AdaptedLayer) else module
+            same = shape, getattr(stored, "experts", None)
+            key = same if own is config else (same, targets[module])
             if key not in made:
                 with torch.device("meta"):
-                    made[key] = {k: t.shape for k, t in held_tensors(method.create(shape, own)).items()}
+                    made[key] = {k: t.shape for k, t in held_tensors(create(method, stored, shape, own)).items()}
             out.update({f"{PREFIX}{_path_in_file(path, modules)}.{k}": size for k, size in made[key].items()})
         if module in copied:
             copies = module.modules_to_save.values() if isinstance(module, ModulesToSaveWrapper) else ()

@@ -18,6 +18,7 @@ from ...methods.registry import method_of, under_alias
 from ..injection.modules import unwrapped
 from ..injection.offloading import bring_adapters
 from .card import CARD_NAME, write_card
+from .experts import as_written, form_of
 from .keys import check_readable
 from .state_dict import adapter_tensors, filled_with
 
@@ -88,6 +89,7 @@ def prepare(
     tensors = check_readable(
         tuner.model, config, {f"base_model.{key}": t for key, t in found.items()}, {f"base_model.{key}" for key in beside}
     )
+    tensors = as_written(tuner.model, name, config, tensors)
     if peft_type is not None and method_of(peft_type).peft_type in method_of(config.peft_type).aliases:
         config, tensors = under_alias(config, tensors, peft_type)
     return partial(write_adapter, folder, config, tensors)
@@ -108,6 +110,8 @@ def written_config(tuner: AdapterModel, name: str) -> AdapterConfig:
     if config.task_type is None and config.auto_mapping is None:
         base = type(unwrapped(tuner.model))
         config.auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    if config.target_parameters and (form := form_of(config)):
+        config.peft_version = form.version
     return config
 
 

@@ -14,7 +14,8 @@ from ...core.config import AdapterConfig
 from ...core.errors import AdapterFileError, HalotuneError, warn
 from ...core.files import write_atomically
 from ..injection.modules import adapted_layers, innermost, plain_modules, unwrapped
-from .keys import adapter_keys, bias_keys, embedding_keys, held_tensors, under_own_names, without_sharding
+from .experts import as_written, from_written
+from .keys import adapter_keys, bias_keys, config_of, embedding_keys, held_tensors, under_own_names, without_sharding
 
 
 class LoadResult(NamedTuple):
@@ -22,13 +23,6 @@ class LoadResult(NamedTuple):
 
     missing_keys: list[str]
     unexpected_keys: list[str]
-
-
-def config_of(model: nn.Module, name: str) -> AdapterConfig:
-    configs: dict[str, AdapterConfig] = getattr(model, "peft_config", {})
-    if name not in configs:
-        raise HalotuneError(f"there is no adapter named {name!r}; the model has {sorted(configs) or 'none'}.")
-    return configs[name]
 
 
 def get_peft_model_state_dict(
@@ -50,7 +44,9 @@ def get_peft_model_state_dict(
             vocabulary was resized.
     """
     found = adapter_tensors(model, adapter_name, state_dict, save_embedding_layers)[0]
-    return {key: t for key, t in found.items() if t is not None}
+    return as_written(
+        model, adapter_name, config_of(model, adapter_name), {key: t for key, t in found.items() if t is not None}
+    )
 
 
 def adapter_tensors(
@@ -73,6 +69,7 @@ def adapter_tensors(
     beside = {key: key for key in (*biases, *embeddings) if key not in own}
     tensors: Mapping[str, Tensor] = held
     if state_dict is not None:
+        state_dict = from_written(model, name, config, state_dict, "the state dict")
         tensors = under_own_names(state_dict, {*own.values(), *beside})
         if not any(key in tensors for key in own.values()):  # it has a file's keys already, perhaps
             tensors = under_own_names(state_dict, {*own, *beside})
@@ -174,7 +171,8 @@ def _placed(
     expected = adapter_keys(model, name)
     biases = {k: k for k in bias_keys(model, state, name, config_of(model, name).bias)}
     optional = {k: k for k in embedding_keys(model, state)}
-    tensors = dict(under_own_names(_dropping_ignored(given), expected))
+    given = from_written(model, name, config_of(model, name), _dropping_ignored(given), file)
+    tensors = dict(under_own_names(given, expected))
     _check_keys(tensors, expected, biases, optional, file)
     return tensors, {**optional, **biases, **expected}
 
@@ -265,6 +263,8 @@ def _assign(modules: Mapping[str, nn.Module], key: str, tensor: Tensor, *, repla
     module = modules[path]
     old = getattr(module, leaf)
     ours = ".adapters." in key or ".modules_to_save." in key
+    if hasattr(old, "placements") and not hasattr(tensor, "placements"):  # each process takes its part of the file
+        tensor = _distributed_like(old, tensor)
     if not old.is_meta and not (replace and ours):  # a tensor of the base may be shared: it stays the same object
         old.copy_(tensor)
         return
@@ -272,6 +272,13 @@ def _assign(modules: Mapping[str, nn.Module], key: str, tensor: Tensor, *, repla
     dtype = tensor.dtype if keep_dtype and ours else old.dtype
     new = tensor.to(device=device, dtype=dtype, copy=True)
     setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+
+def _distributed_like(old: Any, tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    kind = old.device_mesh.device_type
+    return distribute_tensor(tensor.to(kind), old.device_mesh, old.placements, src_data_rank=None)
 
 
 def _device_beside(modules: Mapping[str, nn.Module], path: str) -> torch.device:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...core.adapter import Adapter, Weights
+from ...core.experts import AdaptedExpertWeights
 from ...core.layer import AdaptedLayer
 from ...core.prepared import LOCAL, SCOPES, Form, Prepared, Tensors, is_transformed, prepare, seen, stream_of
 from ...core.rows import MIXED
@@ -100,7 +101,8 @@ class Scope:
         if self.layers is not None:
             return
         self.layers, self.parents = self.find(model), [m for m in model.modules() if m._modules]
-        matrices = [p for layer in self.layers if (p := getattr(layer.base_layer, "weight", None)) is not None]
+        plain = [layer for layer in self.layers if not isinstance(layer, AdaptedExpertWeights)]
+        matrices = [p for layer in plain if (p := getattr(layer.base_layer, "weight", None)) is not None]
         fits = 2 * sum([p.numel() * p.itemsize for p in matrices]) <= self.budget  # W', and the gradients that wait for it
         for layer in self.layers:
             self.parts += [m for m in layer.adapters.modules() if m._parameters]

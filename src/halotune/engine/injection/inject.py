@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Mapping
 
@@ -14,14 +13,15 @@ from ...core.attention import Projection
 from ...core.base import Base
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError, warn
+from ...core.experts import AdaptedExperts, ExpertWeights
 from ...core.layer import AdaptedLayer
 from ...methods.registry import method_of
-from .modules import adapted_layers, is_attention, tied_parameters, visible_modules
+from .experts import attach, create, layer_for
+from .modules import adapted_layers, is_attention, is_expert_weights, tied_parameters, visible_modules
 from .modules_to_save import ModulesToSaveWrapper
 from .offloading import check_offloaded
-from .resolve import modules_to_save_paths, resolve_targets
+from .resolve import modules_to_save_paths, resolve_targets, spelled_out
 from .surgery import leave_fused_paths, swap, tie_own_modules
-from .targets import shortest_suffixes
 
 
 def check_name(name: str) -> None:
@@ -56,8 +56,7 @@ def inject(
     if paths is None:
         config, paths = resolve_targets(model, config)
     else:
-        config = copy.copy(config)
-        config.target_modules = shortest_suffixes(paths, [n for n, _ in visible_modules(model)])
+        config = spelled_out(config, paths, dict(visible_modules(model)))
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     if isinstance(model, nn.MultiheadAttention):
         raise HalotuneError(
@@ -69,13 +68,13 @@ def inject(
     created: dict[str, tuple[AdaptedLayer, Adapter]] = {}
     for path in paths:
         module = modules[path]
-        layer = module if isinstance(module, AdaptedLayer) else AdaptedLayer(module, path)
+        layer = module if isinstance(module, AdaptedLayer) else layer_for(module, path)
         if name in layer.adapters:
             raise HalotuneError(f"{path}: already has an adapter named {name!r}. Delete it first, or use another name.")
         base = layer.base
         with torch.device("meta") if low_cpu_mem_usage else torch.device(base.device):
             try:
-                adapter = method.create(base.shape, config.at(path))
+                adapter = create(method, layer.base_layer, base.shape, config.at(path))
             except HalotuneError as e:
                 raise HalotuneError(f"{path}: {e}") from e
         if is_attention(modules.get(path.rpartition(".")[0])):
@@ -91,7 +90,11 @@ def inject(
     for notice in [*([] if low_cpu_mem_usage else config.notices()), *reading]:
         warn(notice)
     _warn_if_tied(model, [*paths, *to_save])
-    swap(model, _wrapped_attention(modules, created))
+    holders = _holders(modules, created)
+    swap(model, holders)
+    for holder in holders.values():
+        if isinstance(holder, AdaptedExperts):
+            attach(holder)
     wrappers: dict[nn.Module, nn.Module] = {}
     for path, (layer, adapter) in created.items():
         layer.add(name, adapter)
@@ -124,15 +127,17 @@ def _check_free(model: nn.Module, modules: Mapping[str, nn.Module], paths: Itera
             )
 
 
-def _wrapped_attention(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[nn.Module, nn.Module]:
-    """Attention modules that are to be wrapped, since one of these paths is a projection of theirs."""
+def _holders(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[nn.Module, nn.Module]:
+    """Attention and experts modules that are to be wrapped, since one of these paths is a projection of theirs."""
     out: dict[nn.Module, nn.Module] = {}
     for path in paths:
         parent = path.rpartition(".")[0]
-        attention = modules.get(parent)
-        if isinstance(attention, nn.MultiheadAttention):
-            projections = (m for n, m in modules.items() if n.startswith(f"{parent}.") and isinstance(m, Projection))
-            out[attention] = next(projections).__dict__["owner"]
+        holder = modules.get(parent)
+        if holder is not None and (isinstance(holder, nn.MultiheadAttention) or is_expert_weights(modules[path])):
+            views = (m for n, m in modules.items() if n.startswith(f"{parent}.") and isinstance(m, (Projection, ExpertWeights)))
+            owner = next((m.__dict__["owner"] for m in views), holder)
+            if owner is not holder:
+                out[holder] = owner
     return out
 
 

@@ -8,11 +8,14 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from ...core.attention import AdaptedAttention
+from ...core.experts import AdaptedExperts, ExpertWeights, is_experts
 from ...core.layer import AdaptedLayer
 from ...core.wrapper import Wrapper
 from .modules_to_save import ModulesToSaveWrapper
 
 M = TypeVar("M", bound=nn.Module)
+
+HOLDERS = (AdaptedAttention, AdaptedExperts)  # of adapters on parameters of the module that they wrap
 
 
 def public_path(path: str) -> str:
@@ -73,21 +76,22 @@ def modules_to_save_wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper
 def visible_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's own modules under the names they had before any was wrapped."""
 
-    wrapped: dict[nn.Module, AdaptedAttention] = {}
+    wrapped: dict[nn.Module, AdaptedAttention | AdaptedExperts] = {}
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         module = unwrapped(module)
         yield name, module
         if isinstance(module, AdaptedLayer):
             return
-        if isinstance(module, nn.MultiheadAttention):
-            if module not in wrapped:  # under a second name it is the same
-                wrapped[module] = AdaptedAttention(module)
-            yield from _projections(wrapped[module], name)  # as they will be
-        if isinstance(module, AdaptedAttention):
+        if isinstance(module, HOLDERS):
             yield from _projections(module, name)
+        elif isinstance(module, nn.MultiheadAttention) or is_experts(module):
+            if module not in wrapped:  # under a second name it is the same
+                kind = AdaptedAttention if isinstance(module, nn.MultiheadAttention) else AdaptedExperts
+                wrapped[module] = kind(module)  # type: ignore[arg-type]
+            yield from _projections(wrapped[module], name)  # as they will be
         inner = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-        inner = inner.base_layer if isinstance(inner, AdaptedAttention) else inner
+        inner = inner.base_layer if isinstance(inner, HOLDERS) else inner
         for child_name, child in inner._modules.items():  # named_children() leaves out second names
             if child is not None:
                 yield from walk(child, f"{name}.{child_name}" if name else child_name)
@@ -95,12 +99,17 @@ def visible_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from walk(model, "")
 
 
-def _projections(attention: AdaptedAttention, name: str) -> list[tuple[str, nn.Module]]:
-    return [(f"{name}.{n}", m) for n, m in attention.named_children() if n != "base_layer"]
+def _projections(holder: AdaptedAttention | AdaptedExperts, name: str) -> list[tuple[str, nn.Module]]:
+    return [(f"{name}.{n}" if name else n, m) for n, m in holder.named_children() if n != "base_layer"]
 
 
 def is_attention(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.MultiheadAttention, AdaptedAttention))
+
+
+def is_expert_weights(module: nn.Module) -> bool:
+    """Whether it is a projection of all experts of a module, with adapters or without."""
+    return isinstance(module.base_layer if isinstance(module, AdaptedLayer) else module, ExpertWeights)
 
 
 def tied_parameters(model: nn.Module) -> list[list[str]]:

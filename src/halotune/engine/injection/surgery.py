@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from ...core.attention import AdaptedAttention
+from ...core.experts import AdaptedExperts
 from ...core.layer import AdaptedLayer
-from .modules import adapted_layers, modules_to_save_wrappers
+from .modules import HOLDERS, adapted_layers, modules_to_save_wrappers
 from .modules_to_save import ModulesToSaveWrapper
 
 
@@ -29,7 +30,10 @@ def eject(model: nn.Module, *, trained: bool) -> None:
     Args:
         trained: keep the active trained copies of `modules_to_save`; else the originals.
     """
+    experts = [m for m in model.modules() if isinstance(m, AdaptedExperts)]
     swap(model, _bases(model, trained=trained))
+    for m in experts:
+        m.detach()
     leave_fused_paths(model, back=True)
     tie_own_modules(model, back=True)
 
@@ -59,8 +63,11 @@ def remove(model: nn.Module, name: str) -> None:
     empty: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in layers if not layer.adapters}
     empty.update({w: w.original_module for w in wrappers if not w.modules_to_save})
     swap(model, empty)
-    attentions = [m for m in model.modules() if isinstance(m, AdaptedAttention) and not adapted_layers(m)]
-    swap(model, {m: m.base_layer for m in attentions})
+    holders = [m for m in model.modules() if isinstance(m, HOLDERS) and not adapted_layers(m)]
+    swap(model, {m: m.base_layer for m in holders})
+    for m in holders:
+        if isinstance(m, AdaptedExperts):
+            m.detach()
     if not any(isinstance(m, (AdaptedLayer, ModulesToSaveWrapper)) for m in model.modules()):
         leave_fused_paths(model, back=True)
         tie_own_modules(model, back=True)
@@ -71,7 +78,7 @@ def _bases(model: nn.Module, *, trained: bool) -> dict[nn.Module, nn.Module]:
     bases: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in adapted_layers(model).values()}
     for wrapper in modules_to_save_wrappers(model).values():
         bases[wrapper] = wrapper.current if trained else wrapper.original_module
-    bases.update({m: m.base_layer for m in model.modules() if isinstance(m, AdaptedAttention)})
+    bases.update({m: m.base_layer for m in model.modules() if isinstance(m, HOLDERS)})
     return bases
 
 

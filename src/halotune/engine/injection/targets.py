@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError, closest, warn
@@ -70,6 +70,36 @@ def select(
             f"{len(found)} modules that match. Exclude fewer."
         )
     return _of_layers(config, kept)
+
+
+def select_parameters(
+    config: AdapterConfig, experts: Collection[str], adaptable: Collection[str], others: Mapping[str, str] | None = None
+) -> list[str]:
+    """What `target_parameters` names: weights of fused experts, or the `weight` of a module that can be adapted.
+
+    Args:
+        others: the model's other parameters, and what each is.
+
+    Raises:
+        HalotuneError: a name that means nothing.
+    """
+    found: dict[str, None] = {}
+    for wanted in sorted(config.target_parameters or ()):
+        own = [n for n in experts if matches_suffix(n, wanted)]
+        own += [n for n in adaptable if matches_suffix(f"{n}.weight", wanted)]
+        if not own:
+            known = sorted({".".join(n.split(".")[-2:]) for n in experts})
+            is_other = next((f" ({n} is {what})" for n, what in (others or {}).items() if matches_suffix(n, wanted)), "")
+            raise HalotuneError(
+                f"target_parameters: {wanted!r} names no weight that can be adapted{is_other}. "
+                + (f"Weights of fused experts here: {', '.join(known)}. " if known else "The model has no fused experts. ")
+                + "Modules are named in target_modules, and a router is trained in full with modules_to_save."
+            )
+        found.update(dict.fromkeys(own))
+    if not found:
+        return []
+    kept = [n for n in found if not matches(n, config.exclude_modules)]
+    return _of_layers(config, kept) if kept else []
 
 
 def _of_layers(config: AdapterConfig, found: list[str]) -> list[str]:

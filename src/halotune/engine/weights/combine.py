@@ -7,16 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...core.adapter import Adapter
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
+from ...core.expert_adapter import ExpertAdapter
 from ...core.layer import AdaptedLayer
+from ...core.operator import WeightShape
 from ...core.prepared import exact_dtype
 from ...methods.registry import low_rank_method, method_of
+from ..injection.experts import create
 from ..injection.modules import adapted_layers, public_path, visible_modules
-from ..injection.targets import shortest_suffixes
+from ..injection.resolve import spelled_out
 
 How = Literal["linear", "cat", "lora"]
 
@@ -52,7 +55,7 @@ def combine(
     config.rank_pattern = {f"^{re.escape(visible[p])}": a.rank for p, a in combined.items() if a.rank != r}
     for p, adapter in combined.items():
         _check_described(config, visible[p], layers[p], adapter)
-    config.target_modules = shortest_suffixes(list(visible.values()), [n for n, _ in visible_modules(model)])
+    config = spelled_out(config, list(visible.values()), dict(visible_modules(model)))
     return config, {visible[p]: a for p, a in combined.items()}
 
 
@@ -89,7 +92,7 @@ def _check_described(config: AdapterConfig, path: str, layer: AdaptedLayer, adap
     """One configuration must describe all layers; adapters of two kinds can meet on none and still differ."""
     try:
         with torch.device("meta"):
-            made = method_of(config.peft_type).create(layer.base.shape, config.at(path))
+            made = create(method_of(config.peft_type), layer.base_layer, layer.base.shape, config.at(path))
     except HalotuneError:  # not even possible here
         made = None
     sizes = {n: p.shape for n, p in adapter.named_parameters()}
@@ -133,12 +136,21 @@ def _as_low_rank(layers: Mapping[str, AdaptedLayer], names: Sequence[str], weigh
         W = layer.base.weight()
         W = W.to(exact_dtype(W.dtype))
         pairs = [a.factors(W) for a in adapters]
-        B = torch.cat([w * p[0] for p, w in zip(pairs, own, strict=True) if p], dim=1)
-        factors[path] = B, torch.cat([p[1] for p in pairs if p])
-    rank = max(A.shape[0] for _, A in factors.values())
+        B = torch.cat([w * p[0] for p, w in zip(pairs, own, strict=True) if p], dim=-1)
+        factors[path] = B, torch.cat([p[1] for p in pairs if p], dim=-2)
+    rank = max(A.shape[-2] for _, A in factors.values())
     out: dict[str, Adapter] = {}
     for path, (B, A) in factors.items():
-        adapter = low_rank_method().create(layers[path].base.shape, _low_rank_config(rank))
-        adapter.to(A.device, A.dtype).set_factors(B, A)  # type: ignore[operator]
-        out[path] = adapter
+        shape = layers[path].base.shape
+        if A.dim() == 2:
+            out[path] = _low_rank(shape, rank, B, A)
+        else:
+            each = [_low_rank(shape, rank, *pair) for pair in zip(B, A, strict=True)]
+            out[path] = ExpertAdapter.stacked(each, len(each), shared=False)
     return out
+
+
+def _low_rank(shape: WeightShape, rank: int, B: Tensor, A: Tensor) -> Adapter:
+    adapter = low_rank_method().create(shape, _low_rank_config(rank))
+    adapter.to(A.device, A.dtype).set_factors(B, A)  # type: ignore[operator]
+    return adapter

@@ -105,6 +105,10 @@ class HRA(Rotation):
     def rotate(self, x: Tensor, *factors: Tensor) -> Tensor:
         return ops.rotate(x, *factors)
 
+    def rotate_groups(self, x: Tensor, groups: Any, *factors: Tensor) -> Tensor:
+        Ût, N = factors
+        return x + groups.product(groups.product(x, Ût.mT), N)
+
     def replaces_weight(self, op: Operator) -> bool:
         return False
 

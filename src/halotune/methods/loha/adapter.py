@@ -87,8 +87,8 @@ class Hadamard(Dense):
         if not self.training:
             return B
         if self.rank_dropout:
-            kept = (torch.rand(B.shape[0], 1, device=B.device) >= self.rank_dropout).to(B.dtype)
-            B = B * (kept / kept.mean().clamp_min(1 / B.shape[0]))
+            kept = (torch.rand(*B.shape[:-1], 1, device=B.device) >= self.rank_dropout).to(B.dtype)
+            B = B * (kept / kept.mean(-2, keepdim=True).clamp_min(1 / B.shape[-2]))
         if self.module_dropout:
             B = B * (torch.rand((), device=B.device) >= self.module_dropout).to(B.dtype)
         return B

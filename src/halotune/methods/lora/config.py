@@ -49,7 +49,6 @@ class LoraConfig(AdapterConfig):
     INERT: ClassVar[dict[str, tuple[Any, ...]]] = {"megatron_core": ("megatron.core",), "qalora_group_size": (16,)}
     FOREIGN: ClassVar[dict[str, str]] = {
         "use_dora": "DoRA, a LoRA with a magnitude for each output",
-        "target_parameters": "a LoRA on single parameters, such as fused experts",
         "trainable_token_indices": "a LoRA with embeddings for single tokens",
         "layer_replication": "a LoRA on a model whose layers are repeated",
         "alora_invocation_tokens": "aLoRA, which is active from an invocation on",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,10 @@ class OFT(Rotation):
 
     def rotate(self, x: Tensor, *factors: Tensor) -> Tensor:
         return ops.rotate(flattened(x), *factors).view(x.shape)
+
+    def rotate_groups(self, x: Tensor, groups: Any, *factors: Tensor) -> Tensor:
+        (R,) = factors
+        return ops.rotate_groups(x, groups, R)
 
     def drop(self, *factors: Tensor) -> Tensors:
         (R,) = factors

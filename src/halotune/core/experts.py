@@ -1,0 +1,331 @@
+"""Experts whose weights are three-dimensional parameters of one module, `(experts, out, in)` or `(experts, in, out)`.
+
+transformers' experts interface (`use_experts_implementation`) says how such a module is made: flags for transposed weights,
+biases, a gate, a norm; and its own methods for the activation. `experts_forward` is one implementation for all of them: rows
+sorted by expert, each projection an operator on groups of rows (`ops/grouped.py`) that adapters act on as on any other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.grouped import grouped_outer, grouped_product
+from .adapter import Adapted
+from .base import LinearLike, register_base
+from .errors import HalotuneError
+from .expert_adapter import is_distributed, local
+from .layer import AdaptedLayer
+from .offload import offload_hook
+from .operator import Operator, WeightShape
+from .prepared import exact
+from .wrapper import Wrapper
+
+IMPLEMENTATION = "halotune"  # in transformers' registry
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+
+
+def projection_names(module: nn.Module) -> tuple[str, ...]:
+    """The weights of a module of experts; () for any other module, and for experts packed in a form of their own."""
+    own = vars(module)
+    if not all(isinstance(own.get(flag), bool) for flag in _FLAGS):
+        return ()
+    names = ("gate_up_proj" if own["has_gate"] else "up_proj", "down_proj")
+    parameters, computed = module._parameters, getattr(module, "parametrizations", ())
+    readable = all(n in computed or (n in parameters and _is_float(parameters[n])) for n in names)
+    return names if readable else ()
+
+
+def _is_float(p: Tensor | None) -> bool:
+    return p is not None and p.dim() == 3 and p.is_floating_point() and p.dtype.itemsize > 1
+
+
+class ExpertWeights(nn.Module):
+    """One projection of all experts, whose parameter stays where it is."""
+
+    def __init__(self, owner: AdaptedExperts, weight_name: str) -> None:
+        super().__init__()
+        self.__dict__["owner"] = owner  # no submodule: the parameter keeps one name in the state dict
+        self.weight_name = weight_name
+
+    @property
+    def module(self) -> Any:
+        return self.__dict__["owner"].base_layer
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return getattr(self.module, self.weight_name)
+
+    @weight.setter
+    def weight(self, value: nn.Parameter) -> None:
+        setattr(self.module, self.weight_name, value)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module, f"{self.weight_name}_bias") if self.module.has_bias else None
+
+    @property
+    def computed(self) -> Any:
+        """What computes the weight anew wherever it is read, as it does one in few bits; None for a plain parameter."""
+        return dict(getattr(self.module, "parametrizations", {})).get(self.weight_name)
+
+    @property
+    def state(self) -> Any:
+        """What bitsandbytes knows of a weight in 4 bits (`shape`, `dtype`, `quant_type`), or None."""
+        return None if self.computed is None else getattr(self.computed[0], "quant_state", None)
+
+    @property
+    def size(self) -> torch.Size:
+        """Of the weight, on all processes; reading it may cost dequantization."""
+        return (self.weight if self.state is None else self.state).shape
+
+    @property
+    def experts(self) -> int:
+        return self.size[0]
+
+    def forward(self, x: Tensor, groups: Groups) -> Tensor:
+        return GroupedOperator(ExpertsBase(self), groups)(x)
+
+
+class ExpertsBase(LinearLike):
+    """The view of `ExpertWeights` as linear operators of one shape."""
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return isinstance(module, ExpertWeights)
+
+    @property
+    def shape(self) -> WeightShape:  # type: ignore[override]
+        _, *sizes = self.module.size
+        return WeightShape(*(reversed(sizes) if self.module.module.is_transposed else sizes))
+
+    def weight(self) -> Tensor:
+        """`(experts, out, in)`: of those that are here."""
+        W = local(self.module.weight)
+        return W.mT if self.module.module.is_transposed else W
+
+    def stored(self, W: Tensor) -> Tensor:
+        return W.mT if self.module.module.is_transposed else W
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameter.dtype if self.module.state is None else self.module.state.dtype
+
+    @property
+    def device(self) -> torch.device:
+        stored = self.module.computed
+        own = self.parameter if stored is None else next(stored.parameters())
+        hook = offload_hook(self.module.module) if own.is_meta else None
+        return own.device if hook is None else torch.device(hook.execution_device)
+
+    @property
+    def quantization(self) -> str | None:
+        return None if self.module.state is None else f"bitsandbytes {self.module.state.quant_type}"
+
+    @property
+    def takes_weight(self) -> bool:
+        return True  # it is our own code that multiplies
+
+    def is_product(self, *, written: bool = True) -> bool:
+        return True
+
+    def require_mergeable(self, where: str, as_float: bool = False) -> None:
+        if self.module.computed is not None or self.parameter.is_meta:
+            how = "offloaded" if self.module.computed is None else "computed from other parameters (quantized, say)"
+            raise HalotuneError(
+                f"{where}: the weight of these experts is {how}, so nothing can be written there. Nothing was merged. Load the "
+                "base in floats, in memory, or keep the adapter beside it."
+            )
+        super().require_mergeable(where, as_float)
+
+    def require_known(self, where: str, adapters: Sequence[Any]) -> None:
+        if is_distributed(self.parameter):
+            raise HalotuneError(
+                f"{where}: these experts are spread over processes, and so are their adapters. Save the adapter, and export it "
+                "from a model on one process."
+            )
+
+
+register_base(ExpertsBase)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows sorted by expert.
+
+    Attributes:
+        ends: where the rows of each expert end, `(experts,)` int32.
+        ids: the expert of each row.
+        whole: every row has an expert here; else those past the last end have theirs on another process.
+    """
+
+    ends: Tensor
+    ids: Tensor
+    whole: bool = True
+
+    def product(self, x: Tensor, W: Tensor) -> Tensor:
+        """`x_i W_e`: `W (experts, k, m)`, or `(k, m)` for all."""
+        return x @ W if W.dim() == 2 else grouped_product(x, W, self.ends, self.whole)
+
+
+class GroupedOperator(Operator):
+    """`x_i -> W_e x_i + b_e` for rows sorted by expert.
+
+    Args:
+        part: the experts from one to another; None is all.
+    """
+
+    def __init__(self, base: ExpertsBase, groups: Groups, part: slice | None = None) -> None:
+        self.base, self.groups, self.experts = base, groups, part
+
+    @property
+    def shape(self) -> WeightShape:  # type: ignore[override]
+        return self.base.shape
+
+    def part(self, begin: int, end: int, top: int, bottom: int) -> GroupedOperator:
+        """On some of the experts, and their rows."""
+        groups = Groups(self.groups.ends[begin:end] - top, self.groups.ids[top:bottom])
+        return GroupedOperator(self.base, groups, slice(begin, end))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.base.module.computed is None:
+            return self.add_bias(self.contract(x, self.weight()))
+        return self.add_bias(_Computed.apply(x, self))  # type: ignore[arg-type]
+
+    def weight(self) -> Tensor:
+        W = self.base.weight()
+        return W if self.experts is None else W[self.experts]
+
+    @property
+    def transient(self) -> bool:
+        return True
+
+    def pad(self, x: Tensor) -> Tensor:
+        return x
+
+    def contract(self, x: Tensor, W: Tensor) -> Tensor:
+        return self.groups.product(x, W.mT)
+
+    def contract_backward(self, x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
+        dW = grouped_outer(dy, x, self.groups.ends)
+        return (self.groups.product(dy, W) if need_x else None), dW
+
+    def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        return y + self.groups.product(self.groups.product(x, A.mT), B.mT)
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        bias = self.base.bias
+        return y if bias is None else y + local(bias)[self.groups.ids].to(y.dtype)
+
+    @property
+    def hooked(self) -> bool:
+        return False
+
+
+class _Computed(torch.autograd.Function):
+    """The product with a weight that is computed where it is read: again in backward, so that none is kept until then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, op: GroupedOperator) -> Tensor:
+        ctx.op = op
+        return op.contract(x, op.weight().detach())
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None]:
+        op = ctx.op
+        return op.groups.product(grad_outputs[0], op.weight().detach()), None
+
+
+class AdaptedExpertWeights(AdaptedLayer):
+    """Adapters on one projection of all experts."""
+
+    def forward(self, x: Tensor, groups: Groups) -> Tensor:  # type: ignore[override]
+        if self.rows is not None:
+            raise HalotuneError(
+                "adapter_names: experts get the tokens of all samples together, sorted by expert, so that samples cannot be "
+                "told apart there. Run the adapters one at a time."
+            )
+        op: Operator = GroupedOperator(cast(ExpertsBase, self.base), groups)
+        for name in self._running_names():
+            op = Adapted(op, cast(Any, self.adapters[name]), self.scales[name])
+        return op(x)
+
+
+class AdaptedExperts(Wrapper):
+    """A module of experts with adapters on its projections, which are children under the names of its parameters."""
+
+    _wraps = "base_layer"
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        for name in projection_names(base_layer):
+            setattr(self, name, ExpertWeights(self, name))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_layer(*args, **kwargs)
+
+    def attach(self) -> None:
+        """Let the module run by way of `experts_forward`. Its configuration, which others share, stays as it is."""
+        own = vars(self.base_layer)
+        if "_halotune" not in own:
+            config = copy.copy(own["config"])
+            own["_halotune"] = self, own["config"]
+            internal = "_experts_implementation_internal"  # the property sets it in all configurations inside, too
+            vars(config)[internal if internal in vars(config) else "_experts_implementation"] = IMPLEMENTATION
+            own["config"] = config
+
+    def detach(self) -> None:
+        """The module runs as it did before."""
+        own = vars(self.base_layer)
+        if "_halotune" in own:
+            _, own["config"] = own.pop("_halotune")
+
+
+def is_experts(module: nn.Module | None) -> bool:
+    """Whether it is a module of experts, or one with adapters."""
+    return isinstance(module, AdaptedExperts) or (module is not None and bool(projection_names(module)))
+
+
+def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The implementation of transformers' experts interface with adapters.
+
+    Args:
+        experts: the module, with `AdaptedExperts` around it.
+        hidden_states: `(tokens, hidden)`.
+        top_k_index: the experts of each token, `(tokens, k)`; ids from `experts` on have theirs on another process.
+        top_k_weights: their weights, `(tokens, k)`.
+
+    Returns:
+        `(tokens, hidden)`, in the dtype of the hidden states.
+    """
+    up, down = (getattr(vars(experts)["_halotune"][0], name) for name in projection_names(experts))
+    k, whole = top_k_index.shape[-1], not getattr(experts, "_is_expert_parallel", False)
+    n = ExpertsBase(_weights(up)).weight().shape[0]
+    with exact(hidden_states):  # in the dtype of the weights, as the interface's other implementations
+        ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        ends = torch.searchsorted(ids, torch.arange(n, device=ids.device, dtype=ids.dtype), right=True).int()
+        weights = top_k_weights.reshape(-1)[order]
+        if not whole:
+            weights = weights.masked_fill(ids >= n, 0)
+        groups = Groups(ends, ids if whole else ids.clamp(max=n - 1), whole)
+        x = up(hidden_states[order // k].to(_dtype(up)), groups)
+        x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+        y = down(x, groups)
+        if getattr(experts, "has_post_expert_norm", False):
+            y = experts.post_expert_norm(y)
+        y = (y * weights[:, None])[torch.argsort(order)]
+        return y.view(*top_k_index.shape, y.shape[-1]).sum(-2).to(hidden_states.dtype)
+
+
+def _weights(projection: nn.Module) -> ExpertWeights:
+    return cast(ExpertWeights, projection.base_layer if isinstance(projection, AdaptedLayer) else projection)
+
+
+def _dtype(projection: nn.Module) -> torch.dtype:
+    return ExpertsBase(_weights(projection)).dtype

@@ -1,0 +1,151 @@
+"""Products of rows with the matrices of the groups that they belong to: row i of group e meets `W_e`.
+
+Rows lie sorted by group, and `ends (groups,)` int32 says where each group ends. Where not all rows belong to a group (`whole`
+is False) those past the last end come out as zeros. On CUDA in bf16 one launch serves all groups and nothing waits for the GPU;
+elsewhere a loop over the groups, which is the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ALIGNED = 8  # numbers of bf16: what torch's grouped product reads begins at multiples of 16 bytes
+MOST_GROUPS = 1000  # of one launch of it
+
+
+def grouped_product(x: Tensor, W: Tensor, ends: Tensor, whole: bool = True) -> Tensor:
+    """`y_i = x_i W_e`: `x (n, k)`, `W (groups, k, m)` -> `(n, m)`, in the dtype of x; differentiable any number of times."""
+    if torch.compiler.is_compiling():
+        return product_node(x, W, ends, whole)
+    return _Product.apply(x, W, ends, whole)  # type: ignore[return-value]
+
+
+def grouped_outer(x: Tensor, d: Tensor, ends: Tensor) -> Tensor:
+    """`Σ_i x_iᵀ d_i` over the rows of each group: `x (n, k)`, `d (n, m)` -> `(groups, k, m)`, zero for a group without rows."""
+    if torch.compiler.is_compiling():
+        return outer_node(x, d, ends)
+    return _Outer.apply(x, d, ends)  # type: ignore[return-value]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, ends: Tensor, whole: bool) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W, ends)
+        ctx.whole = whole
+        return _product(x, W, ends, whole)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, ends = ctx.saved_tensors
+        dy = grad_outputs[0]
+        dx = grouped_product(dy, W.mT, ends, ctx.whole) if ctx.needs_input_grad[0] else None
+        dW = grouped_outer(x, dy, ends).to(W.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dW, None, None
+
+
+class _Outer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, d: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, d, ends)
+        return _outer(x, d, ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, d, ends = ctx.saved_tensors
+        G = grad_outputs[0]
+        dx = grouped_product(d, G.mT, ends, False) if ctx.needs_input_grad[0] else None
+        return dx, (grouped_product(x, G, ends, False) if ctx.needs_input_grad[1] else None), None
+
+
+# -- without gradients
+
+
+def _rows(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each group that has rows. Waits for the device of `ends` once."""
+    start = 0
+    for e, end in enumerate(ends.tolist()):
+        if end > start:
+            yield e, slice(start, end)
+            start = end
+
+
+def _product(x: Tensor, W: Tensor, ends: Tensor, whole: bool) -> Tensor:
+    if _in_one_launch(x, W):
+        k, m = W.shape[-2:]
+        if k % ALIGNED or m % ALIGNED:
+            y = _grouped(_filled(x), F.pad(W, (0, -m % ALIGNED, 0, -k % ALIGNED)), ends)[:, :m]
+        else:
+            y = _grouped(x.contiguous(), W, ends)
+        if whole:
+            return y
+        return torch.where((torch.arange(x.shape[0], device=x.device) < ends[-1])[:, None], y, 0)
+    y = x.new_zeros(x.shape[0], W.shape[-1])
+    for e, rows in _rows(ends):
+        torch.mm(x[rows], W[e].to(x.dtype), out=y[rows])
+    return y
+
+
+def _outer(x: Tensor, d: Tensor, ends: Tensor) -> Tensor:
+    if _in_one_launch(x, d):
+        k, m = x.shape[1], d.shape[1]
+        return _grouped(_filled(x).mT, _filled(d), ends)[:, :k, :m]
+    G = x.new_zeros(ends.shape[0], x.shape[1], d.shape[1])
+    for e, rows in _rows(ends):
+        torch.mm(x[rows].mT, d[rows], out=G[e])
+    return G
+
+
+# -- for a compiler, which does not see into them
+
+product_node = torch.library.custom_op(
+    "halotune::grouped_product", _product, mutates_args=(), schema="(Tensor x, Tensor W, Tensor ends, bool whole) -> Tensor"
+)
+product_node.register_fake(lambda x, W, ends, whole: x.new_empty(x.shape[0], W.shape[-1]))
+outer_node = torch.library.custom_op(
+    "halotune::grouped_outer", _outer, mutates_args=(), schema="(Tensor x, Tensor d, Tensor ends) -> Tensor"
+)
+outer_node.register_fake(lambda x, d, ends: x.new_empty(ends.shape[0], x.shape[1], d.shape[1]))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.whole = inputs[3:] != (False,)
+
+
+def _product_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, W, ends = ctx.saved_tensors
+    need_x, need_W, *_ = ctx.needs_input_grad
+    dx = product_node(dy, W.mT, ends, ctx.whole) if need_x else None
+    return dx, (outer_node(x, dy, ends).to(W.dtype) if need_W else None), None, None
+
+
+def _outer_backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
+    x, d, ends = ctx.saved_tensors
+    need_x, need_d, _ = ctx.needs_input_grad
+    dx = product_node(d, G.mT, ends, False) if need_x else None
+    return dx, (product_node(x, G, ends, False) if need_d else None), None
+
+
+product_node.register_autograd(_product_backward, setup_context=_keep)
+outer_node.register_autograd(_outer_backward, setup_context=_keep)
+
+
+def _in_one_launch(x: Tensor, other: Tensor) -> bool:
+    if not (x.is_cuda and x.dtype is other.dtype is torch.bfloat16) or x.shape[0] == 0:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0) and (other.dim() < 3 or other.shape[0] <= MOST_GROUPS)
+
+
+def _grouped(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
+    run: Any = getattr(F, "grouped_mm", None) or torch.ops.aten._grouped_mm
+    return run(x, W, offs=ends)
+
+
+def _filled(x: Tensor) -> Tensor:
+    """Rows whose length is aligned, filled up with zeros."""
+    return F.pad(x, (0, -x.shape[1] % ALIGNED)) if x.shape[1] % ALIGNED else x.contiguous()
