@@ -36,19 +36,24 @@ Axis = Literal["in", "out"]
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of the rows, or of the columns, of a weight.
+    """A part of the rows, or of the columns, of a weight. Those of two weights that are cut alike are equal: in every process,
+    whatever lies there.
 
     Attributes:
-        axis: of the weight, along which it is cut; None where every process has it all, and works on other inputs.
-        spans: the entries `[start, stop)` along that axis that lie here, in order. Packed layers (gate and up) have two.
-        shape: of the weight's part.
+        axis: of the weight, along which it is cut; None where every process has it all.
+        whole: the shape of the weight.
+        packed: how many matrices lie one after the other in it, each of which is cut.
         group: the processes that hold the parts.
+        spans: the entries `[start, stop)` along the axis that lie here, in order.
+        shape: of the part of the weight that lies here.
     """
 
     axis: Axis | None
-    spans: tuple[tuple[int, int], ...]
-    shape: WeightShape
+    whole: WeightShape
+    packed: int
     group: Any = field(repr=False)
+    spans: tuple[tuple[int, int], ...] = field(compare=False)
+    shape: WeightShape = field(compare=False)
 
     def __deepcopy__(self, memo: Any) -> Shard:
         return self

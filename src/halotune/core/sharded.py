@@ -9,6 +9,7 @@ added once). Only the product inside is ours: `F.linear` of local tensors, with 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,19 +29,21 @@ def shard_of(module: nn.Module) -> Shard | None:
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2 or type(module).forward is not nn.Linear.forward:
         return None
-    n_out, n_in = weight.shape
+    whole = WeightShape(*weight.shape)
     if not is_parallel(module):
         # transformers marks what it parallelises: here a whole weight, whose output only is looked after (in MLA, say)
         marked = "forward" in module.__dict__ and getattr(module, "_is_hooked", False) and not hasattr(weight, "placements")
-        return Shard(None, (), WeightShape(n_out, n_in), None) if marked else None
+        return Shard(None, whole, 1, None, (), whole) if marked else None
     mesh, placement = placement_of(weight)
+    group, packed = mesh.get_group(), getattr(placement, "split_factor", 1)
     if not hasattr(placement, "dim"):
-        return Shard(None, (), WeightShape(n_out, n_in), mesh.get_group())
+        return Shard(None, whole, 1, group, (), whole)
     is_rows = placement.dim % 2 == 0
-    spans = _spans(mesh, placement, n_out if is_rows else n_in)
+    spans = _spans(mesh, packed, whole.out_features if is_rows else whole.in_features)
     here = sum(stop - start for start, stop in spans)
-    shape = WeightShape(here, n_in) if is_rows else WeightShape(n_out, here)
-    return Shard("out" if is_rows else "in", spans, shape, mesh.get_group())
+    if is_rows:
+        return Shard("out", whole, packed, group, spans, WeightShape(here, whole.in_features))
+    return Shard("in", whole, packed, group, spans, WeightShape(whole.out_features, here))
 
 
 def is_parallel(module: nn.Module) -> bool:
@@ -59,21 +62,15 @@ def placement_of(weight: Any) -> tuple[Any, Any]:
     return (mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[-1]]), weight.placements[-1]
 
 
-def _spans(mesh: Any, placement: Any, size: int) -> tuple[tuple[int, int], ...]:
-    """Which entries of `size` a placement puts here: the numbers of all entries, placed like the weight, tell."""
-    from torch.distributed.tensor import Shard as Split
-    from torch.distributed.tensor import distribute_tensor
-
-    packed = getattr(placement, "split_factor", None)
-    split = Split(0) if packed is None else type(placement)(0, split_factor=packed)
-    numbers = torch.arange(size, device=mesh.device_type)
+def _spans(mesh: Any, packed: int, size: int) -> tuple[tuple[int, int], ...]:
+    """Which of `size` entries lie here, of as many matrices in a row as are packed: each is cut as torch cuts tensors."""
+    n, rank, each = mesh.size(), mesh.get_local_rank(), -(-size // packed)
     spans: list[tuple[int, int]] = []
-    for i in distribute_tensor(numbers, mesh, [split], src_data_rank=None).to_local().tolist():
-        if spans and spans[-1][1] == i:
-            spans[-1] = spans[-1][0], i + 1
-        else:
-            spans.append((i, i + 1))
-    return tuple(spans) or ((0, 0),)
+    for first in range(0, size, each):
+        part = -(-min(each, size - first) // n)
+        start, stop = (min(first + k * part, first + each, size) for k in (rank, rank + 1))
+        spans.append((start, stop))
+    return tuple(spans)
 
 
 class ShardedLinear(Linear):
@@ -125,19 +122,39 @@ def local(t: Tensor) -> Tensor:
 
 def run_inside(module: nn.Module, shard: Shard, x: Tensor, adapting: Adapting) -> Tensor:
     """Call the module, with `adapting` put on the product of its shard."""
-    weight: Any = module._parameters["weight"]
+    own, forward = module.__dict__.get("forward"), module.forward
+    runs = 0
 
-    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+    def product(weight: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        nonlocal runs
+        runs += 1
         module._parameters["weight"] = weight  # others may look at it
         if not hasattr(x, "placements"):  # no gradients, or a packed layer: its borders have seen to the rest
             return adapting(Product(local(weight), None if bias is None else local(bias), shard.shape))(x)
         return _on_dtensor(x, weight, bias, shard, adapting)
 
-    module._parameters["weight"] = _Standin(product)  # type: ignore[assignment]
+    def around(*args: Any, **kwargs: Any) -> Any:  # after hooks that gather the weight
+        weight: Any = module._parameters["weight"]
+        module._parameters["weight"] = _Standin(partial(product, weight))  # type: ignore[assignment]
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            module._parameters["weight"] = weight
+
+    module.__dict__["forward"] = around
     try:
-        return module(x)
+        y = module(x)
     finally:
-        module._parameters["weight"] = weight
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+    if runs != 1:
+        raise HalotuneError(
+            f"{type(module).__name__} {shard.whole}: this tensor-parallel layer has changed since adapters were put on it: a call "
+            f"used its weight {runs} times. Put adapters on the model as it is now."
+        )
+    return y
 
 
 def _on_dtensor(x: Any, weight: Any, bias: Any, shard: Shard, adapting: Adapting) -> Tensor:
