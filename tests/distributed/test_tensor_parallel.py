@@ -7,10 +7,12 @@ style: column- and row-parallel, packed, with a gathered output, with an input t
 from __future__ import annotations
 
 import copy
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -584,34 +586,39 @@ def a_language_model() -> None:
                 close(merged(ids).logits, logits, 1e-4)
 
 
-def run_all(rank: int, only: str = "") -> dict[str, str]:
+LARGE = {"merging", "files", "training_in_every_way", "a_language_model"}  # at two processes alone, to save time
+
+
+def names_for(processes: int) -> list[str]:
+    return [name for name in CASES if processes == 2 or name not in LARGE]
+
+
+def run_all(rank: int, names: list[str]) -> dict[str, str]:
     failed = {}
-    for name, function in CASES.items():
-        if only in name:
-            try:
-                function()
-            except Exception as e:
-                failed[name] = "".join(traceback.format_exception(e)[-6:])
+    for name in names:
+        try:
+            CASES[name]()
+        except Exception as e:
+            failed[name] = "".join(traceback.format_exception(e)[-6:])
     return failed
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def failures(request: pytest.FixtureRequest) -> list[dict[str, str]]:
-    """For each process, the cases that failed there, and how."""
-    return spawn(request.param, run_all)
+@pytest.fixture(scope="module")
+def failures() -> Callable[[int], list[dict[str, str]]]:
+    """For each process of as many, the cases that failed there, and how."""
+    return cache(lambda processes: spawn(processes, run_all, names_for(processes)))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_as_in_one_process(name, failures):
-    for failed in failures:
+@pytest.mark.parametrize(("processes", "name"), [(n, name) for n in (2, 4) for name in names_for(n)])
+def test_as_in_one_process(processes, name, failures):
+    for failed in failures(processes):
         if message := failed.get(name):
             pytest.fail(message)
 
 
-if __name__ == "__main__":
-    import sys
-
+if __name__ == "__main__":  # python -m tests.distributed.test_tensor_parallel 2,4 [part of a name]
     for n in sys.argv[1].split(","):
-        for rank, failed in enumerate(spawn(int(n), run_all, *sys.argv[2:])):
+        chosen = [name for name in CASES if "".join(sys.argv[2:]) in name]
+        for rank, failed in enumerate(spawn(int(n), run_all, chosen, timeout=600)):
             for name, message in failed.items():
                 print(f"--- {n} processes, rank {rank}: {name}\n{message}")

@@ -151,8 +151,8 @@ def run_inside(module: nn.Module, shard: Shard, x: Tensor, adapting: Adapting) -
             module.__dict__["forward"] = own
     if runs != 1:
         raise HalotuneError(
-            f"{type(module).__name__} {shard.whole}: this tensor-parallel layer has changed since adapters were put on it: a call "
-            f"used its weight {runs} times. Put adapters on the model as it is now."
+            f"{type(module).__name__} {shard.whole}: this tensor-parallel layer has changed since adapters were put on it: a "
+            f"call used its weight {runs} times. Put adapters on the model as it is now."
         )
     return y
 
