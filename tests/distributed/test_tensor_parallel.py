@@ -92,7 +92,7 @@ def spread(model: nn.Module, styles: dict[str, str], mesh: Any = None) -> Any:
     from torch.distributed.device_mesh import init_device_mesh
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",)) if mesh is None else mesh
+    mesh = init_device_mesh(device(), (dist.get_world_size(),), mesh_dim_names=("tp",)) if mesh is None else mesh
     plan: dict[str, str] = {}
     for name, style in styles.items():
         plan |= {f"{name}.{p}": style for p, _ in model.get_submodule(name).named_parameters()} | {name: style}
@@ -101,7 +101,16 @@ def spread(model: nn.Module, styles: dict[str, str], mesh: Any = None) -> Any:
 
 def sample(model: Any, seed: int = 3) -> Tensor:
     d = next(m for n, m in model.named_modules() if n.endswith("q")).in_features
-    return torch.randn(3, 5, d, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+    return drawn(3, 5, d, seed=seed).requires_grad_()
+
+
+def drawn(*size: int, seed: int = 0) -> Tensor:
+    """The same numbers in every process."""
+    return torch.randn(size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(device())
+
+
+def device() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -314,7 +323,7 @@ def training_in_every_way() -> None:
         for m in (reference, model):
             m.set_adapter_form("weights")
         agree(reference, model)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device(), torch.bfloat16):
             agree(reference, model, tolerance=0.1)
 
 
@@ -444,7 +453,7 @@ def what_adapters_send() -> None:
     """With r ≤ 0.02 d and 4 d tokens at most 2 % of what the layers send."""
     d, r = 208, 4
     styles = {n: "rowwise" if n in ("o", "down") else "colwise" for n, _ in Block(d).named_children()}
-    x = torch.randn(4 * d + 1, d, generator=torch.Generator().manual_seed(0)) / 4
+    x = drawn(4 * d + 1, d) / 4
     tokens, large = r * len(x), x.numel()
     sums_of_z = {HRAConfig: 4}  # forward and backward, of both row-parallel layers
     for config in (
@@ -481,7 +490,7 @@ def with_fsdp() -> None:
 
     if dist.get_world_size() != 4:
         return
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+    mesh = init_device_mesh(device(), (2, 2), mesh_dim_names=("fsdp", "tp"))
     for method in METHODS:
         reference = get_peft_model(plain(), everywhere(method))
         model = get_peft_model(parallel(mesh=mesh["tp"]), everywhere(method))
@@ -511,7 +520,7 @@ def torchs_own_styles() -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     n = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (n,))
+    mesh = init_device_mesh(device(), (n,))
     for method in METHODS:
         model = plain()
         parallelize_module(
@@ -527,7 +536,7 @@ def torchs_own_styles() -> None:
         names = ["q", "o", "gathered", "split"]
         both = [get_peft_model(m, METHODS[method](target_modules=names)) for m in (plain(), model)]
         change(*both)
-        x = torch.randn(3, 2 * n, 16, generator=torch.Generator().manual_seed(0))
+        x = drawn(3, 2 * n, 16)
         found = []
         for m, t in zip(both, (x, x.chunk(n, 1)[dist.get_rank()]), strict=True):
             inner = m.base_model.model
@@ -566,7 +575,7 @@ def a_language_model() -> None:
                 )
             )
             change(reference, model)
-            ids = torch.randint(1, 60, (2, 7), generator=torch.Generator().manual_seed(0))
+            ids = (10 * drawn(2, 7)).long().abs() + 1
             losses = [m(input_ids=ids, labels=ids).loss for m in (reference, model)]
             close(losses[1], losses[0])
             for loss in losses:
@@ -595,6 +604,7 @@ def names_for(processes: int) -> list[str]:
 
 def run_all(rank: int, names: list[str]) -> dict[str, str]:
     failed = {}
+    torch.set_default_device(device())
     for name in names:
         try:
             CASES[name]()
@@ -616,9 +626,16 @@ def test_as_in_one_process(processes, name, failures):
             pytest.fail(message)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs")
+def test_on_gpus():
+    processes = 4 if torch.cuda.device_count() > 3 else 2
+    assert not any(spawn(processes, run_all, names_for(processes), backend="nccl", timeout=600))
+
+
 if __name__ == "__main__":  # python -m tests.distributed.test_tensor_parallel 2,4 [part of a name]
     for n in sys.argv[1].split(","):
         chosen = [name for name in CASES if "".join(sys.argv[2:]) in name]
-        for rank, failed in enumerate(spawn(int(n), run_all, chosen, timeout=600)):
+        backend = "nccl" if torch.cuda.device_count() >= int(n) else "gloo"
+        for rank, failed in enumerate(spawn(int(n), run_all, chosen, backend=backend, timeout=600)):
             for name, message in failed.items():
                 print(f"--- {n} processes, rank {rank}: {name}\n{message}")

@@ -33,6 +33,12 @@ def check_sharded(
             )
         if shard is None or shard.axis is None:
             continue
+        if not layer.base.is_writable_here:
+            raise HalotuneError(
+                f"{path}: this {type(layer.base_layer).__name__} is tensor-parallel and sharded by FSDP already, which would "
+                "not average the gradients of adapters that come later. Load the model with tensor parallelism alone, put "
+                "adapters on it, and let FSDP shard it then (fully_shard, accelerate)."
+            )
         part = {"in": "columns (it is row-parallel)", "out": "rows (it is column-parallel)"}[shard.axis]
         held = f"{path}: each process holds some {part} of the weight {layer.base.shape}"
         unit = adapter.unit(shard.axis)
