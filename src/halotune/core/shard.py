@@ -92,27 +92,27 @@ class Shard:
         """z, summed over the processes where it is a sum over `axis`; each goes on with all of it."""
         if axis != self.axis:
             return z
-        return _Share.apply(self.group, *_Sum.apply(self.group, z))[0]  # type: ignore[return-value, misc]
+        return _Share.apply(self, *_Sum.apply(self, z))[0]  # type: ignore[return-value, misc]
 
     def shared(self, tensors: Tensors) -> Tensors:
         """The same tensors, whose gradients are summed over the processes: in each they are those of its shard."""
         if self.axis is None or not torch.is_grad_enabled():
             return tensors
-        return _Share.apply(self.group, *tensors)  # type: ignore[return-value]
+        return _Share.apply(self, *tensors)  # type: ignore[return-value]
 
 
 class _Share(torch.autograd.Function):
     """The identity, whose gradients are summed over the processes, all in one message."""
 
     @staticmethod
-    def forward(ctx: Any, group: Any, *tensors: Tensor) -> Tensors:
-        ctx.group = group
+    def forward(ctx: Any, shard: Shard, *tensors: Tensor) -> Tensors:
+        ctx.shard = shard
         return tuple([t.view_as(t) for t in tensors])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needed = [i for i, wanted in enumerate(ctx.needs_input_grad[1:]) if wanted]
-        sums = iter(_Sum.apply(ctx.group, *[grads[i] for i in needed]))  # type: ignore[arg-type]
+        sums = iter(_Sum.apply(ctx.shard, *[grads[i] for i in needed]))  # type: ignore[arg-type]
         return None, *[next(sums) if i in needed else None for i in range(len(grads))]
 
 
@@ -120,12 +120,12 @@ class _Sum(torch.autograd.Function):
     """The sums over the processes, in one message; the gradient is the identity."""
 
     @staticmethod
-    def forward(ctx: Any, group: Any, *tensors: Tensor) -> Tensors:
-        ctx.group = group
+    def forward(ctx: Any, shard: Shard, *tensors: Tensor) -> Tensors:
+        ctx.shard = shard
         message = torch.cat([t.reshape(-1) for t in tensors])  # a copy, always
-        dist.all_reduce(message, group=group)
+        dist.all_reduce(message, group=shard.group)
         return tuple([part.view(t.shape) for part, t in zip(message.split([t.numel() for t in tensors]), tensors, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_Share.apply(ctx.group, *grads)  # type: ignore[misc]
+        return None, *_Share.apply(ctx.shard, *grads)  # type: ignore[misc]
