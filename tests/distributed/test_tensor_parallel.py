@@ -476,7 +476,7 @@ def what_adapters_send() -> None:
         gradients = [n for n in sizes if n != tokens]
         assert sum(gradients) == sum(p.numel() for p in trained(model).values())
         assert len(gradients) == 2  # of all column-parallel layers together, and of all row-parallel ones
-        assert sum(sizes) <= 0.02 * sum(layers.sizes) * (2 if type(config) is LoHaConfig else 1)
+        assert sum(sizes) <= 0.02 * sum(layers.sizes)
         with torch.no_grad(), adapters_send() as sizes:
             model(x)
         assert sizes.count(tokens) == sums_of_z.get(type(config), 0) // 2
@@ -595,7 +595,7 @@ def a_language_model() -> None:
                 close(merged(ids).logits, logits, 1e-4)
 
 
-LARGE = {"merging", "files", "training_in_every_way", "a_language_model"}  # at two processes alone, to save time
+LARGE = {"merging", "files", "training_in_every_way", "dropout", "steps", "a_language_model"}  # at two alone, to save time
 
 
 def names_for(processes: int) -> list[str]:

@@ -14,7 +14,7 @@ from .merge_record import MergeRecord
 from .operator import Operator
 from .prepared import exact_dtype
 from .rows import MIXED, Rows
-from .sharded import run_inside, shard_of
+from .tensor_parallel import run_inside, shard_of
 from .wrapper import Wrapper
 
 

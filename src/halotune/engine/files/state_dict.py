@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...core.config import AdapterConfig
 from ...core.errors import AdapterFileError, HalotuneError, warn
 from ...core.files import write_atomically
-from ...core.sharded import whole
+from ...core.tensor_parallel import whole
 from ..injection.modules import adapted_layers, innermost, plain_modules, unwrapped
 from .keys import adapter_keys, bias_keys, embedding_keys, held_tensors, under_own_names, without_sharding
 

@@ -20,9 +20,9 @@ from .modules import adapted_layers, is_attention, tied_parameters, visible_modu
 from .modules_to_save import ModulesToSaveWrapper
 from .offloading import check_offloaded
 from .resolve import modules_to_save_paths, resolve_targets
-from .sharding import begin_alike, check_sharded
 from .surgery import leave_fused_paths, swap, tie_own_modules
 from .targets import shortest_suffixes
+from .tensor_parallel import begin_alike, check_shards
 
 
 def check_name(name: str) -> None:
@@ -83,7 +83,7 @@ def inject(
             _check_projection(path, base, adapter)
         created[path] = layer, adapter.to(_parameter_dtype(base.dtype, autocast_adapter_dtype))
     to_save = modules_to_save_paths(modules, config)
-    check_sharded(modules, created, to_save)
+    check_shards(modules, created, to_save)
     reading = _reading_weights(created)
     if not low_cpu_mem_usage:
         for layer, adapter in created.values():

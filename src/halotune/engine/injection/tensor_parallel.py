@@ -11,10 +11,10 @@ from torch import nn
 from ...core.adapter import Adapter
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
-from ...core.sharded import is_parallel
+from ...core.tensor_parallel import is_parallel
 
 
-def check_sharded(
+def check_shards(
     modules: Mapping[str, nn.Module], created: Mapping[str, tuple[AdaptedLayer, Adapter]], to_save: Iterable[str]
 ) -> None:
     """Refuse what a shard cannot run by itself. All processes give the same answer.
