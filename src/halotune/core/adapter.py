@@ -30,6 +30,7 @@ from .prepared import (
     pass_of,
     prepare,
 )
+from .shard import Axis, Shard
 from .weight_form import Defined
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class Adapter(nn.Module, ABC):
             parameters: as they were in a forward pass; none are those of now.
         """
         with exact(W):
-            return self.adapt(W, *self.weight_factors(*(parameters or self.tensors())))
+            return self.adapt(W, *self.made("weight_factors", parameters or self.tensors()))
 
     def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
         """`adapt` without gradients: see `core/weight_form.py`."""
@@ -91,7 +92,7 @@ class Adapter(nn.Module, ABC):
 
     def factors_now(self) -> Tensors:
         """What `prepare` gives for this adapter."""
-        return self.prepare(*self.tensors())
+        return self.made("prepare", self.tensors())
 
     def tensors(self) -> Tensors:
         """The parameters as they are now: `functional_call`, replicas and sharding put other tensors in their place."""
@@ -99,6 +100,46 @@ class Adapter(nn.Module, ABC):
             names = [name.split(".") for name, _ in self.named_parameters()]
             self.paths = tuple([(name[:-1], name[-1]) for name in names])
         return tuple([_tensor(self, modules, name) for modules, name in self.paths])
+
+    # -- a shard of it (`core/shard.py`)
+
+    shard: Shard | None = None  # of the layer, where others lie in other processes
+    whole: Adapter | None = None  # what a `here` is the shard of
+
+    @property
+    def here(self) -> Adapter:
+        """What runs on the layer's shard: the same parameters, and the shape of the shard."""
+        if (shard := self.shard) is None or self.whole is not None:
+            return self
+        part = object.__new__(type(self))
+        part.__dict__.update(self.__dict__, shape=shard.shape, whole=self)
+        return part
+
+    def made(self, how: str, parameters: Tensors) -> Tensors:
+        """What `prepare`, or `weight_factors`, makes of these parameters; on a shard, its part of that."""
+        if (whole := self.whole) is None:
+            return getattr(self, how)(*parameters)
+        return self.cut(*getattr(whole, how)(*self.shard.shared(parameters)))  # type: ignore[union-attr]
+
+    def cut(self, *factors: Tensor) -> Tensors:
+        """The entries of factors of the whole layer that belong to the shard. Leading dimensions are kept."""
+        raise NotImplementedError
+
+    def unit(self, axis: Axis) -> int:
+        """How many consecutive rows ("out") or columns ("in") of a weight must be in one shard; 0 for all."""
+        return 1
+
+    def total(self, axis: Axis, z: Tensor) -> Tensor:
+        """A product that sums over the inputs or outputs that lie here, summed over all."""
+        return z if self.whole is None else self.shard.total(axis, z)  # type: ignore[union-attr]
+
+    def cut_mask(self, axis: Axis, mask: Tensor, dim: int, unit: int = 1) -> Tensor:
+        """What lies here of a mask for the whole layer: it is drawn whole, so that generators in all processes stay alike."""
+        return mask if self.whole is None else self.shard.cut(axis, mask, dim, unit)  # type: ignore[union-attr]
+
+    @property
+    def whole_shape(self) -> WeightShape:
+        return self.shape if self.whole is None else self.whole.shape
 
     # -- what the engine asks
 
@@ -174,18 +215,18 @@ class Adapter(nn.Module, ABC):
 
         What the running pass has prepared for this adapter, if nothing has changed since; else made now.
         """
-        dtype = x.dtype
+        dtype, whole = x.dtype, self.whole or self
         if torch.compiler.is_compiling():  # the graph is guarded by what is in the slot; the compiler arranges the rest
             ready = self.slot.prepared
             if ready is None or ready.dtype is not dtype or ready.adapted is not None or not ready.recorded:
                 ready = Prepared(usable(self.factors_now(), dtype), None, dtype, True, 0, ())
             return ready
         tensors, slot = self.tensors(), self.slot
-        as_weight = is_weight(self.form, self.makes_weight, x, W)
+        as_weight = W is not None and is_weight(self.form, self.makes_weight, x, self.whole_shape)
         if (ready := slot.prepared) is not None and ready.serves(dtype, tensors, W, as_weight):
             return ready
-        if (running := pass_of(self)) is not None:
-            running.prepare_for(self, dtype, as_weight)
+        if (running := pass_of(whole)) is not None:
+            running.prepare_for(whole, dtype, as_weight)
             if (ready := slot.prepared) is not None and ready.serves(dtype, tensors, W, as_weight):
                 return ready
         if as_weight and W is not None:
@@ -195,7 +236,7 @@ class Adapter(nn.Module, ABC):
 
     def prepares(self, dtype: torch.dtype) -> Factors:
         """What makes the factors of all adapters like this one."""
-        return Factors(self, dtype, self.dither(dtype) if self.makes_weight else None)
+        return Factors(self.whole or self, dtype, self.dither(dtype) if self.makes_weight else None)
 
     def dither(self, dtype: torch.dtype) -> Dither | None:
         """By what W' of this dtype is rounded stochastically: in half precision in training, not in evaluation.
@@ -205,8 +246,9 @@ class Adapter(nn.Module, ABC):
         """
         if dtype not in DROPPED or not self.training or torch.compiler.is_compiling():
             return None
-        running = None if is_transformed() else pass_of(self)
-        return Dither(None if running is None else running.seed(self))
+        whole = self.whole or self
+        running = None if is_transformed() else pass_of(whole)
+        return Dither(None if running is None else running.seed(whole))
 
     @abstractmethod
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
@@ -240,7 +282,7 @@ class Factors(Preparation):
         self.keeps = dither is None
 
     def make(self, *stacked: Tensor) -> Tensors:
-        made = self.adapter.prepare(*stacked)
+        made = self.adapter.here.made("prepare", stacked)
         if self.dither is None or torch.is_grad_enabled():  # gradients are those of a plain cast
             return usable(made, self.dtype)
         return self.dither.round(made, self.dtype)
@@ -262,7 +304,7 @@ class Weights(Preparation):
         return torch.stack(list(self.matrices))
 
     def make(self, *stacked: Tensor) -> Tensors:
-        W, made = self._stacked(), self.adapter.weight_factors(*stacked)
+        W, made = self._stacked(), self.adapter.made("weight_factors", stacked)
         if torch.is_grad_enabled():  # a second derivative is recorded
             return (self.adapter.adapt(W, *usable(made, self.dtype)),)
         if self.adapter.makes_weight:  # from factors in the dtype of W, as when it is made layer by layer
@@ -276,7 +318,7 @@ class Weights(Preparation):
             return super().pull(stacked, grads)
         leaves = [t.detach().requires_grad_() for t in stacked]
         with torch.enable_grad():
-            factors = usable(self.adapter.weight_factors(*leaves), self.dtype)
+            factors = usable(self.adapter.made("weight_factors", tuple(leaves)), self.dtype)
         pulled = self.adapter.pull(G, self._stacked(), *[t.detach() for t in factors])
         return torch.autograd.grad(factors, leaves, pulled, allow_unused=True)
 

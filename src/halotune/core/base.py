@@ -14,9 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from .errors import HalotuneError
 from .offload import Overlay, is_offloaded, offload_hook, only_places
-from .operator import Operator, WeightShape, add_to
+from .operator import OnRows, Operator, WeightShape
 from .prepared import exact_dtype
-from .weight_form import Matrix
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -81,6 +80,11 @@ class Base(Operator):
     def can_write(self) -> bool:
         """Whether `write` is possible."""
         return True
+
+    @property
+    def is_writable_here(self) -> bool:
+        """Whether the whole weight, or what is known to be a shard of it, lies here: no part that FSDP or ZeRO has cut."""
+        return not hasattr(self.parameter, "placements") and not 0 == self.parameter.numel() < self.shape.out_features
 
     def as_float(self, W: Tensor, dtype: torch.dtype) -> nn.Module:
         """The plain layer with the weight `W (out, in)`, instead of a quantized one."""
@@ -193,7 +197,7 @@ class Base(Operator):
                 f"{where}: {self} can be called, but its weight cannot be read, so nothing can be merged into it. Nothing was "
                 "merged. Keep the adapter beside it, or load the base in floats to merge."
             )
-        if hasattr(self.parameter, "placements") or 0 == self.parameter.numel() < self.shape.out_features:
+        if not self.is_writable_here:
             raise HalotuneError(
                 f"{where}: this {type(self.module).__name__} {self.shape} holds a part of its weight, the model being sharded. "
                 "Nothing was merged. Save the adapter, and merge it into a base that is not (halotune merge)."
@@ -277,7 +281,7 @@ class Base(Operator):
         return bias
 
 
-class LinearLike(Base):
+class LinearLike(OnRows, Base):
     """Bases that act on the last dimension of `x`."""
 
     def samples(self) -> list[Tensor]:
@@ -286,18 +290,6 @@ class LinearLike(Base):
 
     def stored(self, W: Tensor) -> Tensor:
         return W
-
-    def pad(self, x: Tensor) -> Tensor:
-        return x
-
-    def contract(self, x: Tensor, W: Tensor) -> Tensor:
-        return F.linear(x, W)
-
-    def contract_backward(self, x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
-        return Matrix.contract_backward(x, W, dy, need_x)
-
-    def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        return add_to(y, F.linear(x, A), B.t())
 
 
 # Where the forwards are defined that multiply by the weight and do nothing else.

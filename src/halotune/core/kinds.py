@@ -91,8 +91,17 @@ class LowRank(Adapter):
         B, A = self.low_rank(*factors)
         return (W + B @ A).to(W.dtype)
 
+    def cut(self, *factors: Tensor) -> Tensors:
+        Bt, A = factors
+        return self.shard.cut("out", Bt, -1), self.shard.cut("in", A, -1)  # type: ignore[union-attr]
+
     def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+        if not (self.training and self.dropout):
+            return x
+        if self.whole is None:
+            return F.dropout(x, self.dropout)
+        mask = F.dropout(x.new_ones(*x.shape[:-1], self.whole_shape.in_features), self.dropout)
+        return x * self.cut_mask("in", mask, -1)
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         return add_low_rank(x, self.drop(x), op, self.low_rank(*factors), scale)

@@ -14,6 +14,7 @@ from .merge_record import MergeRecord
 from .operator import Operator
 from .prepared import exact_dtype
 from .rows import MIXED, Rows
+from .tensor_parallel import run_inside, shard_of
 from .wrapper import Wrapper
 
 
@@ -36,6 +37,7 @@ class AdaptedLayer(Wrapper):
         super().__init__()
         self._kind = type(base_for(base_layer, name))
         self.base_layer = base_layer
+        self.shard = shard_of(base_layer)
         self.adapters = nn.ModuleDict()
         self.scales: dict[str, float] = {}
         self.active_adapters: list[str] = []
@@ -76,11 +78,20 @@ class AdaptedLayer(Wrapper):
 
     def operator(self) -> Operator:
         """The base with the running adapters."""
-        op: Operator = self.base
+        return self._on(self.base, self._running_names())
+
+    def _on(self, op: Operator, names: list[str], here: bool = False) -> Operator:
+        """`op` with these adapters; `here`, it is the product of the layer's shard."""
         adapters: Any = self._modules["adapters"]
-        for name in self._running_names():
-            op = Adapted(op, adapters._modules[name], self.scales[name])
+        for name in names:
+            adapter = adapters._modules[name]
+            op = Adapted(op, adapter.here if here else adapter, self.scales[name])
         return op
+
+    def _run(self, x: Tensor, names: list[str]) -> Tensor:
+        if self.shard is None or not names:
+            return self._on(self.base, names)(x)
+        return run_inside(self.base_layer, self.shard, x, lambda product: self._on(product, names, here=True))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs:
@@ -89,11 +100,10 @@ class AdaptedLayer(Wrapper):
                 f"{len(args)} more arguments and {sorted(kwargs)}. Leave this layer out with exclude_modules."
             )
         rows = self.rows
-        return self.operator()(x) if rows is None else rows.run(x, self._run_one)
+        return self._run(x, self._running_names()) if rows is None else rows.run(x, self._run_one)
 
     def _run_one(self, name: str, x: Tensor) -> Tensor:
-        op: Operator = self.base
-        return Adapted(op, self.adapters[name], self.scales[name])(x) if name in self.adapters else op(x)  # type: ignore[arg-type]
+        return self._run(x, [name] if name in self.adapters else [])
 
     def set_scale(self, name: str, scale: float) -> None:
         """Apply `W + scale (F(W) − W)` instead of the adapter's map F."""
@@ -104,6 +114,7 @@ class AdaptedLayer(Wrapper):
 
     def add(self, name: str, adapter: Adapter) -> None:
         adapter.tensors()  # it learns their names while they are parameters
+        adapter.shard = self.shard
         self.adapters[name] = adapter
         self.scales[name] = 1.0
 

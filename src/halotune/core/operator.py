@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .weight_form import Matrix
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,22 @@ class Operator(ABC):
     def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
         """Apply the operator with `W` `(out, in)` instead of its weight; its own bias is added."""
         return self.add_bias(self.contract(self.pad(x), W))
+
+
+class OnRows:
+    """Operators on the last dimension of `x`."""
+
+    def pad(self, x: Tensor) -> Tensor:
+        return x
+
+    def contract(self, x: Tensor, W: Tensor) -> Tensor:
+        return F.linear(x, W)
+
+    def contract_backward(self, x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
+        return Matrix.contract_backward(x, W, dy, need_x)
+
+    def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        return add_to(y, F.linear(x, A), B.t())
 
 
 def add_to(y: Tensor, z: Tensor, Bt: Tensor) -> Tensor:

@@ -12,13 +12,16 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
+
+if TYPE_CHECKING:
+    from .operator import WeightShape
 
 Tensors = tuple[Tensor, ...]
 
@@ -61,20 +64,21 @@ PASSES_OVER_W = 12  # W stacked, W' written, its gradients stacked, W and they r
 LAUNCHES = 4  # of an adapter as activations, over one as a weight
 
 
-def is_weight(form: Form, makes_weight: bool, x: Tensor, W: Tensor | None) -> bool:
-    """Whether W' is prepared together with those of other layers.
+def is_weight(form: Form, makes_weight: bool, x: Tensor, shape: WeightShape) -> bool:
+    """Whether W' of a plain matrix is prepared together with those of other layers.
 
     Args:
         form: what the user asks for; "activations" where there is no room for W' either.
         makes_weight: the adapter has no other form than W', made layer by layer where it is not prepared.
+        shape: of the layer, in all its shards: all processes choose alike.
     """
-    if W is None or form == "activations" or not torch.is_grad_enabled():
+    if form == "activations" or not torch.is_grad_enabled():
         return False
     if form == "weights":
         return True
     if not x.is_cuda:
         return False
-    return makes_weight or weights_are_cheaper(x.numel() // max(1, x.shape[-1]), W.shape[0], W.shape[1], x.itemsize)
+    return makes_weight or weights_are_cheaper(x.shape[:-1].numel(), shape.out_features, shape.in_features, x.itemsize)
 
 
 def weights_are_cheaper(tokens: int, n_out: int, n_in: int, itemsize: int) -> bool:

@@ -172,7 +172,7 @@ class AdaptedModel(Wrapper):
             if path in combined:
                 like = next(layer.adapters[n] for n in adapters if n in layer.adapters)
                 p = next(like.parameters())
-                layer.adapters[adapter_name] = combined[path].to(p.device, p.dtype).requires_grad_(False)
+                layer.add(adapter_name, combined[path].to(p.device, p.dtype).requires_grad_(False))
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """The scale of one adapter, everywhere: `W + scale (F(W) − W)`; 1 is its own, 0 is the base."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...core.config import AdapterConfig
 from ...core.errors import AdapterFileError, HalotuneError, warn
 from ...core.files import write_atomically
+from ...core.tensor_parallel import whole
 from ..injection.modules import adapted_layers, innermost, plain_modules, unwrapped
 from .experts import as_written, from_written
 from .keys import adapter_keys, bias_keys, config_of, embedding_keys, held_tensors, under_own_names, without_sharding
@@ -75,7 +76,10 @@ def adapter_tensors(
             tensors = under_own_names(state_dict, {*own, *beside})
     merged = {f"{p}.base_layer.weight": layer for p, layer in adapted_layers(model).items() if layer.merged}
     tensors = {**tensors, **{key: layer.original_weight for key, layer in merged.items() if key in tensors}}
-    return {key: tensors.get(at, tensors.get(key)) for key, at in {**own, **beside}.items()}, set(beside)
+    found = {key: tensors.get(at, tensors.get(key)) for key, at in {**own, **beside}.items()}
+    for key in beside:  # of the base, which may be tensor-parallel
+        found[key] = None if (t := found[key]) is None else whole(t)
+    return found, set(beside)
 
 
 def vocabulary_differs(model: nn.Module, config: AdapterConfig) -> bool:

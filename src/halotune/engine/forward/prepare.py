@@ -265,7 +265,7 @@ class ForwardPass:
                     if not all([_is_at_hand(t) for t in tensors]):
                         self.kinds.clear()
                         return {}
-                    alike = type(adapter), adapter.batch_key(), layer.base.dtype, *looks
+                    alike = type(adapter), adapter.batch_key(), adapter.shard, layer.base.dtype, *looks
                     known[adapter] = seen_before = Known(tensors, looks, kinds.setdefault(alike, len(kinds)))
                 kind = self.kinds[adapter] = seen_before.kind
                 groups.setdefault(kind, []).append(Member(layer, adapter, tensors, len(running) == 1))

@@ -22,6 +22,7 @@ from .modules_to_save import ModulesToSaveWrapper
 from .offloading import check_offloaded
 from .resolve import modules_to_save_paths, resolve_targets, spelled_out
 from .surgery import leave_fused_paths, swap, tie_own_modules
+from .tensor_parallel import begin_alike, check_shards
 
 
 def check_name(name: str) -> None:
@@ -80,11 +81,13 @@ def inject(
         if is_attention(modules.get(path.rpartition(".")[0])):
             _check_projection(path, base, adapter)
         created[path] = layer, adapter.to(_parameter_dtype(base.dtype, autocast_adapter_dtype))
+    to_save = modules_to_save_paths(modules, config)
+    check_shards(modules, created, to_save)
     reading = _reading_weights(created)
     if not low_cpu_mem_usage:
         for layer, adapter in created.values():
             adapter.start_from(layer.base)
-    to_save = modules_to_save_paths(modules, config)
+    begin_alike(created.values())
     _check_free(model, modules, paths, to_save)
     check_offloaded(modules, config, paths, to_save)
     for notice in [*([] if low_cpu_mem_usage else config.notices()), *reading]:

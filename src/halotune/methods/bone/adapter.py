@@ -17,6 +17,7 @@ from ...core.errors import HalotuneError
 from ...core.kinds import Dense, LowRank
 from ...core.operator import Operator, WeightShape, add_to
 from ...core.prepared import Tensors, exact_dtype
+from ...core.shard import Axis
 from ...ops.product import fold
 from . import ops
 from .config import BlockConfig, MissConfig
@@ -61,6 +62,13 @@ class Bone(LowRank):
         D = parameters[0].to(exact_dtype(parameters[0].dtype))
         repeats = self.shape.out_features // D.shape[-1]
         return (D if repeats == 1 else D.unsqueeze(-2).expand(*D.shape[:-1], repeats, D.shape[-1]).flatten(-2),)
+
+    def cut(self, *factors: Tensor) -> Tensors:
+        """Of columns that begin at c, column k is row `(c + k) mod r` of D."""
+        (D,), shard = factors, self.shard
+        assert shard is not None
+        first = shard.spans[0][0] if shard.axis == "in" else 0
+        return (shard.cut("out", D, -1).roll(-first, -2),)
 
     @property
     def rank(self) -> int:
@@ -131,13 +139,34 @@ class Bat(Dense):
     def prepare(self, *parameters: Tensor) -> Tensors:
         return parameters
 
+    @property
+    def has_parts_of_blocks(self) -> bool:
+        """Whether it runs on a shard of rows that begins or ends within a block."""
+        rows = self.shard is not None and self.whole is not None and self.shard.axis == "out"
+        return rows and any(bound % self.r for span in self.shard.spans for bound in span)  # type: ignore[union-attr]
+
     def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
-        return ops.bat(W, factors[0])
+        if not self.has_parts_of_blocks:
+            return ops.bat(W, factors[0])
+        n, rows = self.shard.rows_in_blocks(self.r)  # type: ignore[union-attr]
+        index = torch.tensor(rows, device=W.device, dtype=torch.long)
+        blocks = W.new_zeros(*W.shape[:-2], n * self.r, W.shape[-1]).index_copy(-2, index, W)  # a row of W' is of its row of W
+        return ops.bat(blocks, factors[0]).index_select(-2, index)
+
+    def unit(self, axis: Axis) -> int:
+        return self.r if axis == "in" else 1
+
+    def cut(self, *factors: Tensor) -> Tensors:
+        return (self.shard.cut("out", factors[0], -3, self.r),)  # type: ignore[union-attr]
 
     def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
+        if self.has_parts_of_blocks:
+            return super().build(W, *factors, noise=noise, again=again)
         return ops.build_bat.call(again, W, factors[0], noise)
 
-    def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> tuple[Tensor]:
+    def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> Sequence[Tensor | None]:
+        if self.has_parts_of_blocks:
+            return super().pull(G, W, *factors)
         return (ops.pull_bat(G, W, factors[0]),)
 
     def delta_rows(self, W: Tensor) -> Iterator[Tensor]:

@@ -7,13 +7,14 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.kinds import Rotation
-from ...core.operator import Operator, WeightShape
+from ...core.operator import Operator, WeightShape, add_to
 from ...core.prepared import Tensors
 from ...ops.build import build_low_rank, wide_product
 from . import ops
@@ -81,10 +82,13 @@ class HRA(Rotation):
         Û, N = ops.wy_factors(parameters[0], self.gram_schmidt)
         return Û.mT, N
 
+    def cut(self, *factors: Tensor) -> Tensors:
+        return tuple([self.shard.cut("in", t, -1) for t in factors])  # type: ignore[union-attr]
+
     def low_rank(self, W: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
         """`B (…, out, r)`, `A (…, r, in)` with `W Q − W == B A`."""
         Ût, N = factors
-        return W @ N.mT.to(W.dtype), Ût
+        return self.total("in", W @ N.mT.to(W.dtype)), Ût
 
     def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
         B, A = self.low_rank(W, *(t.to(W.dtype) for t in factors))
@@ -92,18 +96,19 @@ class HRA(Rotation):
 
     def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
         Ût, N = factors
-        return build_low_rank(W, wide_product(W, N.mT), Ût, noise)
+        return build_low_rank(W, self.total("in", wide_product(W, N.mT)), Ût, noise)
 
     def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
         Ût, N = factors
-        dB = G @ Ût.mT
-        return (W @ N.mT).mT @ G, dB.mT @ W
+        dB = self.total("in", G @ Ût.mT)
+        return self.total("in", W @ N.mT).mT @ G, dB.mT @ W
 
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
         return self.low_rank(W, *self.factors_now())
 
     def rotate(self, x: Tensor, *factors: Tensor) -> Tensor:
-        return ops.rotate(x, *factors)
+        Ût, N = factors
+        return add_to(x, self.total("in", x @ Ût.mT), N)
 
     def rotate_groups(self, x: Tensor, groups: Any, *factors: Tensor) -> Tensor:
         Ût, N = factors
@@ -118,6 +123,8 @@ class HRA(Rotation):
         return op.add_low_rank(y, x, B.to(x.dtype) * scale, A.to(x.dtype))
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        if self.whole is not None and self.whole_shape.in_features > W.shape[1]:  # x Û is summed over processes
+            return F.linear(self.rotate(x, *factors), W, bias)
         return ops.reflected_linear(x, W, bias, *factors)
 
     @property

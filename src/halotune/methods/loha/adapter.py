@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ...core.frozen_linear import low_rank_linear
 from ...core.kinds import Dense, add_low_rank
 from ...core.operator import Operator, WeightShape
 from ...core.prepared import Tensors, exact_dtype
+from ...core.shard import Axis
 from ...core.weight_form import weight_form
 from . import ops
 from .config import LoHaConfig
@@ -87,11 +89,17 @@ class Hadamard(Dense):
         if not self.training:
             return B
         if self.rank_dropout:
-            kept = (torch.rand(*B.shape[:-1], 1, device=B.device) >= self.rank_dropout).to(B.dtype)
-            B = B * (kept / kept.mean(-2, keepdim=True).clamp_min(1 / B.shape[-2]))
+            n_out = self.whole_shape.out_features
+            kept = (torch.rand(*B.shape[:-2], n_out, 1, device=B.device) >= self.rank_dropout).to(B.dtype)
+            B = B * self.cut_mask("out", kept / kept.mean(-2, keepdim=True).clamp_min(1 / n_out), -2)
         if self.module_dropout:
             B = B * (torch.rand((), device=B.device) >= self.module_dropout).to(B.dtype)
         return B
+
+    def cut(self, *factors: Tensor) -> Tensors:
+        A1, B1, A2, B2 = factors
+        rows, columns = partial(self.shard.cut, "out", dim=-2), partial(self.shard.cut, "in", dim=-1)  # type: ignore[union-attr]
+        return rows(A1), columns(B1), rows(A2), columns(B2)
 
     @property
     def rank(self) -> int:
@@ -111,7 +119,8 @@ class LoHa(Hadamard):
     @property
     def is_small(self) -> bool:
         """Whether low-rank factors of rank r² win for any number of tokens."""
-        return ops.low_rank_is_cheaper(1 << 40, self.shape.out_features, self.shape.in_features, self.r)
+        shape = self.whole_shape
+        return ops.low_rank_is_cheaper(1 << 40, shape.out_features, shape.in_features, self.r)
 
     @property
     def prepares_low_rank(self) -> bool:
@@ -126,6 +135,12 @@ class LoHa(Hadamard):
 
     def weight_factors(self, *parameters: Tensor) -> Tensors:
         return self.halves(*parameters)
+
+    def cut(self, *factors: Tensor) -> Tensors:
+        if len(factors) == 4:
+            return super().cut(*factors)
+        Bt, A = factors
+        return self.shard.cut("out", Bt, -1), self.shard.cut("in", A, -1)  # type: ignore[union-attr]
 
     def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
         return ops.add_hadamard(W, *factors, s=self.scaling)  # type: ignore[call-arg]
@@ -201,6 +216,14 @@ class DecomposedLoHa(Hadamard):
 
     def batch_key(self) -> Hashable:
         return self.on_out, super().batch_key()
+
+    def unit(self, axis: Axis) -> int:
+        return 0 if (axis == "in") is self.on_out else 1  # along which lengths are summed
+
+    def cut(self, *factors: Tensor) -> Tensors:
+        *halves, m = factors
+        of_m = self.shard.cut("out", m, -2) if self.on_out else self.shard.cut("in", m, -1)  # type: ignore[union-attr]
+        return *super().cut(*halves), of_m
 
     def prepare(self, *parameters: Tensor) -> Tensors:
         return *self.halves(*parameters[:-1]), parameters[-1].to(exact_dtype(parameters[-1].dtype))

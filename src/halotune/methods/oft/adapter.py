@@ -14,6 +14,7 @@ from ...core.errors import HalotuneError
 from ...core.kinds import Rotation
 from ...core.operator import WeightShape
 from ...core.prepared import Tensors
+from ...core.shard import Axis
 from ...ops.product import flattened
 from . import ops
 from .config import OFTConfig
@@ -62,6 +63,12 @@ class OFT(Rotation):
         R = ops.cayley(ops.skew(parameters[0] if self.terms else -parameters[0], self.b, self.eps), self.terms)
         return (R.expand(*R.shape[:-3], self.rank, self.b, self.b),)
 
+    def unit(self, axis: Axis) -> int:
+        return self.b if axis == "in" else 1
+
+    def cut(self, *factors: Tensor) -> Tensors:
+        return (self.shard.cut("in", factors[0], -3, self.b),)  # type: ignore[union-attr]
+
     def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
         return ops.rotate(W, factors[0].to(W.dtype).mT)
 
@@ -77,7 +84,8 @@ class OFT(Rotation):
 
     def drop(self, *factors: Tensor) -> Tensors:
         (R,) = factors
-        dropped = torch.rand(self.rank, 1, 1, device=R.device) < self.dropout
+        blocks = self.whole_shape.in_features // self.b
+        dropped = self.cut_mask("in", torch.rand(blocks, 1, 1, device=R.device) < self.dropout, 0, self.b)
         return (torch.where(dropped, torch.eye(self.b, dtype=R.dtype, device=R.device), R),)
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
