@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from .errors import HalotuneError
 from .offload import Overlay, is_offloaded, offload_hook, only_places
 from .operator import OnRows, Operator, WeightShape
 from .prepared import exact_dtype
+from .sharding import is_sharded, is_unit, only_shards, store, whole, whole_size
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -72,7 +74,7 @@ class Base(Operator):
         """Store the matrix `W` `(out, in)`, rounded to the layer's dtype."""
         hook = offload_hook(self.module) if self.parameter.is_meta else None
         if hook is None:
-            self.parameter.copy_(self.stored(W))
+            store(self.parameter, self.stored(W))
         else:
             hook.weights_map = Overlay({"weight": self.stored(W).to("cpu", self.dtype)}, hook.weights_map)
 
@@ -83,8 +85,10 @@ class Base(Operator):
 
     @property
     def is_writable_here(self) -> bool:
-        """Whether the whole weight, or what is known to be a shard of it, lies here: no part that FSDP or ZeRO has cut."""
-        return not hasattr(self.parameter, "placements") and not 0 == self.parameter.numel() < self.shape.out_features
+        """Whether what is written is kept: it would be lost in FSDP1's flat parameters and in ZeRO-3's."""
+        weight = self.parameter
+        flat = hasattr(weight, "_fsdp_flattened") or hasattr(weight, "ds_id") or "weight" in vars(self.module)
+        return not (flat or (self.quantization and is_sharded(weight)))
 
     def as_float(self, W: Tensor, dtype: torch.dtype) -> nn.Module:
         """The plain layer with the weight `W (out, in)`, instead of a quantized one."""
@@ -103,7 +107,7 @@ class Base(Operator):
         """Put back what `snapshot` gave, also where the module was offloaded, or brought back, in between."""
         hook = offload_hook(self.module) if self.parameter.is_meta else None
         if hook is None:
-            self.parameter.copy_(snapshot if isinstance(snapshot, Tensor) else snapshot["weight"])
+            store(self.parameter, snapshot if isinstance(snapshot, Tensor) else snapshot["weight"])
         elif isinstance(snapshot, Tensor):
             hook.weights_map = Overlay({"weight": snapshot.to("cpu")}, hook.weights_map)
         else:
@@ -112,13 +116,21 @@ class Base(Operator):
     def tensor(self, name: str) -> Any:
         """A tensor of the module; brought to where it runs, if accelerate keeps it elsewhere."""
         own = getattr(self.module, name, None)
+        if own is not None and is_sharded(own):
+            if own.requires_grad and torch.is_grad_enabled():
+                raise HalotuneError(
+                    f"{type(self.module).__name__} {self.shape}: its {name} is trained and sharded apart from its adapter, "
+                    "which needs it whole, so it would get no gradient. Call fully_shard on the adapted layer, or on its block."
+                )
+            return whole(own)
         if own is None or not own.is_meta or (hook := offload_hook(self.module)) is None:
             return own
         return hook.weights_map[name].to(hook.execution_device)
 
     @property
     def takes_weight(self) -> bool:
-        return not self.opaque and runs_as_written(self.module)
+        # where processes gather the weight for it, each would, whatever the tokens that it has
+        return not self.opaque and runs_as_written(self.module) and not is_sharded(self.parameter)
 
     def is_product(self, *, written: bool = True) -> bool:
         """Whether a call is `W x + c` with the weight that is read. Where the class does not say so, a call is tried.
@@ -126,7 +138,7 @@ class Base(Operator):
         Args:
             written: and with any weight that is put in its place, so that one may be merged.
         """
-        if self.takes_weight:
+        if not self.opaque and runs_as_written(self.module):
             return True
         return not self.opaque and (self.parameter.is_meta or any(self._agrees(x, written) for x in self.samples()))
 
@@ -250,7 +262,7 @@ class Base(Operator):
     @property
     def transient(self) -> bool:
         """Whether `weight()` makes a new tensor, to be recomputed rather than kept."""
-        return self.parameter.is_meta
+        return self.parameter.is_meta or is_sharded(self.parameter)
 
     @property
     def bias(self) -> Tensor | None:
@@ -265,8 +277,9 @@ class Base(Operator):
 
     def _called_with(self, x: Tensor, W: Tensor) -> Tensor:
         """Call the module, its hooks and a forward of its own included, with W in the place of its weight."""
-        if is_parametrized(self.module) or computes_weight(self.module) or is_offloaded(self.module):
-            what = "is offloaded" if is_offloaded(self.module) else self.does_more
+        away = "is offloaded" if is_offloaded(self.module) else "is sharded by itself" if is_unit(self.module) else ""
+        if is_parametrized(self.module) or computes_weight(self.module) or away:
+            what = away or self.does_more
             raise HalotuneError(
                 f"{type(self.module).__name__} {self.shape} {what}, and has hooks or a forward of its own, so it cannot be run "
                 "with the weight that an adapter makes. Make the weight a plain parameter in memory, take the hooks off, or "
@@ -343,7 +356,7 @@ def runs_as_written(module: nn.Module) -> bool:
     kind = type(module)
     if kind.forward.__module__ not in _FORWARDS or kind.__call__ is not nn.Module.__call__:
         return False
-    if has_hooks(module) or computes_weight(module):
+    if (has_hooks(module) and not only_shards(module)) or computes_weight(module):
         return False
     if "forward" in module.__dict__ and not (is_offloaded(module) or only_places(module)):
         return False
@@ -396,7 +409,7 @@ class TransposedLinear(LinearLike):
 
     @property
     def shape(self) -> WeightShape:  # type: ignore[override]
-        n_in, n_out = self.module.weight.shape
+        n_in, n_out = whole_size(self.module.weight)
         return WeightShape(n_out, n_in)
 
     def weight(self) -> Tensor:
@@ -418,14 +431,14 @@ class Convolution(Base):
 
     @property
     def shape(self) -> WeightShape:  # type: ignore[override]
-        w = self.module.weight
-        return WeightShape(w.shape[0], w[0].numel(), tuple(self.module.kernel_size), self.module.groups)
+        n_out, *rest = whole_size(self.module.weight)
+        return WeightShape(n_out, prod(rest), tuple(self.module.kernel_size), self.module.groups)
 
     def weight(self) -> Tensor:
         return self.tensor("weight").flatten(1)
 
     def stored(self, W: Tensor) -> Tensor:
-        return W.reshape(self.module.weight.shape)
+        return W.reshape(whole_size(self.module.weight))
 
     def samples(self) -> list[Tensor]:
         m = self.module

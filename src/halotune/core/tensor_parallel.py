@@ -20,6 +20,7 @@ from .base import Linear, has_hooks, register_base
 from .errors import HalotuneError
 from .operator import OnRows, Operator, WeightShape
 from .shard import Shard
+from .sharding import whole
 
 Adapting = Callable[[Operator], Operator]
 
@@ -109,11 +110,6 @@ class ShardedLinear(Linear):
 
 
 register_base(ShardedLinear)
-
-
-def whole(t: Tensor) -> Tensor:
-    """A tensor with the parts of all processes, which ask for it together."""
-    return t.full_tensor() if hasattr(t, "placements") else t  # type: ignore[operator]
 
 
 def local(t: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError, warn
 from ..core.prepared import Form
+from ..core.sharding import reshard
 from ..core.wrapper import Wrapper
 from .injection.activation import activate, enable, per_sample
 from .injection.modules import adapted_layers, modules_to_save_wrappers, public_path
 from .injection.offloading import bring_adapters
 from .injection.surgery import remove
+from .sharding import require_no_units, whole_adapters
 from .training import penalty
 from .weights.combine import combine
 from .weights.merge import MergeReport, Requantize, merge, unmerge, untie_copies
@@ -81,6 +83,7 @@ class AdaptedModel(Wrapper):
         if self.merged_adapters:
             warn("adapters were merged; the base weights are restored before others are set.")
             self.unmerge_adapter()
+        reshard(self)
         activate(self.get_base_model(), names, trainable=not inference_mode)
         self.tuner.active = names
 
@@ -108,6 +111,7 @@ class AdaptedModel(Wrapper):
         """Train these adapters, active or not, or freeze them; the others stay as they are."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._check_known(names)
+        reshard(self)
         model = self.get_base_model()
         held = [layer.adapters for layer in adapted_layers(model).values()]
         held += [wrapper.modules_to_save for wrapper in modules_to_save_wrappers(model).values()]
@@ -247,12 +251,16 @@ class AdaptedModel(Wrapper):
         self._check_known(names)
         tuner, before = self.tuner, self.merged_adapters
         bring_adapters(tuner.model)
-        tuner.last_merge = report = merge(tuner.model, names, safe=safe_merge, quantized=quantized)
+        reshard(self)
+        with whole_adapters(tuner.model, "merge_adapter"):
+            tuner.last_merge = report = merge(tuner.model, names, safe=safe_merge, quantized=quantized)
         tuner.merge_order = list(dict.fromkeys([*before, *names]))
         return report
 
     def unmerge_adapter(self) -> None:
         """Restore the base weights, bit for bit."""
+        if self.merged_adapters:
+            reshard(self)
         unmerge(self.get_base_model())
 
     def merge_and_unload(
@@ -272,11 +280,13 @@ class AdaptedModel(Wrapper):
         already = [n for n in self.merged_adapters if n not in names]
         if already:
             raise HalotuneError(f"{already} are merged already but not among {names}. Call unmerge_adapter() first.")
+        require_no_units(self, "merge_and_unload")
         tuner = self.tuner
         bring_adapters(tuner.model)
-        tuner.last_merge = merge(
-            tuner.model, names, keep=False, safe=safe_merge, progressbar=progressbar, quantized=quantized
-        )  # fmt: skip
+        with whole_adapters(tuner.model, "merge_and_unload"):
+            tuner.last_merge = merge(
+                tuner.model, names, keep=False, safe=safe_merge, progressbar=progressbar, quantized=quantized
+            )  # fmt: skip
         for wrapper in modules_to_save_wrappers(tuner.model).values():
             wrapper.active_adapters, wrapper.enabled = [n for n in names if n in wrapper.modules_to_save], True
         untie_copies(tuner.model)
@@ -284,6 +294,7 @@ class AdaptedModel(Wrapper):
 
     def unload(self) -> Any:
         """Take all adapters out and return the plain model as it was; only trained biases stay."""
+        require_no_units(self, "unload")
         self.unmerge_adapter()
         return self.tuner.release(trained=False)
 
@@ -325,6 +336,7 @@ class AdaptedModel(Wrapper):
         """
         from .files.export import export_adapters  # few need it, and `import halotune` stays light
 
+        reshard(self)
         return export_adapters(
             self.tuner,
             to,

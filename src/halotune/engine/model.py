@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from ..core.config import CLASSES, AdapterConfig, TaskType
 from ..core.errors import HalotuneError
+from ..core.sharding import is_unit, reshard
 from ..methods.registry import method_of
 from .adapted import AdaptedModel
 from .external_types import register_external_types
@@ -107,6 +108,11 @@ class PeftModel(AdaptedModel):
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate with the active adapters, or with one per sample; the base's own arguments."""
+        if is_unit(self) and "generate" not in vars(self):
+            from torch.distributed.fsdp import register_fsdp_forward_method  # `import halotune` stays light
+
+            register_fsdp_forward_method(self, "generate")  # what this unit holds is gathered for it, as for `forward`
+            return self.generate(*args, adapter_names=adapter_names, **kwargs)
         generate: Any = self.get_base_model().generate
         if adapter_names is None:
             return generate(*args, **kwargs)
@@ -212,6 +218,8 @@ class PeftModel(AdaptedModel):
         Raises:
             HalotuneError: our own reader would refuse the file; nothing is written then.
         """
+        if state_dict is None:
+            reshard(self)
         self.base_model.save_pretrained(
             save_directory,
             safe_serialization=safe_serialization,

@@ -26,6 +26,7 @@ from .injection.first_pass import FirstPass
 from .injection.inject import inject
 from .injection.modules import paths_in_state_dict
 from .injection.surgery import eject, remove
+from .sharding import has_parts
 from .weights.merge import MergeReport
 
 
@@ -114,6 +115,11 @@ class AdapterModel(AdaptedModel):
             warn(
                 "DistributedDataParallel wraps the base model, and averages the gradients of those parameters alone that it "
                 "found there: each process would train an adapter of its own. Put adapters in first, and wrap the result."
+            )
+        if not peft_config.inference_mode and has_parts(self.model.parameters()):
+            warn(
+                "the base model is sharded already, and gradients of those parameters alone are averaged that were there then: "
+                "each process would train an adapter of its own. Put adapters in first, and shard the result."
             )
         self.scope.reset()
         self.first_pass.watch(self.model)

@@ -16,6 +16,7 @@ from ...core.base import TransposedLinear
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
+from ...core.sharding import whole
 from ...export.components import Component
 from ...export.gguf import GGUF_NAME, gguf_lora, write_gguf
 from ...export.header import METADATA_KEY, Header
@@ -25,6 +26,7 @@ from ...export.runtimes import RUNTIMES, Runtime, named
 from ...methods.registry import low_rank_method
 from ..injection.modules import plain_modules, public_path, tied_parameters, visible_modules
 from ..injection.resolve import spelled_out
+from ..sharding import whole_adapters
 from .card import write_card
 from .experts import experts_written, form_of
 from .keys import adapter_keys, check_readable
@@ -56,6 +58,21 @@ def export_adapters(
     if gguf and runtime != "llama.cpp":
         raise HalotuneError(f'export: GGUF is for llama.cpp. Give runtime="llama.cpp" (--for llama.cpp); got {runtime!r}.')
     names = _names(tuner, adapter_name)
+    with whole_adapters(tuner.model, "export") as writes:
+        return _export(tuner, names, folder, target, rank, component, dtype, gguf, writes)
+
+
+def _export(
+    tuner: AdapterModel,
+    names: list[str],
+    folder: str | PathLike[str],
+    target: Runtime,
+    rank: int | None,
+    component: str | None,
+    dtype: torch.dtype | None,
+    gguf: bool,
+    writes: bool,
+) -> ExportReport:
     layers = _exportable(tuner, names, target)
     beside = _beside_the_adapters(tuner, names, target)
     part = None if target.folder else Component.of(type(tuner.model).__name__, component)
@@ -68,6 +85,8 @@ def export_adapters(
     shared = {name for names in tied_parameters(tuner.model) for name in names}
     tied = any(f"{path}.base_layer.weight" in shared for path in layers)
     converted = gguf_lora(tensors, tuner.model) if gguf else None
+    if not writes:
+        return report
     _write({**tensors, **beside}, config, Path(folder), target, part, tied)
     if converted is not None:
         write_gguf(*converted, alpha=report.rank, file=Path(folder) / GGUF_NAME)
@@ -133,7 +152,7 @@ def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], runtime: Run
             f"export: {runtime.name} reads a LoRA alone, and the adapter also holds fully fine-tuned modules: {modules}. Merge "
             'it into the weights (merge_and_unload); runtime="peft" reads them.'
         )
-    return {f"base_model.{key}": t.detach().cpu() for key, t in found.items()}
+    return {f"base_model.{key}": whole(t).detach().cpu() for key, t in found.items()}
 
 
 def _lora_config(tuner: AdapterModel, names: Sequence[str], layers: Mapping[str, AdaptedLayer], rank: int) -> AdapterConfig:

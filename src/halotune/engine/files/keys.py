@@ -21,6 +21,7 @@ from ...core.base import base_for
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
+from ...core.sharding import whole_size
 from ...methods.registry import method_of
 from ..injection.experts import create
 from ..injection.modules import adapted_layers, innermost, is_attention, plain_modules, visible_modules
@@ -140,7 +141,7 @@ def asked(model: nn.Module, config: AdapterConfig) -> dict[str, torch.Size]:
         if module in copied:
             copies = module.modules_to_save.values() if isinstance(module, ModulesToSaveWrapper) else ()
             copy = next(iter(copies), module)  # the original may have another adapter in it
-            out.update({f"{PREFIX}{path}.{k}": _whole(t) for k, t in held_tensors(copy).items()})
+            out.update({f"{PREFIX}{path}.{k}": whole_size(t) for k, t in held_tensors(copy).items()})
     return out
 
 
@@ -148,10 +149,6 @@ def _path_in_file(path: str, modules: Mapping[str, nn.Module]) -> str:
     """Attention's output projection lies in its base there."""
     parent, _, leaf = path.rpartition(".")
     return f"{parent}.base_layer.{leaf}" if leaf == "out_proj" and is_attention(modules.get(parent)) else path
-
-
-def _whole(t: Tensor) -> torch.Size:
-    return torch.Size(getattr(t, "ds_shape", t.shape))  # ZeRO-3 keeps a parameter elsewhere
 
 
 def check_readable(
@@ -190,8 +187,8 @@ def check_readable(
             found = "is on the meta device" if t.is_meta else "is a DTensor" if t.shape == shape else f"has {tuple(t.shape)}"
             raise _refused(
                 f"{key} {found} where {tuple(shape)} is asked for",
-                "A sharded model (FSDP, DeepSpeed ZeRO-3) is saved from its whole state dict: pass "
-                "state_dict=accelerator.get_state_dict(model); with ZeRO-3 set stage3_gather_16bit_weights_on_model_save.",
+                "Call save_pretrained on every process without a state dict, which gathers the adapter (FSDP2, ZeRO-3); or "
+                "pass the whole one: state_dict=accelerator.get_state_dict(model), and for FSDP1 torch's FULL_STATE_DICT.",
             )
         if t.is_floating_point() and not torch.isfinite(t).all():
             raise _refused(f"{key} holds values that are not finite", "The training has diverged: lower its learning rate.")

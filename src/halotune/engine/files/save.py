@@ -14,9 +14,11 @@ from torch import Tensor
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.files import CONFIG_NAME, WEIGHTS_NAME, write_together
+from ...core.sharding import reshard, whole
 from ...methods.registry import method_of, under_alias
 from ..injection.modules import unwrapped
 from ..injection.offloading import bring_adapters
+from ..sharding import has_parts, meet
 from .card import CARD_NAME, write_card
 from .experts import as_written, form_of
 from .keys import check_readable
@@ -52,7 +54,11 @@ def save_adapters(
     folder = Path(save_directory)
     if folder.is_file():
         raise HalotuneError(f"save_pretrained: {folder} is a file. Give a folder.")
-    if not is_main_process:
+    gathers = state_dict is None and has_parts(tuner.model.parameters())
+    if gathers:
+        reshard(tuner.model)
+        meet("save_pretrained")
+    if not (is_main_process or gathers):
         return
     ready = [
         prepare(
@@ -62,10 +68,11 @@ def save_adapters(
             save_embedding_layers=save_embedding_layers,
             state_dict=state_dict,
             peft_type=peft_type,
+            gather=gathers,
         )
         for name in names
     ]
-    for write in ready:
+    for write in ready if is_main_process else ():
         write()
 
 
@@ -77,8 +84,12 @@ def prepare(
     save_embedding_layers: bool | Literal["auto"] = "auto",
     state_dict: Mapping[str, Tensor] | None = None,
     peft_type: str | None = None,
+    gather: bool = False,
 ) -> Callable[[], None]:
     """What writes one adapter into the folder itself, under the alias `peft_type` of its method if it has that one.
+
+    Args:
+        gather: make what is sharded whole, which every process has to do.
 
     Raises:
         HalotuneError: it could not be read back.
@@ -86,6 +97,8 @@ def prepare(
     bring_adapters(tuner.model)
     config = written_config(tuner, name)
     found, beside = adapter_tensors(tuner, name, state_dict or None, save_embedding_layers)  # Trainers pass empty ones, too
+    if gather:
+        found = {key: None if t is None else whole(t).cpu() for key, t in found.items()}
     tensors = check_readable(
         tuner.model, config, {f"base_model.{key}": t for key, t in found.items()}, {f"base_model.{key}" for key in beside}
     )

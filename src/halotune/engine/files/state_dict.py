@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...core.config import AdapterConfig
 from ...core.errors import AdapterFileError, HalotuneError, warn
 from ...core.files import write_atomically
-from ...core.tensor_parallel import whole
+from ...core.sharding import is_sharded, reshard, store, whole, whole_size
 from ..injection.modules import adapted_layers, innermost, plain_modules, unwrapped
 from .experts import as_written, from_written
 from .keys import adapter_keys, bias_keys, config_of, embedding_keys, held_tensors, under_own_names, without_sharding
@@ -59,7 +59,7 @@ def adapter_tensors(
     """The tensors of one adapter by file key, None where a given state dict lacks one; and which are biases and embeddings."""
     model = unwrapped(model)
     config = config_of(model, name)
-    held = held_tensors(model)
+    held = {key: t if is_sharded(t) else t.detach() for key, t in held_tensors(model, keep_vars=True).items()}
     own = adapter_keys(model, name)
     biases = bias_keys(model, held, name, config.bias)
     embeddings = embedding_keys(model, held) if save_embedding_layers else []
@@ -134,6 +134,7 @@ def set_peft_model_state_dict(
         AdapterFileError: missing, extra, misshapen or non-finite tensors.
     """
     model = unwrapped(model)
+    reshard(model)
     if any(adapter_name in layer.merged_adapters for layer in adapted_layers(model).values()):
         raise HalotuneError(
             f"adapter {adapter_name!r} is merged into the weights, which new tensors would not change. Call "
@@ -228,8 +229,8 @@ def _listed(keys: list[str], what: str) -> str:
 
 
 def _fits(key: str, tensor: Tensor, target: Tensor, ignore_shape: bool, file: str | PathLike[str]) -> bool:
-    if tensor.shape != target.shape:
-        sizes = f"expected {tuple(target.shape)}, found {tuple(tensor.shape)}"
+    if tensor.shape != (size := whole_size(target)):
+        sizes = f"expected {tuple(size)}, found {tuple(tensor.shape)}"
         if ignore_shape:
             warn(f"{file}: {key}: {sizes}; left out, as ignore_mismatched_sizes asks.")
             return False
@@ -253,7 +254,7 @@ def _fits(key: str, tensor: Tensor, target: Tensor, ignore_shape: bool, file: st
 
 
 def _warn_of_changed_embeddings(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], file: str | PathLike[str]) -> None:
-    changed = [k for k, t in tensors.items() if not torch.equal(t.to(state[k]), state[k].detach())]
+    changed = [k for k, t in tensors.items() if not torch.equal(t.to(state[k].dtype), whole(state[k]).detach().to(t.device))]
     if changed:
         warn(
             f"{file}: holds embeddings that differ from the base model's, which they replace: {', '.join(changed)}; a "
@@ -267,22 +268,15 @@ def _assign(modules: Mapping[str, nn.Module], key: str, tensor: Tensor, *, repla
     module = modules[path]
     old = getattr(module, leaf)
     ours = ".adapters." in key or ".modules_to_save." in key
-    if hasattr(old, "placements") and not hasattr(tensor, "placements"):  # each process takes its part of the file
-        tensor = _distributed_like(old, tensor)
-    if not old.is_meta and not (replace and ours):  # a tensor of the base may be shared: it stays the same object
-        old.copy_(tensor)
+    if is_sharded(old) or (
+        not old.is_meta and not (replace and ours)
+    ):  # a tensor of the base may be shared: it stays the same object
+        store(old, tensor)
         return
     device = _device_beside(modules, path) if old.is_meta else old.device
     dtype = tensor.dtype if keep_dtype and ours else old.dtype
     new = tensor.to(device=device, dtype=dtype, copy=True)
     setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
-
-
-def _distributed_like(old: Any, tensor: Tensor) -> Tensor:
-    from torch.distributed.tensor import distribute_tensor
-
-    kind = old.device_mesh.device_type
-    return distribute_tensor(tensor.to(kind), old.device_mesh, old.placements, src_data_rank=None)
 
 
 def _device_beside(modules: Mapping[str, nn.Module], path: str) -> torch.device:

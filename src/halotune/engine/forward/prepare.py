@@ -90,6 +90,7 @@ class Scope:
         self.known: dict[Adapter, Known] = {}
         self.kinds: dict[Hashable, int] = {}  # what adapters that prepare alike have in common -> their number
         self.order: dict[Adapter, int] = {}
+        self.places: dict[Adapter, int] = {}  # of its layer
         self.rounds = False  # whether some W' may be made in training
 
     def find(self, model: nn.Module) -> list[AdaptedLayer]:
@@ -104,10 +105,11 @@ class Scope:
         plain = [layer for layer in self.layers if not isinstance(layer, AdaptedExpertWeights)]
         matrices = [p for layer in plain if (p := getattr(layer.base_layer, "weight", None)) is not None]
         fits = 2 * sum([p.numel() * p.itemsize for p in matrices]) <= self.budget  # W', and the gradients that wait for it
-        for layer in self.layers:
+        for place, layer in enumerate(self.layers):
             self.parts += [m for m in layer.adapters.modules() if m._parameters]
             adapters: Any = layer.adapters.values()
             for adapter in adapters:
+                self.places[adapter] = place
                 SCOPES[adapter] = ref(self)
                 self.order[adapter] = len(self.order)
                 adapter.form = self.form if fits else "activations"
@@ -207,14 +209,17 @@ class ForwardPass:
 
     def __init__(self, scope: Scope, outer: Any, seed: int | None) -> None:
         self.scope, self.outer, self.first_seed = scope, outer, seed
-        self.groups: dict[int, list[Member]] | None = None
-        self.kinds: dict[Adapter, int] = {}
+        self.groups: dict[Hashable, list[Member]] | None = None
+        self.kinds: dict[Adapter, Hashable] = {}
+        self.in_parts = False  # parameters are whole only while the unit that holds them runs
         self.tried: set[Hashable] = set()
         self.filled: list[Prepared] = []
 
     def prepare_for(self, adapter: Adapter, dtype: torch.dtype, as_weight: bool) -> None:
         if self.groups is None:
             self.groups = self._grouped()
+        if self.in_parts and adapter not in self.kinds:
+            self._group_unit(adapter)
         kind = self.kinds.get(adapter)
         attempt = kind, dtype, torch.is_grad_enabled(), as_weight
         if kind is None or attempt in self.tried:
@@ -249,27 +254,50 @@ class ForwardPass:
                 members[0].adapter, torch.get_autocast_dtype(kind) if autocast else members[0].layer.base.dtype, False
             )
 
-    def _grouped(self) -> dict[int, list[Member]]:
-        """Adapters that prepare alike. None where parameters are whole only while their own layer runs."""
-        groups: dict[int, list[Member]] = {}
+    def _grouped(self) -> dict[Hashable, list[Member]]:
+        """Adapters that prepare alike; none yet where some parameter is not at hand."""
+        groups: dict[Hashable, list[Member]] = {}
         if _gradients_may_be_missed():
             return groups
-        known, kinds = self.scope.known, self.scope.kinds
         for layer in self.scope.layers or ():
-            running = layer.running()
-            for adapter in running:
-                tensors = adapter.tensors()
-                looks = [(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors]
-                seen_before = known.get(adapter)
-                if seen_before is None or seen_before.looks != looks or not all(map(is_, seen_before.tensors, tensors)):
-                    if not all([_is_at_hand(t) for t in tensors]):
-                        self.kinds.clear()
-                        return {}
-                    alike = type(adapter), adapter.batch_key(), adapter.shard, layer.base.dtype, *looks
-                    known[adapter] = seen_before = Known(tensors, looks, kinds.setdefault(alike, len(kinds)))
-                kind = self.kinds[adapter] = seen_before.kind
-                groups.setdefault(kind, []).append(Member(layer, adapter, tensors, len(running) == 1))
+            members = self._members(layer)
+            if members is None:
+                self.kinds.clear()
+                self.in_parts = True
+                return {}
+            for kind, member in members:
+                self.kinds[member.adapter] = kind
+                groups.setdefault(kind, []).append(member)
         return groups
+
+    def _group_unit(self, adapter: Adapter) -> None:
+        """Group this adapter with those after it in the model, as far as their parameters are whole now: a unit of FSDP2."""
+        assert self.groups is not None
+        layers = self.scope.layers or []
+        start = self.scope.places.get(adapter, len(layers))
+        for layer in layers[start:]:
+            members = self._members(layer)
+            if members is None or any(m.adapter in self.kinds for _, m in members):
+                return
+            for kind, member in members:
+                self.kinds[member.adapter] = unit = (start, kind)
+                self.groups.setdefault(unit, []).append(member)
+
+    def _members(self, layer: AdaptedLayer) -> list[tuple[int, Member]] | None:
+        """The adapters that run on a layer, and the number of those that prepare alike; None where one is not at hand."""
+        known, kinds, members = self.scope.known, self.scope.kinds, []
+        running = layer.running()
+        for adapter in running:
+            tensors = adapter.tensors()
+            looks = [(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors]
+            seen_before = known.get(adapter)
+            if seen_before is None or seen_before.looks != looks or not all(map(is_, seen_before.tensors, tensors)):
+                if not all([_is_at_hand(t) for t in tensors]):
+                    return None
+                alike = type(adapter), adapter.batch_key(), adapter.shard, layer.base.dtype, *looks
+                known[adapter] = seen_before = Known(tensors, looks, kinds.setdefault(alike, len(kinds)))
+            members.append((seen_before.kind, Member(layer, adapter, tensors, len(running) == 1)))
+        return members
 
     def _prepare_weights(self, members: list[Member], dtype: torch.dtype) -> None:
         """W' of all of them, in training."""
@@ -283,10 +311,10 @@ class ForwardPass:
             for (member, W), (adapted,) in zip(pairs, prepare(weights, [m.tensors for m, _ in pairs]), strict=True):
                 self._fill(member, (), adapted, (*member.tensors, W), dtype)
 
-    def _kept_weights(self, kind: int, members: list[Member], dtype: torch.dtype) -> list[Tensor | None]:
+    def _kept_weights(self, kind: Hashable, members: list[Member], dtype: torch.dtype) -> list[Tensor | None]:
         """W' of those members for which there is room in the cache."""
         cache = self.scope.cache
-        if not cache.budget:
+        if not cache.budget or self.in_parts:  # whole weights are not kept beside parts
             return [None] * len(members)
         if torch.is_grad_enabled() or any([m.adapter.training for m in members]):
             cache.clear()  # the memory is training's

@@ -1,0 +1,74 @@
+"""Parameters of which each process holds a part: FSDP2's, which are DTensors, and those of DeepSpeed's ZeRO-3.
+
+While a unit of FSDP2 runs, its modules hold whole parameters instead, which are dropped afterwards: what is written to those
+is lost, so `reshard` comes before any reading or writing outside of a pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on this module: its hooks gather what it runs with."""
+    return hasattr(type(module), "_get_fsdp_state")
+
+
+def is_sharded(t: Tensor) -> bool:
+    return hasattr(t, "full_tensor") or _is_partitioned(t)
+
+
+def _is_partitioned(t: Tensor) -> bool:
+    """Whether ZeRO-3 has put the parameter away."""
+    return hasattr(t, "ds_id") and t.numel() == 0 != t.ds_numel  # type: ignore[attr-defined]
+
+
+def whole_size(t: Tensor) -> torch.Size:
+    """That of the parameter, wherever it is."""
+    return torch.Size(getattr(t, "ds_shape", t.shape))
+
+
+@torch.no_grad()
+def whole(t: Any) -> Tensor:
+    """All of a parameter, where every process calls it; a tensor that is there already is returned as it is."""
+    if hasattr(t, "full_tensor"):
+        return t.detach().to(t.device_mesh.device_type).full_tensor()  # which may be offloaded
+    if not _is_partitioned(t):
+        return t
+    t.all_gather()
+    copy = t.detach().clone()
+    t.partition()
+    return copy
+
+
+@torch.no_grad()
+def store(t: Any, values: Tensor) -> None:
+    """Copy into a parameter; into a DTensor what each process keeps of it, where every process calls it."""
+    if hasattr(t, "full_tensor") and not hasattr(values, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = values.to(t.device_mesh.device_type, t.dtype)
+        values = distribute_tensor(values, t.device_mesh, t.placements, src_data_rank=None).to(t.device)
+    if _is_partitioned(t):
+        t.all_gather()
+        t.copy_(values)
+        t.partition(has_been_updated=True)
+    else:
+        t.copy_(values)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let every unit of FSDP2 hold its own parts again."""
+    for module in model.modules():
+        if is_unit(module):
+            module.reshard()  # type: ignore[operator]
+
+
+def only_shards(module: nn.Module) -> bool:
+    """Whether the module is a unit, and its hooks are FSDP2's alone."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return is_unit(module) and not backward and all(type(getattr(h, "__self__", None)).__name__ == "FSDPState" for h in hooks)

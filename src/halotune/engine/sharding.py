@@ -1,0 +1,71 @@
+"""Models of which each process holds a part (FSDP2, ZeRO-3): what needs whole adapters, and all processes at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..core.errors import HalotuneError
+from ..core.layer import AdaptedLayer
+from ..core.sharding import is_sharded, is_unit, reshard, whole
+
+WAIT = 60.0  # seconds for the other processes to come
+
+
+def has_parts(tensors: Iterable[Tensor | None]) -> bool:
+    return any(t is not None and is_sharded(t) for t in tensors)
+
+
+def meet(what: str) -> None:
+    """Wait until every process is here: parts are gathered by all of them, or for ever.
+
+    Raises:
+        HalotuneError: some process does not come.
+    """
+    work, end = dist.barrier(async_op=True), time.monotonic() + WAIT
+    assert work is not None
+    while not work.is_completed():
+        if time.monotonic() > end:
+            raise HalotuneError(
+                f"{what}: the model is sharded, so that every process has to take part, and not all {dist.get_world_size()} "
+                f"did within {WAIT:.0f} s. Call it on every process; is_main_process=False keeps one from writing."
+            )
+        time.sleep(0.001)
+
+
+@contextmanager
+def whole_adapters(model: nn.Module, what: str) -> Iterator[bool]:
+    """Inside, adapters hold whole parameters, where they are sharded; every process has to call this.
+
+    Yields:
+        whether this process may write files: one of a group that holds parts, and any that holds all of it.
+    """
+    reshard(model)
+    parts = [part for m in model.modules() if isinstance(m, AdaptedLayer) for part in m.adapters.modules()]
+    parts = list(dict.fromkeys(parts))
+    held = [(part._parameters, name, p) for part in parts for name, p in part._parameters.items() if has_parts([p])]
+    base = has_parts(model.parameters())
+    if base or held:
+        meet(what)
+    for parameters, name, p in held:
+        parameters[name] = nn.Parameter(whole(p), requires_grad=p.requires_grad)  # type: ignore[union-attr]
+    try:
+        yield not (base or held) or dist.get_rank() == 0
+    finally:
+        for parameters, name, p in held:
+            parameters[name] = p
+
+
+def require_no_units(model: nn.Module, what: str) -> None:
+    """Refuse to take modules out of a model whose hooks gather the weights."""
+    for path, module in model.named_modules():
+        if is_unit(module) and (isinstance(module, AdaptedLayer) or module is model):
+            raise HalotuneError(
+                f"{what}: {path or 'the model with adapters'} is a unit of FSDP2, and what is inside could not be run without "
+                "it. Save the adapter, and merge it into a base that is not sharded (halotune merge); merge_adapter() merges "
+                "in place."
+            )
