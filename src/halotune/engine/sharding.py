@@ -11,13 +11,21 @@ from torch import Tensor, nn
 
 from ..core.errors import HalotuneError
 from ..core.layer import AdaptedLayer
-from ..core.sharding import is_sharded, is_unit, reshard, whole
+from ..core.sharding import is_divided, is_sharded, is_unit, reshard, whole
+from .injection.modules_to_save import ModulesToSaveWrapper
 
 WAIT = 60.0  # seconds for the other processes to come
 
 
 def has_parts(tensors: Iterable[Tensor | None]) -> bool:
     return any(t is not None and is_sharded(t) for t in tensors)
+
+
+def takes_all(model: nn.Module) -> bool:
+    """Whether reading what is trained takes every process: where it, or a base that is divided, is held in parts."""
+    trained = [m.adapters for m in model.modules() if isinstance(m, AdaptedLayer)]
+    trained += [m.modules_to_save for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    return is_divided(model) or any(has_parts(m.parameters()) for m in trained)
 
 
 def meet(what: str) -> None:
@@ -48,13 +56,13 @@ def whole_adapters(model: nn.Module, what: str) -> Iterator[bool]:
     parts = [part for m in model.modules() if isinstance(m, AdaptedLayer) for part in m.adapters.modules()]
     parts = list(dict.fromkeys(parts))
     held = [(part._parameters, name, p) for part in parts for name, p in part._parameters.items() if has_parts([p])]
-    base = has_parts(model.parameters())
-    if base or held:
+    divided = is_divided(model)
+    if divided or held:
         meet(what)
     for parameters, name, p in held:
         parameters[name] = nn.Parameter(whole(p), requires_grad=p.requires_grad)  # type: ignore[union-attr]
     try:
-        yield not (base or held) or dist.get_rank() == 0
+        yield not (divided or held) or dist.get_rank() == 0
     finally:
         for parameters, name, p in held:
             parameters[name] = p

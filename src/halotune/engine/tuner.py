@@ -15,6 +15,7 @@ from typing_extensions import Self
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer
+from ..core.sharding import is_divided
 from ..methods.registry import method_of
 from .adapted import AdaptedModel
 from .external_types import register_external_types
@@ -26,7 +27,6 @@ from .injection.first_pass import FirstPass
 from .injection.inject import inject
 from .injection.modules import paths_in_state_dict
 from .injection.surgery import eject, remove
-from .sharding import has_parts
 from .weights.merge import MergeReport
 
 
@@ -116,7 +116,7 @@ class AdapterModel(AdaptedModel):
                 "DistributedDataParallel wraps the base model, and averages the gradients of those parameters alone that it "
                 "found there: each process would train an adapter of its own. Put adapters in first, and wrap the result."
             )
-        if not peft_config.inference_mode and has_parts(self.model.parameters()):
+        if not peft_config.inference_mode and is_divided(self.model):
             warn(
                 "the base model is sharded already, and gradients of those parameters alone are averaged that were there then: "
                 "each process would train an adapter of its own. Put adapters in first, and shard the result."

@@ -18,7 +18,7 @@ from ...core.sharding import reshard, whole
 from ...methods.registry import method_of, under_alias
 from ..injection.modules import unwrapped
 from ..injection.offloading import bring_adapters
-from ..sharding import has_parts, meet
+from ..sharding import meet, takes_all
 from .card import CARD_NAME, write_card
 from .experts import as_written, form_of
 from .keys import check_readable
@@ -54,7 +54,7 @@ def save_adapters(
     folder = Path(save_directory)
     if folder.is_file():
         raise HalotuneError(f"save_pretrained: {folder} is a file. Give a folder.")
-    gathers = state_dict is None and has_parts(tuner.model.parameters())
+    gathers = state_dict is None and takes_all(tuner.model)
     if gathers:
         reshard(tuner.model)
         meet("save_pretrained")
