@@ -52,17 +52,24 @@ def whole(t: Any) -> Tensor:
 @torch.no_grad()
 def store(t: Any, values: Tensor) -> None:
     """Copy into a parameter; into a DTensor what each process keeps of it, where every process calls it."""
-    if hasattr(t, "full_tensor") and not hasattr(values, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        values = values.to(t.device_mesh.device_type, t.dtype)
-        values = distribute_tensor(values, t.device_mesh, t.placements, src_data_rank=None).to(t.device)
+    if hasattr(t, "full_tensor"):
+        values = divided_like(t, values).to(t.device)
     if _is_partitioned(t):
         t.all_gather()
         t.copy_(values)
         t.partition(has_been_updated=True)
     else:
         t.copy_(values)
+
+
+def divided_like(t: Any, values: Tensor) -> Tensor:
+    """What each process keeps of values, where it holds a part of t."""
+    if not hasattr(t, "full_tensor") or hasattr(values, "full_tensor"):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    values = values.to(t.device_mesh.device_type, t.dtype)
+    return distribute_tensor(values, t.device_mesh, t.placements, src_data_rank=None)
 
 
 def reshard(model: nn.Module) -> None:

@@ -47,22 +47,22 @@ def meet(what: str) -> None:
 
 @contextmanager
 def whole_adapters(model: nn.Module, what: str) -> Iterator[bool]:
-    """Inside, adapters hold whole parameters, where they are sharded; every process has to call this.
+    """Inside, adapters hold whole parameters, where the model is divided; every process has to call this then.
 
     Yields:
         whether this process may write files: one of a group that holds parts, and any that holds all of it.
     """
-    reshard(model)
-    parts = [part for m in model.modules() if isinstance(m, AdaptedLayer) for part in m.adapters.modules()]
-    parts = list(dict.fromkeys(parts))
-    held = [(part._parameters, name, p) for part in parts for name, p in part._parameters.items() if has_parts([p])]
-    divided = is_divided(model)
-    if divided or held:
+    divided, held = is_divided(model), []
+    if divided:
+        reshard(model)
+        parts = [part for m in model.modules() if isinstance(m, AdaptedLayer) for part in m.adapters.modules()]
+        parts = list(dict.fromkeys(parts))
+        held = [(part._parameters, name, p) for part in parts for name, p in part._parameters.items() if has_parts([p])]
         meet(what)
     for parameters, name, p in held:
         parameters[name] = nn.Parameter(whole(p), requires_grad=p.requires_grad)  # type: ignore[union-attr]
     try:
-        yield not (divided or held) or dist.get_rank() == 0
+        yield not divided or dist.get_rank() == 0
     finally:
         for parameters, name, p in held:
             parameters[name] = p

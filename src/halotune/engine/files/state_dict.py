@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...core.config import AdapterConfig
 from ...core.errors import AdapterFileError, HalotuneError, warn
 from ...core.files import write_atomically
-from ...core.sharding import is_sharded, reshard, store, whole, whole_size
+from ...core.sharding import divided_like, is_sharded, reshard, store, whole, whole_size
 from ..injection.modules import adapted_layers, innermost, plain_modules, unwrapped
 from .experts import as_written, from_written
 from .keys import adapter_keys, bias_keys, config_of, embedding_keys, held_tensors, under_own_names, without_sharding
@@ -268,14 +268,13 @@ def _assign(modules: Mapping[str, nn.Module], key: str, tensor: Tensor, *, repla
     module = modules[path]
     old = getattr(module, leaf)
     ours = ".adapters." in key or ".modules_to_save." in key
-    if is_sharded(old) or (
-        not old.is_meta and not (replace and ours)
-    ):  # a tensor of the base may be shared: it stays the same object
+    in_place = is_sharded(old) or not (replace and ours)  # a tensor of the base may be shared: it stays the same object
+    if in_place and not old.is_meta:
         store(old, tensor)
         return
     device = _device_beside(modules, path) if old.is_meta else old.device
     dtype = tensor.dtype if keep_dtype and ours else old.dtype
-    new = tensor.to(device=device, dtype=dtype, copy=True)
+    new = divided_like(old, tensor).to(device=device, dtype=dtype, copy=True)
     setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
 
