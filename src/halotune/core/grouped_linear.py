@@ -49,5 +49,5 @@ class _GroupedLowRank(torch.autograd.Function):
 
 
 def grouped_low_rank(x: Tensor, W: Tensor, Bt: Tensor, A: Tensor, ends: Tensor, whole: bool) -> Tensor:
-    """`x (n, in)` sorted by expert, W `(experts, out, in)` frozen, Bᵀ `(experts, r, out)`, A `(experts, r, in)` -> `(n, out)`."""
+    """`x (n, in)` sorted by expert, a frozen W `(experts, out, in)`, Bᵀ `(…, r, out)`, A `(…, r, in)` -> `(n, out)`."""
     return _GroupedLowRank.apply(x, W, Bt, A, ends, whole)  # type: ignore[return-value]
