@@ -111,6 +111,7 @@ def files() -> list[str]:
 # What the defaults leave open, and a toy needs.
 GIVEN: dict[str, dict[str, Any]] = {
     "DeepseekV2Config": {"num_experts_per_tok": 2},
+    "FlintConfig": {"mlp_only_layers": []},
     "NemotronHConfig": {"layers_block_type": ["attention", "moe"]},
     "Ernie4_5_VLMoeTextConfig": {"moe_num_experts": 4, "moe_intermediate_size": [48, 24]},
     "Dots1Config": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 48},

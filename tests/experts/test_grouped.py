@@ -72,3 +72,20 @@ def test_compiled_products_are_the_same():
     got = torch.autograd.grad(torch.compile(f, backend="aot_eager", fullgraph=True)(x, W), (x, W))
     for a, b in zip(got, due, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_low_rank_delta_in_one_node(name):
+    from halotune.core.grouped_linear import grouped_low_rank
+
+    x, W, _, ends, whole = case(name)
+    W = W.mT.contiguous()  # (groups, m, k)
+    Bt, A = torch.randn(4, 2, 3).double(), torch.randn(4, 2, 5).double()
+    inputs = [t.requires_grad_() for t in (x, Bt, A)]
+
+    def run(x: Tensor, Bt: Tensor, A: Tensor) -> Tensor:
+        return grouped_low_rank(x, W, Bt, A, ends, whole)
+
+    assert torch.allclose(run(*inputs), grouped_product(x, (W + Bt.mT @ A).mT, ends, whole))
+    torch.autograd.gradcheck(run, inputs)
+    torch.autograd.gradgradcheck(run, inputs)

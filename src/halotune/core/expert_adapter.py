@@ -212,6 +212,11 @@ class ExpertAdapter(Adapter):
             rotated = one.rotate(x, *factors) if self.shared else one.rotate_groups(x, groups, *factors)
             return op(rotated if scale == 1.0 else torch.lerp(x, rotated, scale))
         if isinstance(one, LowRank):
+            if not isinstance(op, Adapted) and not (one.training and one.dropout):
+                B, A = one.low_rank(*factors)
+                y = cast(Any, op).with_low_rank(x, B if scale == 1.0 else B * scale, A)
+                if y is not None:
+                    return y
             return LowRank.run(one, x, op, factors, scale)  # a method's own way may be for a single layer
         if not one.reads_weight(op):
             return one.run(x, op, factors, scale)

@@ -20,6 +20,7 @@ from .adapter import Adapted
 from .base import LinearLike, register_base
 from .errors import HalotuneError
 from .expert_adapter import is_distributed, local
+from .grouped_linear import grouped_low_rank
 from .layer import AdaptedLayer
 from .offload import offload_hook
 from .operator import Operator, WeightShape
@@ -200,6 +201,14 @@ class GroupedOperator(Operator):
     def weight(self) -> Tensor:
         W = self.base.weight()
         return W if self.experts is None else W[self.experts]
+
+    def with_low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor | None:
+        """`(W_e + B_e A_e) x_i + b_e` in one node, for `B (experts, out, r)`, `A (experts, r, in)` and a frozen, plain W."""
+        W = self.weight()
+        shared = B.dim() == 2 or A.dim() == 2
+        if shared or W.requires_grad or self.base.module.computed is not None or torch.compiler.is_compiling():
+            return None
+        return self.add_bias(grouped_low_rank(x, W, B.mT, A, self.groups.ends, self.groups.whole))
 
     @property
     def transient(self) -> bool:
