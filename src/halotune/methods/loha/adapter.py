@@ -163,7 +163,7 @@ class LoHa(Hadamard):
         return super().run(x, op, factors, scale)
 
     def _low_rank_for(self, x: Tensor) -> bool:
-        tokens = x.numel() // (self.shape.in_channels * self.shape.groups)
+        tokens = x.numel() // max(1, self.shape.in_channels * self.shape.groups)  # a shard may be empty
         return ops.low_rank_is_cheaper(tokens, self.shape.out_features, self.shape.in_features, self.r)
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
