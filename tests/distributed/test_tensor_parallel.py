@@ -204,6 +204,28 @@ def blocks_that_a_border_between_columns_cuts_through_are_refused() -> None:
 
 
 @case
+def shards_with_nothing_in_them() -> None:
+    """Three rows, or columns, for four processes."""
+
+    def tiny() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 6))
+
+    for method in ("hra", "loha", "loha-large", "bone", "lora"):
+        config = METHODS[method](target_modules=["0", "1"])
+        reference = get_peft_model(tiny(), copy.deepcopy(config))
+        model = get_peft_model(spread(tiny(), {"0": "colwise", "1": "rowwise"}), config)
+        change(reference, model)
+        x = drawn(5, 6).requires_grad_()
+        for a, b in zip(backward(model, x), backward(reference, x), strict=True):
+            close(a, b)
+        with torch.no_grad():
+            y = model(x)
+            model.merge_adapter()
+            close(model(x), y)
+
+
+@case
 def trained_copies_are_refused() -> None:
     with pytest.raises(HalotuneError, match="modules_to_save: 'head' is tensor-parallel"):
         get_peft_model(parallel(), HRAConfig(target_modules=["q"], modules_to_save=["head"]))

@@ -112,18 +112,21 @@ class Adapter(nn.Module, ABC):
         if (shard := self.shard) is None or self.whole is not None:
             return self
         part = object.__new__(type(self))
-        part.__dict__.update(self.__dict__, shape=shard.shape, whole=self)
+        vars(part).update(self.__dict__, shape=shard.shape, whole=self)
         return part
 
     def made(self, how: str, parameters: Tensors) -> Tensors:
         """What `prepare`, or `weight_factors`, makes of these parameters; on a shard, its part of that."""
-        if (whole := self.whole) is None:
+        if (whole := self.whole) is None or (shard := self.shard) is None:
             return getattr(self, how)(*parameters)
-        return self.cut(*getattr(whole, how)(*self.shard.shared(parameters)))  # type: ignore[union-attr]
+        return self.cut(shard, *getattr(whole, how)(*shard.shared(parameters)))
 
-    def cut(self, *factors: Tensor) -> Tensors:
+    axes: ClassVar[tuple[tuple[Axis, int], ...]]  # of factors: the dimension that runs along rows ("out") or columns of W
+    side: int = 1  # how many rows or columns one entry along that dimension stands for
+
+    def cut(self, shard: Shard, *factors: Tensor) -> Tensors:
         """The entries of factors of the whole layer that belong to the shard. Leading dimensions are kept."""
-        raise NotImplementedError
+        return shard.cut_all(factors, self.axes, self.side)
 
     def unit(self, axis: Axis) -> int:
         """How many consecutive rows ("out") or columns ("in") of a weight must be in one shard; 0 for all."""
@@ -131,11 +134,11 @@ class Adapter(nn.Module, ABC):
 
     def total(self, axis: Axis, z: Tensor) -> Tensor:
         """A product that sums over the inputs or outputs that lie here, summed over all."""
-        return z if self.whole is None else self.shard.total(axis, z)  # type: ignore[union-attr]
+        return z if self.whole is None or self.shard is None else self.shard.total(axis, z)
 
-    def cut_mask(self, axis: Axis, mask: Tensor, dim: int, unit: int = 1) -> Tensor:
+    def cut_mask(self, axis: Axis, mask: Tensor, dim: int) -> Tensor:
         """What lies here of a mask for the whole layer: it is drawn whole, so that generators in all processes stay alike."""
-        return mask if self.whole is None else self.shard.cut(axis, mask, dim, unit)  # type: ignore[union-attr]
+        return mask if self.whole is None or self.shard is None else self.shard.cut(axis, mask, dim, self.side)
 
     @property
     def whole_shape(self) -> WeightShape:

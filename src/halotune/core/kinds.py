@@ -68,6 +68,8 @@ class Rotation(Adapter):
 class LowRank(Adapter):
     """`W' = W + B A` with low-rank factors that do not depend on `W`."""
 
+    axes = (("out", -1), ("in", -1))
+
     @abstractmethod
     def prepare(self, *parameters: Tensor) -> Tensors:
         """`Bᵀ (…, k, out)` and `A (…, k, in)`; without A, x is folded to k numbers."""
@@ -90,10 +92,6 @@ class LowRank(Adapter):
     def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
         B, A = self.low_rank(*factors)
         return (W + B @ A).to(W.dtype)
-
-    def cut(self, *factors: Tensor) -> Tensors:
-        Bt, A = factors
-        return self.shard.cut("out", Bt, -1), self.shard.cut("in", A, -1)  # type: ignore[union-attr]
 
     def drop(self, x: Tensor) -> Tensor:
         if not (self.training and self.dropout):

@@ -21,6 +21,7 @@ What is sent and what is summed are each other's derivative, so either can be di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -69,6 +70,10 @@ class Shard:
         bounds = [(start // unit, -(-stop // unit)) for start, stop in self.spans]
         pieces = [t.narrow(dim, start, stop - start) for start, stop in bounds]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+    def cut_all(self, factors: Sequence[Tensor], axes: Sequence[tuple[Axis, int]], unit: int = 1) -> Tensors:
+        """`cut` for each factor, along its axis and dimension."""
+        return tuple([self.cut(axis, t, dim, unit) for t, (axis, dim) in zip(factors, axes, strict=False)])
 
     def rows_in_blocks(self, r: int) -> tuple[int, list[int]]:
         """How many blocks of r rows have rows here, and where in them those are."""

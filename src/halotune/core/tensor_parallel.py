@@ -30,7 +30,8 @@ def shard_of(module: nn.Module) -> Shard | None:
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2 or type(module).forward is not nn.Linear.forward:
         return None
-    whole = WeightShape(*weight.shape)
+    n_out, n_in = weight.shape
+    whole = WeightShape(n_out, n_in)
     if not is_parallel(module):
         # transformers marks what it parallelises: here a whole weight, whose output only is looked after (in MLA, say)
         marked = "forward" in module.__dict__ and getattr(module, "_is_hooked", False) and not hasattr(weight, "placements")

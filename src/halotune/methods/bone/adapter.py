@@ -17,7 +17,7 @@ from ...core.errors import HalotuneError
 from ...core.kinds import Dense, LowRank
 from ...core.operator import Operator, WeightShape, add_to
 from ...core.prepared import Tensors, exact_dtype
-from ...core.shard import Axis
+from ...core.shard import Axis, Shard
 from ...ops.product import fold
 from . import ops
 from .config import BlockConfig, MissConfig
@@ -63,12 +63,10 @@ class Bone(LowRank):
         repeats = self.shape.out_features // D.shape[-1]
         return (D if repeats == 1 else D.unsqueeze(-2).expand(*D.shape[:-1], repeats, D.shape[-1]).flatten(-2),)
 
-    def cut(self, *factors: Tensor) -> Tensors:
+    def cut(self, shard: Shard, *factors: Tensor) -> Tensors:
         """Of columns that begin at c, column k is row `(c + k) mod r` of D."""
-        (D,), shard = factors, self.shard
-        assert shard is not None
-        first = shard.spans[0][0] if shard.axis == "in" else 0
-        return (shard.cut("out", D, -1).roll(-first, -2),)
+        (D,) = super().cut(shard, *factors)
+        return (D.roll(-shard.spans[0][0], -2) if shard.axis == "in" else D,)
 
     @property
     def rank(self) -> int:
@@ -126,6 +124,11 @@ class Bat(Dense):
         return adapter
 
     factors_exist = False
+    axes = (("out", -3),)
+
+    @property
+    def side(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.r
 
     @property
     def rank(self) -> int:
@@ -140,15 +143,16 @@ class Bat(Dense):
         return parameters
 
     @property
-    def has_parts_of_blocks(self) -> bool:
-        """Whether it runs on a shard of rows that begins or ends within a block."""
-        rows = self.shard is not None and self.whole is not None and self.shard.axis == "out"
-        return rows and any(bound % self.r for span in self.shard.spans for bound in span)  # type: ignore[union-attr]
+    def rows_in_blocks(self) -> tuple[int, list[int]] | None:
+        """On a shard of rows that begins or ends within a block: see `Shard.rows_in_blocks`."""
+        if self.whole is None or self.shard is None or self.shard.axis != "out":
+            return None
+        return self.shard.rows_in_blocks(self.r) if any(b % self.r for span in self.shard.spans for b in span) else None
 
     def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
-        if not self.has_parts_of_blocks:
+        if (found := self.rows_in_blocks) is None:
             return ops.bat(W, factors[0])
-        n, rows = self.shard.rows_in_blocks(self.r)  # type: ignore[union-attr]
+        n, rows = found
         index = torch.tensor(rows, device=W.device, dtype=torch.long)
         blocks = W.new_zeros(*W.shape[:-2], n * self.r, W.shape[-1]).index_copy(-2, index, W)  # a row of W' is of its row of W
         return ops.bat(blocks, factors[0]).index_select(-2, index)
@@ -156,16 +160,13 @@ class Bat(Dense):
     def unit(self, axis: Axis) -> int:
         return self.r if axis == "in" else 1
 
-    def cut(self, *factors: Tensor) -> Tensors:
-        return (self.shard.cut("out", factors[0], -3, self.r),)  # type: ignore[union-attr]
-
     def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
-        if self.has_parts_of_blocks:
+        if self.rows_in_blocks:
             return super().build(W, *factors, noise=noise, again=again)
         return ops.build_bat.call(again, W, factors[0], noise)
 
     def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> Sequence[Tensor | None]:
-        if self.has_parts_of_blocks:
+        if self.rows_in_blocks:
             return super().pull(G, W, *factors)
         return (ops.pull_bat(G, W, factors[0]),)
 

@@ -31,6 +31,7 @@ class HRA(Rotation):
     """
 
     scale_free = ("hra_u",)
+    axes = (("in", -1), ("in", -1))
 
     def __init__(self, shape: WeightShape, r: int, gram_schmidt: bool = False) -> None:
         super().__init__(shape)
@@ -81,9 +82,6 @@ class HRA(Rotation):
         """`Ûᵀ (…, r, in)` and `N = −Tᵀ Ûᵀ (…, r, in)`."""
         Û, N = ops.wy_factors(parameters[0], self.gram_schmidt)
         return Û.mT, N
-
-    def cut(self, *factors: Tensor) -> Tensors:
-        return tuple([self.shard.cut("in", t, -1) for t in factors])  # type: ignore[union-attr]
 
     def low_rank(self, W: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
         """`B (…, out, r)`, `A (…, r, in)` with `W Q − W == B A`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,10 @@ from typing_extensions import Self
 from ...core.adapter import Adapter
 from ...core.config import AdapterConfig
 from ...core.frozen_linear import low_rank_linear
-from ...core.kinds import Dense, add_low_rank
+from ...core.kinds import Dense, LowRank, add_low_rank
 from ...core.operator import Operator, WeightShape
 from ...core.prepared import Tensors, exact_dtype
-from ...core.shard import Axis
+from ...core.shard import Axis, Shard
 from ...core.weight_form import weight_form
 from . import ops
 from .config import LoHaConfig
@@ -29,6 +28,8 @@ class Hadamard(Dense):
     `hada_w1_b (r, channels)` and a core `hada_t1 (r, r, k…)`, the same for 2; the core and `w_b` together are a flat half's B.
     With `use_scalar` ΔW has one more factor, `hada_scalar ()`.
     """
+
+    axes = (("out", -2), ("in", -1), ("out", -2), ("in", -1))
 
     hada_w1_a: nn.Parameter
     hada_w1_b: nn.Parameter
@@ -96,11 +97,6 @@ class Hadamard(Dense):
             B = B * (torch.rand((), device=B.device) >= self.module_dropout).to(B.dtype)
         return B
 
-    def cut(self, *factors: Tensor) -> Tensors:
-        A1, B1, A2, B2 = factors
-        rows, columns = partial(self.shard.cut, "out", dim=-2), partial(self.shard.cut, "in", dim=-1)  # type: ignore[union-attr]
-        return rows(A1), columns(B1), rows(A2), columns(B2)
-
     @property
     def rank(self) -> int:
         return self.r
@@ -136,11 +132,8 @@ class LoHa(Hadamard):
     def weight_factors(self, *parameters: Tensor) -> Tensors:
         return self.halves(*parameters)
 
-    def cut(self, *factors: Tensor) -> Tensors:
-        if len(factors) == 4:
-            return super().cut(*factors)
-        Bt, A = factors
-        return self.shard.cut("out", Bt, -1), self.shard.cut("in", A, -1)  # type: ignore[union-attr]
+    def cut(self, shard: Shard, *factors: Tensor) -> Tensors:
+        return shard.cut_all(factors, LowRank.axes if len(factors) == 2 else self.axes)
 
     def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
         return ops.add_hadamard(W, *factors, s=self.scaling)  # type: ignore[call-arg]
@@ -170,7 +163,7 @@ class LoHa(Hadamard):
         return super().run(x, op, factors, scale)
 
     def _low_rank_for(self, x: Tensor) -> bool:
-        tokens = x.numel() // (self.shape.in_channels * self.shape.groups)
+        tokens = x.numel() // max(1, self.shape.in_channels * self.shape.groups)  # a shard may be empty
         return ops.low_rank_is_cheaper(tokens, self.shape.out_features, self.shape.in_features, self.r)
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
@@ -220,10 +213,8 @@ class DecomposedLoHa(Hadamard):
     def unit(self, axis: Axis) -> int:
         return 0 if (axis == "in") is self.on_out else 1  # along which lengths are summed
 
-    def cut(self, *factors: Tensor) -> Tensors:
-        *halves, m = factors
-        of_m = self.shard.cut("out", m, -2) if self.on_out else self.shard.cut("in", m, -1)  # type: ignore[union-attr]
-        return *super().cut(*halves), of_m
+    def cut(self, shard: Shard, *factors: Tensor) -> Tensors:
+        return shard.cut_all(factors, (*self.axes, ("out", -2) if self.on_out else ("in", -1)))
 
     def prepare(self, *parameters: Tensor) -> Tensors:
         return *self.halves(*parameters[:-1]), parameters[-1].to(exact_dtype(parameters[-1].dtype))

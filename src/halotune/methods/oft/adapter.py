@@ -28,6 +28,7 @@ class OFT(Rotation):
     """
 
     factors_exist = False
+    axes = (("in", -3),)
 
     def __init__(self, shape: WeightShape, b: int, shared: bool, terms: int, eps: float | None) -> None:
         super().__init__(shape)
@@ -51,6 +52,10 @@ class OFT(Rotation):
         return adapter
 
     @property
+    def side(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.b
+
+    @property
     def rank(self) -> int:
         """The number of blocks."""
         return self.shape.in_features // self.b
@@ -65,9 +70,6 @@ class OFT(Rotation):
 
     def unit(self, axis: Axis) -> int:
         return self.b if axis == "in" else 1
-
-    def cut(self, *factors: Tensor) -> Tensors:
-        return (self.shard.cut("in", factors[0], -3, self.b),)  # type: ignore[union-attr]
 
     def adapt(self, W: Tensor, *factors: Tensor) -> Tensor:
         return ops.rotate(W, factors[0].to(W.dtype).mT)
@@ -85,7 +87,7 @@ class OFT(Rotation):
     def drop(self, *factors: Tensor) -> Tensors:
         (R,) = factors
         blocks = self.whole_shape.in_features // self.b
-        dropped = self.cut_mask("in", torch.rand(blocks, 1, 1, device=R.device) < self.dropout, 0, self.b)
+        dropped = self.cut_mask("in", torch.rand(blocks, 1, 1, device=R.device) < self.dropout, 0)
         return (torch.where(dropped, torch.eye(self.b, dtype=R.dtype, device=R.device), R),)
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
