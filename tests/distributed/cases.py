@@ -44,7 +44,8 @@ def llama(seed: int = 0, **options: Any) -> nn.Module:
 
 
 def configured(method: str, **options: Any) -> Any:
-    return replace(copy.deepcopy(METHODS[method]), target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    return replace(copy.deepcopy(METHODS[method]), **options)
 
 
 def adapted(method: str, base: nn.Module | None = None, **options: Any) -> PeftModel:

@@ -20,7 +20,7 @@ def spawn(world_size: int, function: Callable[..., Any], *args: Any, backend: st
 
     Args:
         function: at the top of a module, so that processes which start afresh can import it.
-        backend: "nccl" gives each process the GPU of its rank.
+        backend: with "nccl" in it each process has the GPU of its rank.
         timeout: seconds for all of it; a collective that waits for half as long fails.
 
     Raises:
@@ -45,7 +45,7 @@ def _process(
 ) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
-    if backend == "nccl":
+    if "nccl" in backend:
         torch.cuda.set_device(rank)
     dist.init_process_group(
         backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout / 2)

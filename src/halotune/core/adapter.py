@@ -82,6 +82,8 @@ class Adapter(nn.Module, ABC):
         with exact(W):
             return self.adapt(W, *self.made("weight_factors", parameters or self.tensors()))
 
+    weight.requires_grad = False  # type: ignore[attr-defined]  # peft's policy for FSDP1 takes it for a parameter of a leaf
+
     def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
         """`adapt` without gradients: see `core/weight_form.py`."""
         return rounded(self.adapt, noise, W, *factors)
@@ -338,7 +340,7 @@ class Adapted(Operator):
         return self.inner.shape
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.adapter.forward(x, self.inner, self.scale)
+        return self.adapter(x, self.inner, self.scale)  # as a module: ZeRO-3's hooks gather its parameters
 
     def weight(self) -> Tensor:
         W = self.inner.weight().to(next(self.adapter.parameters()).device)  # offloaded weights may be elsewhere

@@ -135,6 +135,10 @@ class ExpertsBase(LinearLike):
     def is_product(self, *, written: bool = True) -> bool:
         return True
 
+    @property
+    def is_writable_here(self) -> bool:
+        return not hasattr(self.parameter, "placements")
+
     def require_mergeable(self, where: str, as_float: bool = False) -> None:
         if self.module.computed is not None or self.parameter.is_meta:
             how = "offloaded" if self.module.computed is None else "computed from other parameters (quantized, say)"

@@ -31,6 +31,11 @@ def _is_partitioned(t: Tensor) -> bool:
     return hasattr(t, "ds_id") and t.numel() == 0 != t.ds_numel  # type: ignore[attr-defined]
 
 
+def has_partitions(model: nn.Module) -> bool:
+    """Whether ZeRO-3 keeps parameters of the model."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
 def whole_size(t: Tensor) -> torch.Size:
     """That of the parameter, wherever it is."""
     return torch.Size(getattr(t, "ds_shape", t.shape))
@@ -80,7 +85,10 @@ def reshard(model: nn.Module) -> None:
 
 
 def only_shards(module: nn.Module) -> bool:
-    """Whether the module is a unit, and its hooks are FSDP2's alone."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    backward = module._backward_hooks or module._backward_pre_hooks
-    return is_unit(module) and not backward and all(type(getattr(h, "__self__", None)).__name__ == "FSDPState" for h in hooks)
+    """Whether all hooks of the module are there to gather its parameters: FSDP2's, or ZeRO-3's."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    if not hooks or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return all(
+        type(getattr(h, "__self__", None)).__name__ == "FSDPState" or h.__module__.startswith("deepspeed.") for h in hooks
+    )

@@ -40,7 +40,7 @@ def meet(what: str) -> None:
         if time.monotonic() > end:
             raise HalotuneError(
                 f"{what}: the model is sharded, so that every process has to take part, and not all {dist.get_world_size()} "
-                f"did within {WAIT:.0f} s. Call it on every process; is_main_process=False keeps one from writing."
+                f"did within {WAIT:.0f} s. Call it on every process (ZeRO-3: without is_main_process)."
             )
         time.sleep(0.001)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.files import CONFIG_NAME, WEIGHTS_NAME, write_together
-from ...core.sharding import reshard, whole
+from ...core.sharding import has_partitions, reshard, whole
 from ...methods.registry import method_of, under_alias
 from ..injection.modules import unwrapped
 from ..injection.offloading import bring_adapters
@@ -55,6 +55,8 @@ def save_adapters(
     if folder.is_file():
         raise HalotuneError(f"save_pretrained: {folder} is a file. Give a folder.")
     gathers = state_dict is None and takes_all(tuner.model)
+    if gathers and not is_main_process and has_partitions(tuner.model):
+        return  # of ZeRO-3 accelerate gives the main process alone a state dict, with which it writes alone
     if gathers:
         reshard(tuner.model)
         meet("save_pretrained")
