@@ -137,7 +137,7 @@ class ExpertsBase(LinearLike):
 
     @property
     def is_writable_here(self) -> bool:
-        return not hasattr(self.parameter, "placements")
+        return not is_distributed(self.parameter)
 
     def require_mergeable(self, where: str, as_float: bool = False) -> None:
         if self.module.computed is not None or self.parameter.is_meta:
