@@ -48,6 +48,7 @@ CLASSES = {
     "n04398044": "teapot",
     "n04399382": "stuffed animal",
 }
+PHOTOGRAPHS = {"flower": "flower.jpg", "temple": "china.jpg"}
 AT_EVERY_SUBJECT = ("HRA", "LoRA")
 SEEDS = (0, 1, 2)
 WARM_UP, STEPS = 3, 10
@@ -57,15 +58,50 @@ def make_images(args: argparse.Namespace) -> None:
     """The folder that the base is trained on, out of an archive: of CLASS/FILE by the classes' names, else of one caption."""
     folder, lines = Path(args.output), []
     folder.mkdir(parents=True)
-    with tarfile.open(args.archive) as archive:
-        archive.extractall(folder, filter="data")
+    if args.archive:
+        with tarfile.open(args.archive) as archive:
+            archive.extractall(folder, filter="data")
+    else:
+        cut_photographs(folder, Path(args.data))
     for file in sorted(f for f in folder.rglob("*") if f.suffix.lower() in (".jpg", ".jpeg", ".png")):
         place = file.relative_to(folder)
-        known = CLASSES.get(place.parts[0])
+        known = CLASSES.get(place.parts[0]) or (place.parts[0] if place.parts[0] in PHOTOGRAPHS else None)
         text = f"a photo of a {known}" if known else args.caption
         lines.append(json.dumps({"file_name": place.as_posix(), "text": text}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{folder}: {len(lines)} images")
+
+
+def cut_photographs(folder: Path, data: Path) -> None:
+    """Where there is no archive: squares out of scikit-learn's two photographs, of a flower and of a temple; and in
+    DreamBooth's layout one subject, that flower in blue."""
+    import random
+
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    from halotune.recipes.dreambooth import TABLE
+
+    whole = {name: Image.fromarray(load_sample_image(file)) for name, file in PHOTOGRAPHS.items()}
+    centres = {"flower": (330, 210), "temple": (320, 200)}
+    rng = random.Random(0)
+
+    def cut(image: Image.Image, x: int, y: int) -> Image.Image:
+        side = rng.randint(240, 330)
+        x, y = (c + rng.randint(-25, 25) - side // 2 for c in (x, y))
+        return image.crop((x, y, x + side, y + side)).resize((64, 64), Image.Resampling.LANCZOS)
+
+    for name, image in whole.items():
+        (folder / name).mkdir()
+        for number in range(200):
+            cut(image, *centres[name]).save(folder / name / f"{number:03}.png")
+    red, green, blue = whole["flower"].split()
+    (data / "blue_flower").mkdir(parents=True)
+    for number in range(5):
+        cut(Image.merge("RGB", (blue, green, red)), *centres["flower"]).save(data / "blue_flower" / f"{number:02}.jpg")
+    prompt = "prompt_list = [\n'a photo of a {0} {1}'.format(unique_token, class_token)\n]\n"
+    table = "subject_name,class\nblue_flower,flower\n\nPrompts\n\nObject Prompts\n\n"
+    (data / TABLE).write_text(f"{table}{prompt}\nLive Subject Prompts\n\n{prompt}", encoding="utf-8")
 
 
 # -- training
@@ -310,7 +346,7 @@ def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["images", "train", "cost", "table"])
     flag = parser.add_argument
-    flag("--archive")
+    flag("--archive", help="(default: none; squares out of scikit-learn's photographs, and a subject in --data)")
     flag("--caption", default="a photo of a face", help="of images whose folder has no name")
     flag("--output", default="images")
     flag("--model", default="base/pipeline")

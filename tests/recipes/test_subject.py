@@ -354,3 +354,34 @@ def test_a_dry_run_writes_nothing(root: Path, tmp_path: Path, capsys: pytest.Cap
     assert "trained parameters" in out
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "class").exists()
+
+
+def test_a_single_file_is_the_pipeline_it_was_made_of(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pickle that holds more than weights is refused; of safetensors beside a pickle, safetensors are read."""
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import save_file
+
+    folder = root / "sd" / "pipeline"
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    weights = {**pipe.unet.state_dict(), **pipe.vae.state_dict()}
+    clip = {f"cond_stage_model.transformer.{k}": v for k, v in pipe.text_encoder.state_dict().items()}
+    if not any(".text_model." in k for k in clip):
+        clip = {k.replace("transformer.", "transformer.text_model.", 1): v for k, v in clip.items()}
+    weights = {k: v.clone() for k, v in {**weights, **clip}.items()}
+    config = SubjectConfig(
+        **options(root, tmp_path / "run", model=str(tmp_path / "toy.ckpt"), pipeline_config=str(folder), prior_weight=0.0)
+    )
+    torch.save({"state_dict": weights, "hook": print}, tmp_path / "toy.ckpt")
+    with pytest.raises(HalotuneError, match="cannot be loaded: Unable to load weights"):
+        load_family(config)
+    torch.save({"state_dict": weights}, tmp_path / "toy.ckpt")
+    for name in ("toy.ckpt", "toy.safetensors"):
+        family = load_family(config)
+        for part in ("unet", "vae", "text_encoder"):
+            for a, b in zip(getattr(family.pipe, part).parameters(), getattr(pipe, part).parameters(), strict=True):
+                assert torch.equal(a, b)
+        if name == "toy.ckpt":
+            save_file(weights, tmp_path / "toy.safetensors")
+    assert "toy.safetensors is read, not toy.ckpt" in capsys.readouterr().err
+    train_subject(config)
+    assert adapter(tmp_path / "run")

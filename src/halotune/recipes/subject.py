@@ -59,6 +59,7 @@ class SubjectConfig(RunConfig):
         prior_weight: of the loss on pictures of the class; 0 for none.
         class_images: how many of them; those that are missing are made by the base.
         class_folder: where they are; by default runs/class_images/, in a folder for each model and prompt.
+        pipeline_config: where `model` is one file, a pipeline's folder or id with its configuration; by default as it tells.
         resolution: of the pictures, in pixels; by default what the model was made for.
         aspect: bring pictures to one of several shapes, the nearest, instead of cutting squares.
         flip: also learn from the mirror images.
@@ -90,6 +91,7 @@ class SubjectConfig(RunConfig):
     prior_weight: float = 1.0
     class_images: int = 200
     class_folder: str | None = None
+    pipeline_config: str | None = None
     resolution: int | None = None
     aspect: bool = False
     flip: bool = False
