@@ -23,7 +23,7 @@ from halotune.recipes.subject import Denoiser, SubjectConfig, adapt, train_subje
 from halotune.recipes.subject_data import Cache, Encoder, buckets, class_pictures, collate, find_pictures, read_picture
 
 from ..examples.models import save_stable_diffusion
-from .pictures import save_flux, save_sd3, save_sdxl, save_subject
+from .pictures import save_flux, save_sd3, save_sdxl, save_subject, single_file
 
 
 @pytest.fixture(scope="session")
@@ -363,11 +363,7 @@ def test_a_single_file_is_the_pipeline_it_was_made_of(root: Path, tmp_path: Path
 
     folder = root / "sd" / "pipeline"
     pipe = StableDiffusionPipeline.from_pretrained(folder)
-    weights = {**pipe.unet.state_dict(), **pipe.vae.state_dict()}
-    clip = {f"cond_stage_model.transformer.{k}": v for k, v in pipe.text_encoder.state_dict().items()}
-    if not any(".text_model." in k for k in clip):
-        clip = {k.replace("transformer.", "transformer.text_model.", 1): v for k, v in clip.items()}
-    weights = {k: v.clone() for k, v in {**weights, **clip}.items()}
+    weights = single_file(pipe)
     config = SubjectConfig(
         **options(root, tmp_path / "run", model=str(tmp_path / "toy.ckpt"), pipeline_config=str(folder), prior_weight=0.0)
     )

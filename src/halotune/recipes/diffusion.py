@@ -220,7 +220,9 @@ def load_family(config: RunConfig) -> Family:
         options: dict[str, Any] = {"dtype": DTYPES[config.precision]}
         if file:
             if config.quant:
-                raise HalotuneError(f"quant: a single file is not quantized; got {config.quant!r}. Save it as a pipeline first.")
+                raise HalotuneError(
+                    f"quant: a single file is not quantized; got {config.quant!r}. Save it as a pipeline first."
+                )
             pipe = getattr(diffusers, name).from_single_file(str(file), config=source, **options)
         else:
             if config.quant:
@@ -247,9 +249,10 @@ def single_file(model: str) -> Path | None:
 
 def _published(file: Path, config: Any) -> str:
     """Where the configuration of a checkpoint's pipeline is: as said, else as its weights tell."""
-    return config.pipeline_config or fetch_diffusers_config(load_single_file_checkpoint(str(file)))[
-        "pretrained_model_name_or_path"
-    ]
+    return (
+        config.pipeline_config
+        or fetch_diffusers_config(load_single_file_checkpoint(str(file)))["pretrained_model_name_or_path"]
+    )
 
 
 def _quantization(config: RunConfig, model_name: str) -> PipelineQuantizationConfig:
