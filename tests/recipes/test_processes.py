@@ -16,7 +16,7 @@ import pytest
 from transformers import BertConfig
 
 from halotune.recipes import NLUConfig, train_nlu
-from halotune.recipes.common.config import as_yaml
+from halotune.recipes.common.config import RunConfig, as_yaml
 from halotune.recipes.common.run import read_run
 
 
@@ -34,16 +34,17 @@ def configure(encoder: Path, table: Path, output: Path) -> NLUConfig:
     return NLUConfig(model=str(encoder), task="csv", data=str(table), evaluation=0.2, output=str(output), device="cpu", **given)
 
 
-def launch(config: NLUConfig, file: Path) -> subprocess.Popen[bytes]:
+def launch(config: RunConfig, file: Path, processes: int = 2) -> subprocess.Popen[bytes]:
     file.write_text(as_yaml(config))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), "-m", "halotune"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--master-port", str(port), "-m", "halotune", "train", config.RECIPE, "--config", str(file)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with file.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, *command, "train", "nlu", "--config", str(file)],
+            [sys.executable, *command],
             env=environment,
             stdout=log,
             stderr=log,

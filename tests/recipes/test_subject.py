@@ -83,9 +83,9 @@ def test_train_report_generate_and_load_elsewhere(root: Path, tmp_path: Path, ca
     assert record["pictures"] == {"subject": 3, "class": 2}
     assert record["parameters"]["trainable"] > 0
     gallery = json.loads((run / "gallery.json").read_text())
-    assert gallery["columns"] == ["base", "step 2", "step 4"]
+    assert gallery["columns"] == ["subject", "base", "step 2", "step 4"]
     assert [row["label"] for row in gallery["rows"]] == ["a photo of qwe flower · seed 0"]
-    assert (run / "index.html").read_text().count("data:image/png;base64") == 3
+    assert (run / "index.html").read_text().count("data:image/png;base64") == 4
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["evaluation"]["loss"] for line in lines if "evaluation" in line]
     assert losses[-1] < losses[0]

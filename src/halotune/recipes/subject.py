@@ -31,7 +31,7 @@ from .common.dry_run import dry_run as show_dry_run
 from .common.run import Run, said
 from .common.trainer import RunTrainerMixin, arguments
 from .diffusion import LORAS, TARGETS, TEXT_TARGETS, Family, draw, export, load_family
-from .subject_data import Encoder, Examples, as_text, class_pictures, collate, find_pictures, has_word
+from .subject_data import Encoder, Examples, as_text, class_pictures, collate, find_pictures, has_word, show_subject
 
 ADAPTER = "subject"
 STEPS = 1000
@@ -309,13 +309,17 @@ class SubjectTrainer(RunTrainerMixin, Trainer):
         grid = make_image_grid(drawn, len(prompts), config.validation_seeds)
         write_atomically(folder / f"{self.state.global_step:06}.png", lambda out: grid.save(out, "png"))
         steps = sorted(f.name for f in folder.iterdir() if f.is_dir() and int(f.name) <= self.state.global_step)
+        real = [f"subject/{i}.png" for i in range(show_subject(config, self.model.family, self.run.folder / "subject"))]
         rows = [
-            {"label": f"{prompt} · seed {seed}", "images": [f"pictures/{step}/{i}-{seed}.png" for step in steps]}
+            {
+                "label": f"{prompt} · seed {seed}",
+                "images": [real[seed % len(real)], *(f"pictures/{s}/{i}-{seed}.png" for s in steps)],
+            }
             for i, prompt in enumerate(prompts)
             for seed in range(config.validation_seeds)
         ]
-        heads = ["base" if int(step) == 0 else f"step {int(step)}" for step in steps]
-        self.run.write("gallery.json", {"columns": heads, "rows": rows})
+        heads = ["subject", *("base" if int(step) == 0 else f"step {int(step)}" for step in steps)]
+        self.run.write("gallery.json", {"columns": heads, "rows": rows, "shared": 2})
 
 
 class _Average(TrainerCallback):
@@ -348,7 +352,7 @@ def train_subject(config: SubjectConfig, *, dry_run: bool = False, command: str 
         return run.record
     pictures = find_pictures(config.subject, str(config.prompt), config.identifier)
     family = load_family(config)
-    args = arguments(config, run, include_num_input_tokens_seen="no", remove_unused_columns=False)
+    args = arguments(config, run, include_num_input_tokens_seen="no", remove_unused_columns=False, data_seed=config.seed)
     if not config.quant:
         family.model.to(args.device)
     encoder = Encoder(family, config, args.device)
@@ -377,6 +381,8 @@ def train_subject(config: SubjectConfig, *, dry_run: bool = False, command: str 
         if run.last_checkpoint()[0] is None:
             with torch.random.fork_rng():
                 trainer.draw()  # what the base makes of the prompts
+        if args.process_index:
+            torch.manual_seed(config.seed + args.process_index)  # noise of its own; the order of the data is data_seed's
         trainer.train_run()
         if not any(line["step"] == trainer.state.global_step for line in run.metrics() if "evaluation" in line):
             trainer.evaluate()

@@ -266,3 +266,15 @@ def class_pictures(config: SubjectConfig, family: Family, device: torch.device, 
         image = draw(family, config, prompt, i, device)
         write_atomically(folder / f"{i:05}.png", lambda file, image=image: image.save(file, "png"))
     return find_pictures(folder, prompt)[: config.class_images]
+
+
+def show_subject(config: SubjectConfig, family: Family, folder: Path) -> int:
+    """As many of the subject's pictures as there are seeds, cut as they are learned, for the run's page; how many there are."""
+    found = find_pictures(config.subject, "")[: config.validation_seeds]
+    sizes = buckets(config.resolution or family.size, family.divisor, config.aspect)
+    for i, picture in enumerate(found):
+        file = folder / f"{i}.png"
+        if not file.is_file():
+            image = fitted(read_picture(picture.file), sizes)
+            write_atomically(file, lambda out, image=image: image.save(out, "png"))
+    return len(found)
