@@ -8,8 +8,8 @@ The images and the data set, once, where there is a network:
 Sittings on one GPU, each a command of at most ten minutes. A machine that begins empty needs `images`, `dreambooth` and, of the
 base, `base/carried` (bf16, files of at most 16 MiB, 60 MB together); `base/state.pt` is there only while the machine stays.
 
-    python examples/tiny_latent_diffusion.py --images images --output base --minutes 8 --compile   # again until "finished": true
-    python examples/tiny_latent_diffusion.py --images images --output base --minutes 0    # base/pipeline again, from base/carried
+    python examples/tiny_latent_diffusion.py --images images --output base --minutes 8 --compile # again until "finished": true
+    python examples/tiny_latent_diffusion.py --images images --output base --minutes 0  # base/pipeline again, from base/carried
     python benchmarks/subject.py train --model base/pipeline --data dreambooth --minutes 7          # again until none is left
     python benchmarks/subject.py cost --minutes 7                                 # again; less memory: --blocks 10
     python benchmarks/subject.py table
