@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -381,3 +382,65 @@ def test_a_single_file_is_the_pipeline_it_was_made_of(root: Path, tmp_path: Path
     assert "toy.safetensors is read, not toy.ckpt" in capsys.readouterr().err
     train_subject(config)
     assert adapter(tmp_path / "run")
+
+
+def test_what_users_folders_hold(root: Path, tmp_path: Path) -> None:
+    """Files of the system, one pixel, sixteen bits, names and captions in any language."""
+    folder = tmp_path / "собака 犬"
+    folder.mkdir()
+    (folder / "._00.jpg").write_bytes(b"of the system")
+    Image.new("RGB", (1, 1), "red").save(folder / "один.png")
+    (folder / "один.txt").write_text("фото qwe собаки", encoding="utf-8")
+    Image.fromarray(np.full((8, 8), 128 << 8, dtype=np.uint16)).save(folder / "deep.png")
+    found = find_pictures(folder, "a qwe dog", "qwe")
+    assert [p.caption for p in found] == ["a qwe dog", "фото qwe собаки"]
+    assert read_picture(found[0].file).getpixel((0, 0)) == (128, 128, 128)
+    values = options(root, tmp_path / "бег", subject=str(folder), class_word="собака", prompt="a qwe", max_steps=1)
+    assert main(["train", "subject", *flags(values | {"class_folder": str(tmp_path / "класс")})]) == 0
+    (folder / "один.txt").write_bytes("собака".encode("koi8-r"))
+    with pytest.raises(HalotuneError, match=r"один.txt: cannot be read as UTF-8"):
+        find_pictures(folder, "a")
+
+
+def test_a_run_does_not_go_on_with_other_pictures(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = options(root, tmp_path / "run", subject=str(save_subject(tmp_path / "own")), prior_weight=0.0, save_every=2)
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe.SubjectTrainer, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_subject(SubjectConfig(**values))
+    monkeypatch.undo()
+    (tmp_path / "own" / "02.png").rename(tmp_path / "02.png")
+    with pytest.raises(HalotuneError, match="run: the data have changed since this run began"):
+        train_subject(SubjectConfig(**values))
+    (tmp_path / "02.png").rename(tmp_path / "own" / "02.png")
+    assert train_subject(SubjectConfig(**values))["status"] == FINISHED
+
+
+def test_a_full_disk_ends_a_run_that_then_goes_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = options(root, tmp_path / "run", prior_weight=0.0, save_every=2)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("halotune.integrations.diffusers.PipelineAdapters.save", full)
+    assert main(["train", "subject", *flags(values)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    record = read_run(tmp_path / "run")
+    assert record
+    assert record["status"] == "failed"
+    assert not list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    monkeypatch.undo()
+    assert main(["train", "subject", *flags(values)]) == 0
+    assert adapter(tmp_path / "run")
+
+
+def test_a_pipeline_of_another_kind(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "Flux2Pipeline"}')
+    assert main(["train", "subject", *flags(options(root, tmp_path / "run", model=str(tmp_path / "other")))]) == 2
+    assert "a Flux2Pipeline is of no known type. Use one of StableDiffusionPipeline" in capsys.readouterr().err

@@ -31,7 +31,7 @@ from .common.dry_run import dry_run as show_dry_run
 from .common.run import Run, said
 from .common.trainer import RunTrainerMixin, arguments
 from .diffusion import LORAS, TARGETS, TEXT_TARGETS, Family, draw, export, load_family
-from .subject_data import Encoder, Examples, as_text, class_pictures, collate, find_pictures, has_word, show_subject
+from .subject_data import Encoder, Examples, as_text, class_pictures, collate, contents, find_pictures, has_word, show_subject
 
 ADAPTER = "subject"
 STEPS = 1000
@@ -351,6 +351,7 @@ def train_subject(config: SubjectConfig, *, dry_run: bool = False, command: str 
         said(f"{run.folder}: finished already; nothing was done. Give another --output for a new run.")
         return run.record
     pictures = find_pictures(config.subject, str(config.prompt), config.identifier)
+    run.check_data(contents(pictures))
     family = load_family(config)
     args = arguments(config, run, include_num_input_tokens_seen="no", remove_unused_columns=False, data_seed=config.seed)
     if not config.quant:
@@ -377,7 +378,11 @@ def train_subject(config: SubjectConfig, *, dry_run: bool = False, command: str 
         show_dry_run(run, trainer, as_text)
         return run.record
     with run.open():
-        run.update(pictures={"subject": len(pictures), "class": len(prior)}, pipeline=type(family.pipe).__name__)
+        run.update(
+            data=contents(pictures),
+            pictures={"subject": len(pictures), "class": len(prior)},
+            pipeline=type(family.pipe).__name__,
+        )
         if run.last_checkpoint()[0] is None:
             with torch.random.fork_rng():
                 trainer.draw()  # what the base makes of the prompts
