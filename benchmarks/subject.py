@@ -21,7 +21,7 @@ Without any download, at toy size, on a CPU (with scikit-learn's photographs; wh
     python examples/tiny_latent_diffusion.py --images images --output base --minutes 4 --size 32 --vae-channels 16 32 32 \\
         --channels 32 64 --groups 8 --batch-size 16 --vae-steps 350 --unet-steps 1500 --learning-rate 1e-3 --device cpu
     python benchmarks/subject.py train --model base/pipeline --data photographs --subjects blue_flower --others temple \\
-        --steps 150 --class-images 8 --results toy --minutes 20
+        --steps 40 --class-images 4 --inference-steps 8 --guidance 2 --results toy --minutes 20
     python benchmarks/subject.py cost --toy --device cpu --cost-steps 2 --results toy
     python benchmarks/subject.py picture --subject blue_flower --results toy --output docs/subject.png
 
@@ -181,6 +181,7 @@ def train_one(args: argparse.Namespace, subject: str, method: str, seed: int) ->
         max_steps=args.steps,
         batch_size=args.batch_size,
         class_images=args.class_images,
+        inference_steps=args.inference_steps,
         guidance_scale=args.guidance,
         validation_seeds=4,
         output=str(run),
@@ -406,6 +407,7 @@ def main(given: list[str] | None = None) -> None:
     flag("--steps", type=int, default=600)
     flag("--batch-size", type=int, default=4)
     flag("--class-images", type=int, default=100)
+    flag("--inference-steps", type=int, default=25)
     flag("--guidance", type=float, default=3.0)
     flag("--rate", type=float, default=1.0)
     flag("--rank", type=int, default=8)

@@ -428,7 +428,7 @@ def test_a_full_disk_ends_a_run_that_then_goes_on(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("halotune.integrations.diffusers.PipelineAdapters.save", full)
-    assert main(["train", "subject", *flags(values)]) == 2
+    assert main(["train", "subject", *flags(values)]) == 1
     assert "No space left on device" in capsys.readouterr().err
     record = read_run(tmp_path / "run")
     assert record

@@ -351,7 +351,8 @@ def train_subject(config: SubjectConfig, *, dry_run: bool = False, command: str 
         said(f"{run.folder}: finished already; nothing was done. Give another --output for a new run.")
         return run.record
     pictures = find_pictures(config.subject, str(config.prompt), config.identifier)
-    run.check_data(contents(pictures))
+    data = contents(pictures)
+    run.check_data(data)
     family = load_family(config)
     args = arguments(config, run, include_num_input_tokens_seen="no", remove_unused_columns=False, data_seed=config.seed)
     if not config.quant:
@@ -379,7 +380,7 @@ def train_subject(config: SubjectConfig, *, dry_run: bool = False, command: str 
         return run.record
     with run.open():
         run.update(
-            data=contents(pictures),
+            data=data,
             pictures={"subject": len(pictures), "class": len(prior)},
             pipeline=type(family.pipe).__name__,
         )
