@@ -405,7 +405,7 @@ def test_what_users_folders_hold(root: Path, tmp_path: Path) -> None:
 def test_a_run_does_not_go_on_with_other_pictures(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = options(root, tmp_path / "run", subject=str(save_subject(tmp_path / "own")), prior_weight=0.0, save_every=2)
 
-    def interrupted(*_: Any) -> Any:
+    def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(recipe.SubjectTrainer, "evaluate", interrupted)

@@ -139,6 +139,7 @@ def test_efficientnet_knows_its_subjects() -> None:
     assert min(cosines[0, 1], cosines[2, 3]) > cosines[:2, 2:].max() + 0.1
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torchvision's, of how lpips calls it
 def test_lpips_through_its_own_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """With its published weights of layers on a backbone of random weights, as the pretrained one needs a network."""
     lpips = pytest.importorskip("lpips")
