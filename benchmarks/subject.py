@@ -141,6 +141,11 @@ def jobs(subjects: list[str]) -> Iterator[tuple[str, str, int]]:
 
 def train(args: argparse.Namespace) -> None:
     end = time.monotonic() + 60 * args.minutes
+    import torch
+
+    from halotune.recipes.scorers import load_scorers
+
+    load_scorers(args.scorers, torch.device("cpu"))  # what is missing is said before minutes are spent
     results, longest = Path(args.results), 0.0
     open_jobs = [job for job in jobs(args.subjects) if not (results / f"{name_of(*job)}.json").is_file()]
     for job in open_jobs:
