@@ -1,10 +1,29 @@
 """Subject-driven generation with every method at about equal parameters: `docs/results/subject/`, in sittings.
 
+The images and the data set, once, where there is a network:
+
+    halotune data dreambooth dreambooth
     python benchmarks/subject.py images --archive tiny_imagenet.tar --output images
-    python examples/tiny_latent_diffusion.py --images images --output base --minutes 8        # the base; until it is finished
-    python benchmarks/subject.py train --model base/pipeline --data dreambooth --minutes 9
-    python benchmarks/subject.py cost --minutes 9
+
+Sittings on one GPU, each a command of at most ten minutes. A machine that begins empty needs `images`, `dreambooth` and, of the
+base, `base/carried` (bf16, files of at most 16 MiB, 60 MB together); `base/state.pt` is there only while the machine stays.
+
+    python examples/tiny_latent_diffusion.py --images images --output base --minutes 8 --compile # again until "finished": true
+    python examples/tiny_latent_diffusion.py --images images --output base --minutes 0  # base/pipeline again, from base/carried
+    python benchmarks/subject.py train --model base/pipeline --data dreambooth --minutes 7          # again until none is left
+    python benchmarks/subject.py cost --minutes 7                                 # again; less memory: --blocks 10
     python benchmarks/subject.py table
+    python benchmarks/subject.py picture --subject dog6 --output docs/subject.png
+
+Without any download, at toy size, on a CPU (with scikit-learn's photographs; what README.md shows):
+
+    python benchmarks/subject.py images --output images --data photographs
+    python examples/tiny_latent_diffusion.py --images images --output base --minutes 4 --size 32 --vae-channels 16 32 32 \\
+        --channels 32 64 --groups 8 --batch-size 16 --vae-steps 350 --unet-steps 1500 --learning-rate 1e-3 --device cpu
+    python benchmarks/subject.py train --model base/pipeline --data photographs --subjects blue_flower --others temple \\
+        --steps 40 --class-images 4 --inference-steps 8 --guidance 2 --results toy --minutes 20
+    python benchmarks/subject.py cost --toy --device cpu --cost-steps 2 --results toy
+    python benchmarks/subject.py picture --subject blue_flower --results toy --output docs/subject.png
 
 `train` adapts the base to three subjects: all methods at the first, with three seeds; HRA and LoRA at the others. Figures are
 those of `halotune eval subject`; the drift is that of prompts of the base's other classes. `cost` times a training step on
@@ -17,6 +36,7 @@ from what it finds there. The learning rate of each method is the library's defa
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import statistics
@@ -48,6 +68,7 @@ CLASSES = {
     "n04398044": "teapot",
     "n04399382": "stuffed animal",
 }
+PHOTOGRAPHS = {"flower": "flower.jpg", "temple": "china.jpg"}
 AT_EVERY_SUBJECT = ("HRA", "LoRA")
 SEEDS = (0, 1, 2)
 WARM_UP, STEPS = 3, 10
@@ -57,15 +78,50 @@ def make_images(args: argparse.Namespace) -> None:
     """The folder that the base is trained on, out of an archive: of CLASS/FILE by the classes' names, else of one caption."""
     folder, lines = Path(args.output), []
     folder.mkdir(parents=True)
-    with tarfile.open(args.archive) as archive:
-        archive.extractall(folder, filter="data")
+    if args.archive:
+        with tarfile.open(args.archive) as archive:
+            archive.extractall(folder, filter="data")
+    else:
+        cut_photographs(folder, Path(args.data))
     for file in sorted(f for f in folder.rglob("*") if f.suffix.lower() in (".jpg", ".jpeg", ".png")):
         place = file.relative_to(folder)
-        known = CLASSES.get(place.parts[0])
+        known = CLASSES.get(place.parts[0]) or (place.parts[0] if place.parts[0] in PHOTOGRAPHS else None)
         text = f"a photo of a {known}" if known else args.caption
         lines.append(json.dumps({"file_name": place.as_posix(), "text": text}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{folder}: {len(lines)} images")
+
+
+def cut_photographs(folder: Path, data: Path) -> None:
+    """Where there is no archive: squares out of scikit-learn's two photographs, of a flower and of a temple; and in
+    DreamBooth's layout one subject, that flower in blue."""
+    import random
+
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    from halotune.recipes.dreambooth import TABLE
+
+    whole = {name: Image.fromarray(load_sample_image(file)) for name, file in PHOTOGRAPHS.items()}
+    centres = {"flower": (330, 210), "temple": (320, 200)}
+    rng = random.Random(0)
+
+    def cut(image: Image.Image, x: int, y: int) -> Image.Image:
+        side = rng.randint(240, 330)
+        x, y = (c + rng.randint(-25, 25) - side // 2 for c in (x, y))
+        return image.crop((x, y, x + side, y + side)).resize((64, 64), Image.Resampling.LANCZOS)
+
+    for name, image in whole.items():
+        (folder / name).mkdir()
+        for number in range(200):
+            cut(image, *centres[name]).save(folder / name / f"{number:03}.png")
+    red, green, blue = whole["flower"].split()
+    (data / "blue_flower").mkdir(parents=True)
+    for number in range(5):
+        cut(Image.merge("RGB", (blue, green, red)), *centres["flower"]).save(data / "blue_flower" / f"{number:02}.jpg")
+    prompt = "prompt_list = [\n'a photo of a {0} {1}'.format(unique_token, class_token)\n]\n"
+    table = "subject_name,class\nblue_flower,flower\n\nPrompts\n\nObject Prompts\n\n"
+    (data / TABLE).write_text(f"{table}{prompt}\nLive Subject Prompts\n\n{prompt}", encoding="utf-8")
 
 
 # -- training
@@ -85,6 +141,11 @@ def jobs(subjects: list[str]) -> Iterator[tuple[str, str, int]]:
 
 def train(args: argparse.Namespace) -> None:
     end = time.monotonic() + 60 * args.minutes
+    import torch
+
+    from halotune.recipes.scorers import load_scorers
+
+    load_scorers(args.scorers, torch.device("cpu"))  # what is missing is said before minutes are spent
     results, longest = Path(args.results), 0.0
     open_jobs = [job for job in jobs(args.subjects) if not (results / f"{name_of(*job)}.json").is_file()]
     for job in open_jobs:
@@ -125,6 +186,7 @@ def train_one(args: argparse.Namespace, subject: str, method: str, seed: int) ->
         max_steps=args.steps,
         batch_size=args.batch_size,
         class_images=args.class_images,
+        inference_steps=args.inference_steps,
         guidance_scale=args.guidance,
         validation_seeds=4,
         output=str(run),
@@ -134,7 +196,7 @@ def train_one(args: argparse.Namespace, subject: str, method: str, seed: int) ->
     config.learning_rate *= args.rate
     record = train_subject(config)
     prompts = [config.prompt, f"a qwe {word} in the snow", f"a red qwe {word}"]
-    others = [f"a photo of a {c}" for c in dict.fromkeys(CLASSES.values()) if c != word]
+    others = [f"a photo of a {c}" for c in args.others if c != word]
     figures = evaluate_subject(
         SubjectEvaluation(str(run), scorers=args.scorers, prompts=prompts, drift_prompts=others, count=4)
     )
@@ -156,33 +218,35 @@ def train_one(args: argparse.Namespace, subject: str, method: str, seed: int) ->
 # -- the cost of a step
 
 
-def sd15() -> tuple[Any, dict[str, Any]]:
+def sd15(toy: bool = False) -> tuple[Any, dict[str, Any]]:
     """Stable Diffusion 1.5's UNet and its inputs of one picture of 512 pixels."""
     import torch
     from diffusers import UNet2DConditionModel
 
-    model = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    size, widths = (8, (32, 64, 64, 64)) if toy else (64, (320, 640, 1280, 1280))
+    model = UNet2DConditionModel(sample_size=size, cross_attention_dim=768, block_out_channels=widths)
     inputs = {
-        "sample": torch.randn(1, 4, 64, 64),
+        "sample": torch.randn(1, 4, size, size),
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": torch.randn(1, 77, 768),
     }
     return model, inputs
 
 
-def flux(blocks: int) -> tuple[Any, dict[str, Any]]:
+def flux(blocks: int, toy: bool = False) -> tuple[Any, dict[str, Any]]:
     """A transformer of FLUX.1's width with so many double and twice as many single blocks, and one picture of 512 pixels."""
     import torch
     from diffusers import FluxTransformer2DModel
 
-    model = FluxTransformer2DModel(num_layers=blocks, num_single_layers=2 * blocks)
+    heads, tokens, words = (1, 16, 8) if toy else (24, 1024, 512)
+    model = FluxTransformer2DModel(num_layers=blocks, num_single_layers=2 * blocks, num_attention_heads=heads)
     inputs = {
-        "hidden_states": torch.randn(1, 1024, 64),
-        "encoder_hidden_states": torch.randn(1, 512, 4096),
+        "hidden_states": torch.randn(1, tokens, 64),
+        "encoder_hidden_states": torch.randn(1, words, 4096),
         "pooled_projections": torch.randn(1, 768),
         "timestep": torch.tensor([0.5]),
-        "img_ids": torch.zeros(1024, 3),
-        "txt_ids": torch.zeros(512, 3),
+        "img_ids": torch.zeros(tokens, 3),
+        "txt_ids": torch.zeros(words, 3),
     }
     return model, inputs
 
@@ -194,7 +258,7 @@ def cost(args: argparse.Namespace) -> None:
     end = time.monotonic() + 60 * args.minutes
     results = Path(args.results)
     results.mkdir(parents=True, exist_ok=True)
-    models = {"sd15": sd15, f"flux-{args.blocks}": lambda: flux(args.blocks)}
+    models = {"sd15": lambda: sd15(args.toy), f"flux-{args.blocks}": lambda: flux(args.blocks, args.toy)}
     for name, make in models.items():
         for method in ("LoRA", "HRA", "LoHa", "Bone", "BAT", "peft HRA"):
             file = results / f"cost-{name}-{method.replace(' ', '_')}.json"
@@ -208,6 +272,7 @@ def cost(args: argparse.Namespace) -> None:
             file.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
             print(entries, flush=True)
             del model, inputs
+            gc.collect()  # models with adapters refer to themselves
             torch.cuda.empty_cache() if args.device == "cuda" else None
 
 
@@ -299,6 +364,28 @@ def table(args: argparse.Namespace) -> None:
         print(text_table(["model", "method", "parameters", "s/step", "× LoRA", "peak GiB"], lines, left=["model", "method"]))
 
 
+def picture(args: argparse.Namespace) -> None:
+    """Subject, base and every method side by side, out of the small pictures that `train` left: a row for each seed."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    side, head = 96, 22
+    found = {m: f for m in METHODS if (f := Path(args.results) / f"{name_of(args.subject, m, SEEDS[0])}.png").is_file()}
+    if not found:
+        raise SystemExit(f"{args.results}: holds no picture of {args.subject}. Run `train` first.")
+    columns = ["subject", "base", *found]
+    sheet = Image.new("RGB", (side * len(columns), head + 4 * side), "white")
+    write = ImageDraw.Draw(sheet)
+    for x, name in enumerate(columns):
+        write.text((side * (x + 0.5), head / 2), name, "black", ImageFont.load_default(14), anchor="mm")
+        with Image.open(found.get(name, next(iter(found.values())))) as grid:  # rows: subject, base, run
+            row, small = min(x, 2), grid.width // 4
+            for y in range(4):
+                cell = grid.crop((small * y, small * row, small * (y + 1), small * (row + 1)))
+                sheet.paste(cell.resize((side, side), Image.Resampling.BICUBIC), (side * x, head + side * y))
+    sheet.save(args.output, optimize=True)
+    print(f"{args.output}: {', '.join(columns)}")
+
+
 def spread(values: list[float]) -> str:
     if not values:
         return "–"
@@ -308,9 +395,9 @@ def spread(values: list[float]) -> str:
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["images", "train", "cost", "table"])
+    parser.add_argument("what", choices=["images", "train", "cost", "table", "picture"])
     flag = parser.add_argument
-    flag("--archive")
+    flag("--archive", help="(default: none; squares out of scikit-learn's photographs, and a subject in --data)")
     flag("--caption", default="a photo of a face", help="of images whose folder has no name")
     flag("--output", default="images")
     flag("--model", default="base/pipeline")
@@ -318,10 +405,14 @@ def main(given: list[str] | None = None) -> None:
     flag("--runs", default="runs/subject-benchmark")
     flag("--results", default=str(ROOT / "docs" / "results" / "subject"))
     flag("--subjects", nargs="+", default=["dog6", "teapot", "backpack"])
+    flag("--subject", default="dog6", help="of `picture`")
+    flag("--others", nargs="+", default=list(dict.fromkeys(CLASSES.values())), help="classes of the base, for the drift")
+    flag("--toy", action="store_true", help="time models of toy size")
     flag("--scorers", default="efficientnet-lite")
     flag("--steps", type=int, default=600)
     flag("--batch-size", type=int, default=4)
     flag("--class-images", type=int, default=100)
+    flag("--inference-steps", type=int, default=25)
     flag("--guidance", type=float, default=3.0)
     flag("--rate", type=float, default=1.0)
     flag("--rank", type=int, default=8)
@@ -330,7 +421,7 @@ def main(given: list[str] | None = None) -> None:
     flag("--minutes", type=float, default=9.0)
     flag("--device", default="cuda")
     args = parser.parse_args(given)
-    {"images": make_images, "train": train, "cost": cost, "table": table}[args.what](args)
+    {"images": make_images, "train": train, "cost": cost, "table": table, "picture": picture}[args.what](args)
 
 
 if __name__ == "__main__":

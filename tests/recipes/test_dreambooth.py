@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,14 @@ from halotune.cli.main import main
 
 pytest.importorskip("diffusers")
 
+from halotune.recipes import dreambooth
+from halotune.recipes.common.download import Remote
 from halotune.recipes.dreambooth import TABLE, read_suite, suite_runs, train_suite
 from halotune.recipes.subject import SubjectConfig
+
+from .test_download import Server, server
+
+__all__ = ["server"]  # the fixture
 
 OBJECTS, LIVE = ("in the snow", "on a mirror"), ("in the snow", "wearing a red hat")
 
@@ -79,8 +86,52 @@ def test_the_data_are_laid_out(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["data", "dreambooth", str(tmp_path / "laid"), "--from", str(tmp_path / "clone")]) == 0
     assert [s.name for s in read_suite(tmp_path / "laid")] == ["dog6", "rc_car", "bear"]
     assert (tmp_path / "laid" / "rc_car" / "00.jpg").is_file()
-    assert main(["data", "dreambooth", str(tmp_path / "other")]) == 2
-    assert "Clone it" in capsys.readouterr().err
+    assert "3 subjects; the published data set has 30" in capsys.readouterr().err
+    assert main(["data", "dreambooth", str(tmp_path / "other"), "--from", str(tmp_path / "none")]) == 2
+    assert "there is no such file or folder" in capsys.readouterr().err
+
+
+def packed(folder: Path, file: Path, commit: str = dreambooth.COMMIT) -> bytes:
+    """As GitHub packs a repository: in a folder, with the commit as the archive's comment."""
+    with zipfile.ZipFile(file, "w") as z:
+        z.comment = commit.encode()
+        for path in sorted(folder.rglob("*")):
+            z.write(path, Path("dreambooth-main") / path.relative_to(folder))
+    return file.read_bytes()
+
+
+def test_the_data_are_fetched(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A transfer that is cut off goes on; what is damaged, or of another commit, is not kept."""
+    write_suite(tmp_path / "clone" / "dataset")
+    content = packed(tmp_path / "clone", tmp_path / "a.zip")
+    remote = server.remote("a.zip", content)
+    monkeypatch.setattr(dreambooth, "ARCHIVE", Remote(remote.url, None))
+    command = ["data", "dreambooth", str(tmp_path / "laid")]
+    server.limit = 700
+    assert main(command) == 2
+    assert "The same command goes on where it ended" in capsys.readouterr().err
+    assert not (tmp_path / "laid").exists()
+    server.limit = None
+    server.asked.clear()
+    assert main(command) == 0
+    assert server.asked == [("a.zip", "bytes=700-")]
+    assert [s.name for s in read_suite(tmp_path / "laid")] == ["dog6", "rc_car", "bear"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.zip", "clone", "laid"]
+    damaged = bytearray(content)
+    damaged[content.index(b"subject_name,class") + 4] ^= 1
+    for wrong, said in (
+        (bytes(damaged), "prompts_and_classes.txt is damaged"),
+        (packed(tmp_path / "clone", tmp_path / "b.zip", "f" * 40), "it is of commit ffff"),
+        (b"<html>try later</html>", "is damaged"),
+    ):
+        server.files["a.zip"] = wrong
+        assert main(["data", "dreambooth", str(tmp_path / "other")]) == 2
+        assert said in capsys.readouterr().err
+        assert not list((tmp_path / ".other.downloads").iterdir())
+    server.files["a.zip"] = content
+    assert main(["data", "dreambooth", str(tmp_path / "other")]) == 0
 
 
 def test_tables_that_are_refused(tmp_path: Path) -> None:

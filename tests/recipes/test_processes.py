@@ -20,7 +20,7 @@ pytest.importorskip("lm_eval")
 pytest.importorskip("pebble")
 
 from halotune.recipes import NLUConfig
-from halotune.recipes.common.config import as_yaml
+from halotune.recipes.common.config import RunConfig, as_yaml
 from halotune.recipes.common.run import read_lines, read_run
 
 from .jobs import run
@@ -73,15 +73,33 @@ def answering(adapter: Path, place: Path, output: Path) -> dict[str, Any]:
     return {**own, "max_new_tokens": 6, "batch_size": 2, "workers": 1, "device": "cpu"}
 
 
-def torchrun(*command: str, log: Path) -> subprocess.Popen[bytes]:
+def torchrun(*command: str, log: Path, processes: int = 2) -> subprocess.Popen[bytes]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     root = Path(__file__).parents[2]
     with log.open("ab") as out:
         return subprocess.Popen([*launcher, *command], env=environment, stdout=out, stderr=out, cwd=root)
+
+
+def kill(launcher: subprocess.Popen[bytes]) -> None:
+    """End it and its workers, which its end alone does not end."""
+    parent = psutil.Process(launcher.pid)
+    running = [parent, *parent.children(recursive=True)]
+    for process in running:
+        process.kill()
+    launcher.wait()
+    psutil.wait_procs(running)
+
+
+def launch(config: RunConfig, file: Path, processes: int = 2) -> subprocess.Popen[bytes]:
+    """`halotune train` of a configuration."""
+    file.write_text(as_yaml(config))
+    return torchrun(
+        "-m", "halotune", "train", config.RECIPE, "--config", str(file), log=file.with_suffix(".log"), processes=processes
+    )
 
 
 def in_two_processes(jobs: list[list[Any]], file: Path) -> list[Any]:
@@ -173,12 +191,7 @@ def test_a_kill_and_the_same_command_again(place, alone, encoder, table, tmp_pat
     first = torchrun(*command, log=tmp_path / "log")
     while first.poll() is None and max(steps(), default=0) < 4:
         time.sleep(0.01)
-    launcher = psutil.Process(first.pid)
-    running = [launcher, *launcher.children(recursive=True)]  # which the launcher's end alone does not end
-    for process in running:
-        process.kill()
-    first.wait()
-    psutil.wait_procs(running)
+    kill(first)
     assert max(steps(), default=0) >= 4, (tmp_path / "log").read_text()[-2000:]
     run("train_nlu", nlu(encoder, table, tmp_path / "two"))
     assert_same(tmp_path / "two", alone / "nlu")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -23,7 +24,7 @@ from halotune.recipes.subject import Denoiser, SubjectConfig, adapt, train_subje
 from halotune.recipes.subject_data import Cache, Encoder, buckets, class_pictures, collate, find_pictures, read_picture
 
 from ..examples.models import save_stable_diffusion
-from .pictures import save_flux, save_sd3, save_sdxl, save_subject
+from .pictures import save_flux, save_sd3, save_sdxl, save_subject, single_file
 
 
 @pytest.fixture(scope="session")
@@ -83,9 +84,9 @@ def test_train_report_generate_and_load_elsewhere(root: Path, tmp_path: Path, ca
     assert record["pictures"] == {"subject": 3, "class": 2}
     assert record["parameters"]["trainable"] > 0
     gallery = json.loads((run / "gallery.json").read_text())
-    assert gallery["columns"] == ["base", "step 2", "step 4"]
+    assert gallery["columns"] == ["subject", "base", "step 2", "step 4"]
     assert [row["label"] for row in gallery["rows"]] == ["a photo of qwe flower · seed 0"]
-    assert (run / "index.html").read_text().count("data:image/png;base64") == 3
+    assert (run / "index.html").read_text().count("data:image/png;base64") == 4
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["evaluation"]["loss"] for line in lines if "evaluation" in line]
     assert losses[-1] < losses[0]
@@ -354,3 +355,92 @@ def test_a_dry_run_writes_nothing(root: Path, tmp_path: Path, capsys: pytest.Cap
     assert "trained parameters" in out
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "class").exists()
+
+
+def test_a_single_file_is_the_pipeline_it_was_made_of(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pickle that holds more than weights is refused; of safetensors beside a pickle, safetensors are read."""
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import save_file
+
+    folder = root / "sd" / "pipeline"
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    weights = single_file(pipe)
+    config = SubjectConfig(
+        **options(root, tmp_path / "run", model=str(tmp_path / "toy.ckpt"), pipeline_config=str(folder), prior_weight=0.0)
+    )
+    torch.save({"state_dict": weights, "hook": print}, tmp_path / "toy.ckpt")
+    with pytest.raises(HalotuneError, match="cannot be loaded: Unable to load weights"):
+        load_family(config)
+    torch.save({"state_dict": weights}, tmp_path / "toy.ckpt")
+    for name in ("toy.ckpt", "toy.safetensors"):
+        family = load_family(config)
+        for part in ("unet", "vae", "text_encoder"):
+            for a, b in zip(getattr(family.pipe, part).parameters(), getattr(pipe, part).parameters(), strict=True):
+                assert torch.equal(a, b)
+        if name == "toy.ckpt":
+            save_file(weights, tmp_path / "toy.safetensors")
+    assert "toy.safetensors is read, not toy.ckpt" in capsys.readouterr().err
+    train_subject(config)
+    assert adapter(tmp_path / "run")
+
+
+def test_what_users_folders_hold(root: Path, tmp_path: Path) -> None:
+    """Files of the system, one pixel, sixteen bits, names and captions in any language."""
+    folder = tmp_path / "собака 犬"
+    folder.mkdir()
+    (folder / "._00.jpg").write_bytes(b"of the system")
+    Image.new("RGB", (1, 1), "red").save(folder / "один.png")
+    (folder / "один.txt").write_text("фото qwe собаки", encoding="utf-8")
+    Image.fromarray(np.full((8, 8), 128 << 8, dtype=np.uint16)).save(folder / "deep.png")
+    found = find_pictures(folder, "a qwe dog", "qwe")
+    assert [p.caption for p in found] == ["a qwe dog", "фото qwe собаки"]
+    assert read_picture(found[0].file).getpixel((0, 0)) == (128, 128, 128)
+    values = options(root, tmp_path / "бег", subject=str(folder), class_word="собака", prompt="a qwe", max_steps=1)
+    assert main(["train", "subject", *flags(values | {"class_folder": str(tmp_path / "класс")})]) == 0
+    (folder / "один.txt").write_bytes("собака".encode("koi8-r"))
+    with pytest.raises(HalotuneError, match=r"один.txt: cannot be read as UTF-8"):
+        find_pictures(folder, "a")
+
+
+def test_a_run_does_not_go_on_with_other_pictures(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = options(root, tmp_path / "run", subject=str(save_subject(tmp_path / "own")), prior_weight=0.0, save_every=2)
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe.SubjectTrainer, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_subject(SubjectConfig(**values))
+    monkeypatch.undo()
+    (tmp_path / "own" / "02.png").rename(tmp_path / "02.png")
+    with pytest.raises(HalotuneError, match="run: the data have changed since this run began"):
+        train_subject(SubjectConfig(**values))
+    (tmp_path / "02.png").rename(tmp_path / "own" / "02.png")
+    assert train_subject(SubjectConfig(**values))["status"] == FINISHED
+
+
+def test_a_full_disk_ends_a_run_that_then_goes_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = options(root, tmp_path / "run", prior_weight=0.0, save_every=2)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("halotune.integrations.diffusers.PipelineAdapters.save", full)
+    assert main(["train", "subject", *flags(values)]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    record = read_run(tmp_path / "run")
+    assert record
+    assert record["status"] == "failed"
+    assert not list((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    monkeypatch.undo()
+    assert main(["train", "subject", *flags(values)]) == 0
+    assert adapter(tmp_path / "run")
+
+
+def test_a_pipeline_of_another_kind(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "Flux2Pipeline"}')
+    assert main(["train", "subject", *flags(options(root, tmp_path / "run", model=str(tmp_path / "other")))]) == 2
+    assert "a Flux2Pipeline is of no known type. Use one of StableDiffusionPipeline" in capsys.readouterr().err

@@ -137,3 +137,29 @@ def test_efficientnet_knows_its_subjects() -> None:
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(4))
     cosines = vectors @ vectors.T
     assert min(cosines[0, 1], cosines[2, 3]) > cosines[:2, 2:].max() + 0.1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torchvision's, of how lpips calls it
+def test_lpips_through_its_own_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its published weights of layers on a backbone of random weights, as the pretrained one needs a network."""
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    usual = lpips.LPIPS
+    monkeypatch.setattr(lpips, "LPIPS", lambda **given: usual(**given, pnet_rand=True))
+    scorer: Any = load_scorers("lpips=squeeze", CPU)["lpips"]
+    scorer.SIZE = 64
+    distances = scorer.distance([RED, BLUE], [RED, GREEN, photograph()])
+    assert distances.shape == (2, 3)
+    assert distances[0, 0] == pytest.approx(0, abs=1e-6)
+    assert distances.flatten()[1:].min() > 1e-4
+    torch.testing.assert_close(scorer.distance([GREEN], [RED])[0, 0], distances[0, 1])
+    found = figures({"lpips": scorer}, [RED], [[RED, GREEN]], ["red"])
+    assert found["lpips_fidelity"] == pytest.approx(distances[0, :2].mean().item(), abs=1e-6)
+    assert found["lpips_diversity"] == pytest.approx(distances[0, 1].item(), abs=1e-6)
+
+    def unreachable(**_: Any) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(lpips, "LPIPS", unreachable)
+    with pytest.raises(HalotuneError, match="the scorer 'vgg' cannot be loaded: no route to host"):
+        load_scorers("lpips", CPU)

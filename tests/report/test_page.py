@@ -16,6 +16,7 @@ import pytest
 
 from halotune.cli.main import main
 from halotune.core.errors import HalotuneError
+from halotune.report.gallery import gallery_of, side_by_side
 from halotune.report.page import ASSETS, write_page
 from halotune.report.rows import Value, better, columns, curve, rows, written
 from halotune.report.runs import Run, find_runs, read_run
@@ -344,3 +345,32 @@ def test_the_libraries_are_as_they_were_published() -> None:
     named = dict(re.findall(r"^\| `(\S+\.js)` .*`([0-9a-f]{64})` \|$", (ASSETS.parent / "README.md").read_text(), re.M))
     assert named == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in ASSETS.glob("*.min.js")}
     assert len(named) == 2
+
+
+def test_runs_that_share_a_subject_are_shown_side_by_side(tmp_path: Path) -> None:
+    """Of three runs two have the same subject and base; a row that one of them lacks is missing there."""
+    for name, subject, count in (("HRA", 1, 2), ("LoRA", 1, 1), ("other", 2, 1)):
+        run = write_run(tmp_path / name, "HRA r8", 0, label=name, steps=2, layers=2, config={"adapter": {"r": len(name)}})
+        pictures = {
+            "subject": png(subject, 0, 4),
+            "base": png(9, 9, 4),
+            "early": png(7, len(name), 4),
+            "late": png(8, len(name), 4),
+        }
+        for picture, content in pictures.items():
+            (run / f"{picture}.png").write_bytes(content)
+        lines = [{"label": f"a dog · seed {i}", "images": [f"{p}.png" for p in pictures]} for i in range(count)]
+        (run / "gallery.json").write_text(json.dumps({"columns": [*pictures], "rows": lines, "shared": 2}))
+    found = [(name, gallery) for name in ("HRA", "LoRA", "other") if (gallery := gallery_of(read_run(tmp_path / name)))]
+    (joined,) = side_by_side(found)
+    assert joined.columns == ["subject", "base", "HRA", "LoRA"]
+    hra, lora = found[0][1], found[1][1]
+    shared = hra.rows[0][1][:2]
+    assert joined.rows == [
+        ("a dog · seed 0", [*shared, hra.rows[0][1][3], lora.rows[0][1][3]]),
+        ("a dog · seed 1", [*shared, hra.rows[1][1][3], None]),
+    ]
+    write_page([tmp_path], tmp_path / "index.html")
+    text = (tmp_path / "index.html").read_text()
+    assert text.count("Pictures: side by side") == 1
+    assert text.count('alt="side by side, a dog · seed 0, subject"') == 1

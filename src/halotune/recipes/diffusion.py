@@ -8,9 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import diffusers
 import torch
+from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -39,6 +42,8 @@ TARGETS = {
 TEXT_TARGETS = r"(.*\.)?(q_proj|k_proj|v_proj|out_proj|query|key|value|SelfAttention\.[qkvo])"
 
 LORAS = {"lora": "diffusers", "kohya": "comfyui"}  # and the program that it is written for
+
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth")  # pickles are read as weights alone (`weights_only=True`)
 
 Text = dict[str, Tensor]
 
@@ -207,17 +212,47 @@ def load_family(config: RunConfig) -> Family:
         for package in ("diffusers", "transformers"):
             import_module(f"{package}.utils.logging").disable_progress_bar()
     with loadable("the pipeline", config.model):
-        stored: Any = DiffusionPipeline.load_config(config.model, revision=config.revision)
-        kind = family_class(str(stored.get("_class_name")), config.model)
-        options: dict[str, Any] = {"dtype": DTYPES[config.precision], "revision": config.revision}
-        if config.quant:
-            options["quantization_config"] = _quantization(config, kind.model_name)
-        pipe = DiffusionPipeline.from_pretrained(config.model, **options)
+        file = single_file(config.model)
+        source = _published(file, config) if file else config.model
+        stored: Any = DiffusionPipeline.load_config(source, revision=None if file else config.revision)
+        name = str(stored.get("_class_name"))
+        kind = family_class(name, config.model)
+        options: dict[str, Any] = {"dtype": DTYPES[config.precision]}
+        if file:
+            if config.quant:
+                raise HalotuneError(
+                    f"quant: a single file is not quantized; got {config.quant!r}. Save it as a pipeline first."
+                )
+            pipe = getattr(diffusers, name).from_single_file(str(file), config=source, **options)
+        else:
+            if config.quant:
+                options["quantization_config"] = _quantization(config, kind.model_name)
+            pipe = DiffusionPipeline.from_pretrained(config.model, revision=config.revision, **options)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return kind(pipe)
+
+
+def single_file(model: str) -> Path | None:
+    """The checkpoint, where a model is one file: of safetensors, rather than the pickle that lies beside it."""
+    file = Path(model).expanduser()
+    if file.suffix.lower() not in SINGLE_FILES or not file.is_file():
+        return None
+    safe = file.with_suffix(".safetensors")
+    if safe != file and safe.is_file():
+        said(f"{safe} is read, not {file.name}, which is a pickle")
+        return safe
+    return file
+
+
+def _published(file: Path, config: Any) -> str:
+    """Where the configuration of a checkpoint's pipeline is: as said, else as its weights tell."""
+    return (
+        config.pipeline_config
+        or fetch_diffusers_config(load_single_file_checkpoint(str(file)))["pretrained_model_name_or_path"]
+    )
 
 
 def _quantization(config: RunConfig, model_name: str) -> PipelineQuantizationConfig:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import HalotuneError
-from .common.download import put, unpack
+from .common.download import Remote, fetch, put, unpack
 from .common.run import FINISHED, read_run, said
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ TABLE = "prompts_and_classes.txt"
 LIVE = ("cat", "dog")  # classes of living subjects, which have prompts of their own
 PARTS = ("all",)
 SOURCE = "https://github.com/google/dreambooth"
+COMMIT = "e9b8c013ef2e30ab3d5d9018808513e9093e3bc4"
+ARCHIVE = Remote(f"{SOURCE}/archive/{COMMIT}.zip", None)  # GitHub packs it anew, so its bytes may differ
+SUBJECTS = 30
 
 
 @dataclass(frozen=True)
@@ -132,17 +137,40 @@ def suite_runs(config: SubjectConfig) -> list[SubjectConfig]:
 
 
 def get(folder: Path, parts: Iterable[str], given: Path | None) -> list[Path]:
-    """Lay the data set out in `folder`, from a clone or an archive of its repository.
+    """Lay the data set out in `folder`: fetched, or from a clone or an archive of its repository.
 
     Raises:
-        HalotuneError: none is given, as it has no archive of its own with a checksum; or what is given holds no such data.
+        HalotuneError: it cannot be had, or is damaged; or what is given holds no such data.
     """
-    if given is None:
-        raise HalotuneError(
-            f"dreambooth: is published as a repository, {SOURCE}. Clone it, and give its folder with --from; or a zip or tar."
-        )
+    if given is not None:
+        return _lay_out(given, folder, f"--from {given}")
+    downloads = folder.with_name(f".{folder.name}.downloads")
+    archive = fetch(ARCHIVE, downloads)
+    try:
+        _check(archive)
+        made = _lay_out(archive, folder, ARCHIVE.url)
+    except HalotuneError:
+        archive.unlink()
+        raise
+    shutil.rmtree(downloads)
+    return made
+
+
+def _check(archive: Path) -> None:
+    """Every file's checksum, as the archive has them, and the commit that it was packed from."""
+    try:
+        with zipfile.ZipFile(archive) as z:
+            damaged, commit = z.testzip(), z.comment.decode("ascii", "replace")
+    except (zipfile.BadZipFile, zlib.error, EOFError) as e:
+        raise HalotuneError(f"{ARCHIVE.url}: is damaged ({e}), and was not kept. Try again.") from e
+    if damaged or commit != COMMIT:
+        found = f"its {damaged} is damaged" if damaged else f"it is of commit {commit or 'unknown'}, not {COMMIT}"
+        raise HalotuneError(f"{ARCHIVE.url}: not kept, as {found}. Try again, or give a clone that you trust with --from.")
+
+
+def _lay_out(given: Path, folder: Path, name: str) -> list[Path]:
     if not given.exists():
-        raise HalotuneError(f"--from {given}: there is no such file or folder. Give a clone of {SOURCE}, or an archive of it.")
+        raise HalotuneError(f"{name}: there is no such file or folder. Give a clone of {SOURCE}, or an archive of it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         root = given
@@ -150,7 +178,7 @@ def get(folder: Path, parts: Iterable[str], given: Path | None) -> list[Path]:
             unpack(given, root := Path(scratch))
         table = next(iter(sorted(root.rglob(TABLE))), None)
         if table is None:
-            raise HalotuneError(f"--from {given}: holds no {TABLE}. Give a clone of {SOURCE}, or an archive of it.")
+            raise HalotuneError(f"{name}: holds no {TABLE}. Give a clone of {SOURCE}, or an archive of it.")
         subjects = read_suite(table.parent)
 
         def fill(target: Path) -> None:
@@ -161,4 +189,6 @@ def get(folder: Path, parts: Iterable[str], given: Path | None) -> list[Path]:
                 shutil.copyfile(note, target / note.name)
 
         put(folder, fill)
+    if len(subjects) != SUBJECTS:
+        said(f"{folder}: {len(subjects)} subjects; the published data set has {SUBJECTS}")
     return [folder / subject.name for subject in subjects]

@@ -112,7 +112,8 @@ class LPIPS:
 
     def __init__(self, source: str, device: torch.device) -> None:
         require("lpips", ["lpips", "torchvision"])
-        self.model = import_module("lpips").LPIPS(net=source, verbose=False).to(device).eval()
+        with loadable("the scorer", source):  # its backbone's weights are torchvision's, from the network
+            self.model = import_module("lpips").LPIPS(net=source, verbose=False).to(device).eval()
         self.device = device
 
     def distance(self, a: Images, b: Images) -> Tensor:

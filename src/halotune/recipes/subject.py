@@ -31,7 +31,7 @@ from .common.dry_run import dry_run as show_dry_run
 from .common.run import Run, said
 from .common.trainer import RunTrainerMixin, arguments
 from .diffusion import LORAS, TARGETS, TEXT_TARGETS, Family, draw, export, load_family
-from .subject_data import Encoder, Examples, as_text, class_pictures, collate, find_pictures, has_word
+from .subject_data import Encoder, Examples, as_text, class_pictures, collate, contents, find_pictures, has_word, show_subject
 
 ADAPTER = "subject"
 STEPS = 1000
@@ -59,6 +59,7 @@ class SubjectConfig(RunConfig):
         prior_weight: of the loss on pictures of the class; 0 for none.
         class_images: how many of them; those that are missing are made by the base.
         class_folder: where they are; by default runs/class_images/, in a folder for each model and prompt.
+        pipeline_config: where `model` is one file, a pipeline's folder or id with its configuration; by default as it tells.
         resolution: of the pictures, in pixels; by default what the model was made for.
         aspect: bring pictures to one of several shapes, the nearest, instead of cutting squares.
         flip: also learn from the mirror images.
@@ -90,6 +91,7 @@ class SubjectConfig(RunConfig):
     prior_weight: float = 1.0
     class_images: int = 200
     class_folder: str | None = None
+    pipeline_config: str | None = None
     resolution: int | None = None
     aspect: bool = False
     flip: bool = False
@@ -307,13 +309,17 @@ class SubjectTrainer(RunTrainerMixin, Trainer):
         grid = make_image_grid(drawn, len(prompts), config.validation_seeds)
         write_atomically(folder / f"{self.state.global_step:06}.png", lambda out: grid.save(out, "png"))
         steps = sorted(f.name for f in folder.iterdir() if f.is_dir() and int(f.name) <= self.state.global_step)
+        real = [f"subject/{i}.png" for i in range(show_subject(config, self.model.family, self.run.folder / "subject"))]
         rows = [
-            {"label": f"{prompt} · seed {seed}", "images": [f"pictures/{step}/{i}-{seed}.png" for step in steps]}
+            {
+                "label": f"{prompt} · seed {seed}",
+                "images": [real[seed % len(real)], *(f"pictures/{s}/{i}-{seed}.png" for s in steps)],
+            }
             for i, prompt in enumerate(prompts)
             for seed in range(config.validation_seeds)
         ]
-        heads = ["base" if int(step) == 0 else f"step {int(step)}" for step in steps]
-        self.run.write("gallery.json", {"columns": heads, "rows": rows})
+        heads = ["subject", *("base" if int(step) == 0 else f"step {int(step)}" for step in steps)]
+        self.run.write("gallery.json", {"columns": heads, "rows": rows, "shared": 2})
 
 
 class _Average(TrainerCallback):
@@ -345,8 +351,10 @@ def train_subject(config: SubjectConfig, *, dry_run: bool = False, command: str 
         said(f"{run.folder}: finished already; nothing was done. Give another --output for a new run.")
         return run.record
     pictures = find_pictures(config.subject, str(config.prompt), config.identifier)
+    data = contents(pictures)
+    run.check_data(data)
     family = load_family(config)
-    args = arguments(config, run, include_num_input_tokens_seen="no", remove_unused_columns=False)
+    args = arguments(config, run, include_num_input_tokens_seen="no", remove_unused_columns=False, data_seed=config.seed)
     if not config.quant:
         family.model.to(args.device)
     encoder = Encoder(family, config, args.device)
@@ -371,10 +379,16 @@ def train_subject(config: SubjectConfig, *, dry_run: bool = False, command: str 
         show_dry_run(run, trainer, as_text)
         return run.record
     with run.open():
-        run.update(pictures={"subject": len(pictures), "class": len(prior)}, pipeline=type(family.pipe).__name__)
+        run.update(
+            data=data,
+            pictures={"subject": len(pictures), "class": len(prior)},
+            pipeline=type(family.pipe).__name__,
+        )
         if run.last_checkpoint()[0] is None:
             with torch.random.fork_rng():
                 trainer.draw()  # what the base makes of the prompts
+        if args.process_index:
+            torch.manual_seed(config.seed + args.process_index)  # noise of its own; the order of the data is data_seed's
         trainer.train_run()
         if not any(line["step"] == trainer.state.global_step for line in run.metrics() if "evaluation" in line):
             trainer.evaluate()

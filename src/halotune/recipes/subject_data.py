@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,10 +58,10 @@ def find_pictures(folder: str | Path, caption: str, identifier: str | None = Non
     folder = Path(folder)
     if not folder.is_dir():
         raise HalotuneError(f"{folder}: there is no such folder. Give a folder with pictures of the subject.")
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in ENDINGS)
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in ENDINGS and not f.name.startswith("."))
     if not files:
         raise HalotuneError(f"{folder}: holds no picture ({', '.join(ENDINGS)}). Give a folder with pictures of the subject.")
-    masks = {f.stem: f for f in sorted((folder / "masks").glob("*")) if f.suffix.lower() in ENDINGS}
+    masks = {f.stem: f for f in sorted((folder / "masks").glob("[!.]*")) if f.suffix.lower() in ENDINGS}
     for stem in masks.keys() - {f.stem for f in files}:
         raise HalotuneError(f"{masks[stem]}: there is no picture {stem} for this mask. Name it as its picture.")
     found = [Picture(f, own_caption(f) or caption, masks.get(f.stem)) for f in files]
@@ -79,7 +80,10 @@ def has_word(text: str | None, word: str) -> bool:
 
 def own_caption(file: Path) -> str | None:
     text = file.with_suffix(".txt")
-    return text.read_text(encoding="utf-8").strip() if text.is_file() else None
+    try:
+        return text.read_text(encoding="utf-8").strip() if text.is_file() else None
+    except ValueError as e:
+        raise HalotuneError(f"{text}: cannot be read as UTF-8: {e}. Save it as UTF-8.") from e
 
 
 def read_picture(file: Path) -> Image.Image:
@@ -96,6 +100,8 @@ def read_picture(file: Path) -> Image.Image:
             turned = ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow's own are among these
         raise HalotuneError(f"{file}: cannot be read as a picture: {e}. Save it again, or take it out.") from e
+    if turned.mode.startswith("I;16"):  # Pillow would cut off what is brighter than 255 of 65535
+        turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
     if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
         own = turned.convert("RGBA")
         turned = Image.alpha_composite(Image.new("RGBA", own.size, "white"), own)
@@ -170,6 +176,12 @@ def fingerprint(*models: nn.Module) -> str:
 
 def sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def contents(pictures: Sequence[Picture]) -> str:
+    """The SHA-256 of pictures, their captions and their masks, in their order."""
+    parts = [[sha256(p.file), p.caption, p.mask and sha256(p.mask)] for p in pictures]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class Examples(Dataset[list[dict[str, Any]]]):
@@ -262,7 +274,21 @@ def class_pictures(config: SubjectConfig, family: Family, device: torch.device, 
         return find_pictures(folder, prompt) if there else []
     if missing:
         said(f"{folder}: making {len(missing)} pictures of {prompt!r}")
-    for i in missing:
+    for i in missing[int(os.environ.get("RANK", "0")) :: int(os.environ.get("WORLD_SIZE", "1"))]:
         image = draw(family, config, prompt, i, device)
         write_atomically(folder / f"{i:05}.png", lambda file, image=image: image.save(file, "png"))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # each process made its share
     return find_pictures(folder, prompt)[: config.class_images]
+
+
+def show_subject(config: SubjectConfig, family: Family, folder: Path) -> int:
+    """As many of the subject's pictures as there are seeds, cut as they are learned, for the run's page; how many there are."""
+    found = find_pictures(config.subject, "")[: config.validation_seeds]
+    sizes = buckets(config.resolution or family.size, family.divisor, config.aspect)
+    for i, picture in enumerate(found):
+        file = folder / f"{i}.png"
+        if not file.is_file():
+            image = fitted(read_picture(picture.file), sizes)
+            write_atomically(file, lambda out, image=image: image.save(out, "png"))
+    return len(found)

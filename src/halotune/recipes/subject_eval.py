@@ -11,6 +11,7 @@ base.… are the same figures of the base model's own pictures of the same promp
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -118,8 +119,9 @@ def judge_run(run: Path, options: SubjectEvaluation, scorers: Mapping[str, Any])
 
 def _picture(folder: Path, family: Family, config: SubjectConfig, text: str, seed: int, device: torch.device) -> Image.Image:
     """One picture; drawn once, and read from then on."""
-    words = "".join(c if c.isalnum() else "_" for c in text)[:100]
-    file = folder / f"{words}-seed{seed}.png"
+    words = "".join(c if c.isalnum() else "_" for c in text)[:60]
+    mark = hashlib.sha256(text.encode()).hexdigest()[:8]  # of prompts that differ where a name cannot
+    file = folder / f"{words}-{mark}-seed{seed}.png"
     if not file.is_file():
         image = draw(family, config, text, seed, device)
         write_atomically(file, lambda out: image.save(out, "png"))

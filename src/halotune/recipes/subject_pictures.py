@@ -73,7 +73,7 @@ def draw_subject(options: SubjectPictures) -> list[Path]:
         if getattr(options, name) is not None:
             setattr(config, name, getattr(options, name))
     folder, written = Path(options.output or f"{options.run}/drawn"), []
-    words = re.sub(r"\W+", "_", options.prompt)[:80]
+    words = re.sub(r"\W+", "_", options.prompt)[:60]  # at most 240 bytes
     for seed in range(options.seed, options.seed + options.count):
         image = draw(family, config, options.prompt, seed, device)
         file = folder / f"{words}-seed{seed}-scale{options.scale:g}.png"

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..core.errors import HalotuneError
 from ..core.files import write_atomically
-from .gallery import gallery_of
+from .gallery import gallery_of, side_by_side
 from .rows import Column, Row, columns, curve, rows, settings, shown, title
 from .runs import Run, find_runs, flat, read_run
 
@@ -56,6 +56,8 @@ def _content(runs: list[Run]) -> dict[str, Any]:
     galleries = [
         (_run_name(run, names[row.id]), gallery) for row in table for run in row.runs if (gallery := gallery_of(run))
     ]  # first, for the problems that this finds
+    joined = side_by_side(galleries)
+    together = ["side by side" + (f" ({i})" if len(joined) > 1 else "") for i in range(1, len(joined) + 1)]
     facts = {str(run.folder): _facts(run) for run in runs}
     common = {k: v for k, v in facts[str(runs[0].folder)].items() if all(own.get(k) == v for own in facts.values())}
     return {
@@ -70,7 +72,7 @@ def _content(runs: list[Run]) -> dict[str, Any]:
         "lines": [_line(row, names[row.id], differing, facts, common) for row in table],
         "best": _best(table, numbers),
         "substitutes": _substitutes(table, names),
-        "galleries": galleries,
+        "galleries": [*zip(together, joined, strict=True), *galleries],
         "drawn": DRAWN,
         "data": _data(table, names, numbers),
     }

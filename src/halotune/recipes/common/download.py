@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import shutil
 import sys
@@ -27,11 +28,12 @@ class Remote:
     """A file on the network.
 
     Attributes:
+        sha256: None where it is not the same at every transfer, as of archives that a server packs anew.
         size: in bytes; None where only the server knows it.
     """
 
     url: str
-    sha256: str
+    sha256: str | None
     size: int | None = None
 
     @property
@@ -46,12 +48,12 @@ def fetch(remote: Remote, folder: Path) -> Path:
         HalotuneError: it cannot be had, or is not the file that it should be.
     """
     file, part = folder / remote.name, folder / f".{remote.name}.part"
-    if file.is_file() and _sha256(file) == remote.sha256:
+    if file.is_file() and remote.sha256 in (None, _sha256(file)):
         return file
     folder.mkdir(parents=True, exist_ok=True)
     try:
         _receive(remote, part)
-    except (OSError, ValueError) as e:  # URLError is an OSError; ValueError is of malformed addresses
+    except (OSError, ValueError, http.client.HTTPException) as e:  # URLError is an OSError; ValueError is of bad addresses
         reason = getattr(e, "reason", e)
         if isinstance(e, urllib.error.HTTPError):  # it holds the connection
             reason = e
@@ -61,7 +63,7 @@ def fetch(remote: Remote, folder: Path) -> Path:
             "what you have already is taken with --from FILE."
         ) from e
     found = _sha256(part)
-    if found != remote.sha256:
+    if remote.sha256 not in (None, found):
         part.unlink()
         raise HalotuneError(
             f"{remote.url}: not kept, as its SHA-256 is {found} where {remote.sha256} was expected: the file was changed or "

@@ -180,6 +180,13 @@ class Run:
                 f"{self.folder}: holds {there[0]} and no run.json, so it is no run's folder. Give another --output."
             )
 
+    def check_data(self, contents: str) -> None:
+        """Raises where a run that goes on began with other data than these, whose SHA-256 is given."""
+        if self.record.get("data", contents) != contents:
+            raise HalotuneError(
+                f"{self.folder}: the data have changed since this run began. Bring them back, or give another --output."
+            )
+
     def _check_same(self, found: Mapping[str, Any]) -> None:
         before, now = _flat(found.get("config", {})), _flat(self.config)
         differ = [k for k in {**before, **now} if before.get(k) != now.get(k) and k not in HARMLESS]
