@@ -51,6 +51,14 @@ RECIPES = {
         "train_subject",
         ("subject_eval:SubjectEvaluation", "subject_eval:evaluate_subject"),
     ),
+    "control": Recipe(
+        "control",
+        "control",
+        ("diffusers", "transformers", "accelerate", "PIL", "jsonargparse", "cv2"),
+        "ControlConfig",
+        "train_control",
+        ("control_eval:ControlEvaluation", "control_eval:evaluate_control"),
+    ),
     "sft": Recipe("sft", "sft", ("transformers", "accelerate", "datasets", "trl", "jsonargparse"), "SFTConfig", "train_sft"),
     "math": Recipe(
         "math",
@@ -73,6 +81,9 @@ DATASETS = {
     "glue": "glue.download",
     "vader": "vader",
     "dreambooth": "dreambooth",
+    "ade20k": "image_sets.ade20k",
+    "coco": "image_sets.coco",
+    "celebhq": "image_sets.celebhq",
     "metamath": "problem_sets.metamath",
     "gsm8k": "problem_sets.gsm8k",
     "math": "problem_sets.math",
@@ -91,6 +102,10 @@ _PARTS = {
 }
 
 if TYPE_CHECKING:
+    from .control import ControlConfig as ControlConfig
+    from .control import train_control as train_control
+    from .control_eval import ControlEvaluation as ControlEvaluation
+    from .control_eval import evaluate_control as evaluate_control
     from .harness import HarnessEvaluation as HarnessEvaluation
     from .harness import evaluate_harness as evaluate_harness
     from .math import MathConfig as MathConfig
