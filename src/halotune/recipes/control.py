@@ -155,9 +155,9 @@ class ControlTrainer(PipelineTrainer):
         super().__init__(*args, **kwargs)
         self.shown, self.preparation = shown, preparation
 
-    def create_optimizer(self, *args: Any) -> Any:
+    def create_optimizer(self, model: Any = None) -> Any:
         there = self.optimizer is not None
-        optimizer: Any = super().create_optimizer(*args)
+        optimizer: Any = super().create_optimizer(model)
         if not there:
             own = {id(p) for p in self.model.encoder.parameters()}
             for group in list(optimizer.param_groups):

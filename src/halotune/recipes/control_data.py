@@ -3,7 +3,7 @@
 DIR/prompts.jsonl, or metadata.jsonl: a row for each picture, paths from DIR. Splits are DIR/train/ and DIR/val/, or one DIR.
     target      the picture; also image, file_name
     prompt      its caption; also text, caption
-    source      its hint; also hint, conditioning_image. Without one it is made of the picture (canny, landmark).
+    source      its hint; also hint, conditioning_image, canny … Else it is made of the picture (canny, landmark).
     labels      its label map, for segm; also label, where it is not the hint itself
     landmarks   68 pairs x, y in pixels of the picture, or the file that has them; landmark_size: the width that they count in
 """
@@ -117,9 +117,10 @@ def _lines(table: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 
 
 def _pair(values: Mapping[str, Any], table: Path, where: str, control: str) -> Pair:
-    found = {name: next((values[k] for k in keys if values.get(k) is not None), None) for name, keys in NAMES.items()}
+    keys = NAMES | {"source": (control, *NAMES["source"])}  # a table may have a column for each kind of hint
+    found = {name: next((values[k] for k in own if values.get(k) is not None), None) for name, own in keys.items()}
     for name in ("target", "prompt"):
-        if not isinstance(found[name], str) or not found[name].strip():
+        if not isinstance(found[name], str) or not str(found[name]).strip():
             raise HalotuneError(f"{where}: has no {name} ({', '.join(NAMES[name])}). Add it.")
     target = _file(table, str(found["target"]), COLOURS, where)
     files = {k: _file(table, str(found[k]), (control,), where) for k in ("source", "labels") if found[k] is not None}

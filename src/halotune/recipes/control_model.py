@@ -160,14 +160,15 @@ def load_control(pipe: Any, folder: str | Path, *, ddim: bool = True) -> Control
     folder = Path(folder)
     if not (folder / ENCODER).is_dir():
         raise HalotuneError(f"{folder}: holds no {ENCODER}/. Give the adapter/ of a run of `halotune train control`.")
-    with loadable("the control encoder", folder / ENCODER):
+    with loadable("the control encoder", str(folder / ENCODER)):
         encoder = ControlEncoder.from_pretrained(folder / ENCODER, low_cpu_mem_usage=False)
     assert isinstance(encoder, ControlEncoder)
     unet = getattr(pipe, "unet", None)
+    own: Any = encoder.config
     width = unet.config.block_out_channels[0] if unet is not None else None
-    if encoder.config.width != width or encoder.config.factor != pipe.vae_scale_factor:
+    if own.width != width or own.factor != pipe.vae_scale_factor:
         raise HalotuneError(
-            f"{folder}: its encoder is for a UNet of width {encoder.config.width} and a VAE of factor {encoder.config.factor}; "
+            f"{folder}: its encoder is for a UNet of width {own.width} and a VAE of factor {own.factor}; "
             f"this {type(pipe).__name__} has {width} and {pipe.vae_scale_factor}. Use the base that it was trained on."
         )
     PipelineAdapters(pipe).load(folder)
