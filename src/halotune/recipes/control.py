@@ -120,12 +120,7 @@ class ControlledDenoiser(Denoiser):
 
     def __init__(self, controlled: Controlled, family: Any, config: ControlConfig, empty: Mapping[str, Tensor]) -> None:
         super().__init__(family, config)
-        self.controlled, self.empty = controlled, empty
-        self.parts[ENCODER] = controlled.encoder
-
-    @property
-    def encoder(self) -> ControlEncoder:
-        return self.controlled.encoder
+        self.controlled, self.encoder, self.empty = controlled, controlled.encoder, empty
 
     def errors(self, group: Sequence[Mapping[str, Any]]) -> Tensor:
         """As without hints, of a UNet that has them; some of the prompts are empty."""
