@@ -75,7 +75,7 @@ def evaluate_control(options: ControlEvaluation) -> dict[str, Any]:
     """The figures of a run; also written to evaluation.json in its folder."""
     config = read_config(options.run, data=options.data, device=options.device)
     if config.control == "depth":
-        raise HalotuneError("depth has no figures here, as the HRA paper has none. Look at the pictures of `generate control`.")
+        raise HalotuneError("depth has no figures here, as in the paper. Look at the pictures of `generate control`.")
     known = {f.name for f in fields(ControlPictures)} & {f.name for f in fields(ControlEvaluation)}
     drawing = ControlPictures(**{k: v for k, v in asdict(options).items() if k in known})
     judge = _judge(config, options)  # first, so that what it lacks is told before anything is drawn

@@ -24,7 +24,7 @@ def get(folder: Path, parts: Iterable[str], given: Path | None) -> list[Path]:
     if given is None:
         raise HalotuneError(
             f"celebhq: is handed out by its makers, {SITE}, with no archive of one checksum. Give what you have with --from: "
-            "celeba-hq-img/, celeba-hq-landmark2d/ and prompt_train_blip.json, as the HRA paper's data have them."
+            "celeba-hq-img/, celeba-hq-landmark2d/ and prompt_train_blip.json, as the paper's data have them."
         )
     with source("CelebA-HQ", folder, given, ()) as root:
         return [_split(folder, part, root) for part in parts]
