@@ -144,7 +144,7 @@ class ControlledDenoiser(Denoiser):
 class ControlTrainer(PipelineTrainer):
     """Saves the encoder of hints beside the adapters, has a learning rate for it, and draws pictures as it evaluates."""
 
-    model: ControlledDenoiser
+    model: ControlledDenoiser  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, *args: Any, shown: Sequence[Pair], preparation: Preparation, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
