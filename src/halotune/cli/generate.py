@@ -17,6 +17,7 @@ EXAMPLES = """
 halotune generate my-adapter --prompt "Once upon a time"
 halotune generate my-adapter --no-adapter --prompt "Once upon a time"
 halotune generate subject runs/my-dog --prompt "a qwe dog in the snow"    (pictures; see its own --help)
+halotune generate control runs/edges --split val --shard 0/4    (likewise)
 halotune generate my-adapter --temperature 0.8 --top-p 0.95 --seed 0 < prompt.txt
 """
 

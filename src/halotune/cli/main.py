@@ -27,12 +27,15 @@ COMMANDS = {
     "export": "write an adapter as a LoRA; check which programs can read one",
     "convert": "convert adapters: PEFT, LyCORIS, kohya",
     "merge": "write an adapter into its base model, and save the model",
-    "generate": "continue a prompt with an adapter; or draw pictures: generate subject",
+    "generate": "continue a prompt with an adapter; or draw pictures: generate subject, generate control",
     "chat": "talk to a model with an adapter",
     "demo": "compare all methods on a real model, in minutes",
     "report": "compare runs in one page: table, learning curves, costs, what the adapters changed",
     "bench": "compare speed and memory with peft and lycoris-lora",
 }
+
+
+DRAWING = {"generate subject": "draw", "generate control": "draw_control"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +61,7 @@ def _run(argv: Sequence[str]) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, text in COMMANDS.items():
         if name in argv[:1]:
-            module = "draw" if list(argv[:2]) == ["generate", "subject"] else name
+            module = DRAWING.get(" ".join(argv[:2]), name)
             import_module(f"{__package__}.{module}").add(commands)
         else:
             commands.add_parser(name, help=text)

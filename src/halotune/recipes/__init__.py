@@ -20,6 +20,7 @@ class Recipe:
         packages: those of them whose absence is looked for.
         config, train: the dataclass, and the function that takes one; "" where there is nothing to train.
         evaluate: the dataclass and the function of `halotune eval`, for recipes that have one; MODULE:NAME elsewhere.
+        others: what else is had from here.
     """
 
     module: str
@@ -28,6 +29,7 @@ class Recipe:
     config: str = ""
     train: str = ""
     evaluate: tuple[str, str] | None = None
+    others: tuple[str, ...] = ()
 
     def part(self, name: str) -> Any:
         module, _, inner = name.rpartition(":")
@@ -51,6 +53,15 @@ RECIPES = {
         "train_subject",
         ("subject_eval:SubjectEvaluation", "subject_eval:evaluate_subject"),
     ),
+    "control": Recipe(
+        "control",
+        "control",
+        ("diffusers", "transformers", "accelerate", "PIL", "jsonargparse", "cv2"),
+        "ControlConfig",
+        "train_control",
+        ("control_eval:ControlEvaluation", "control_eval:evaluate_control"),
+        ("control_model:load_control",),
+    ),
     "sft": Recipe("sft", "sft", ("transformers", "accelerate", "datasets", "trl", "jsonargparse"), "SFTConfig", "train_sft"),
     "math": Recipe(
         "math",
@@ -73,6 +84,9 @@ DATASETS = {
     "glue": "glue.download",
     "vader": "vader",
     "dreambooth": "dreambooth",
+    "ade20k": "image_sets.ade20k",
+    "coco": "image_sets.coco",
+    "celebhq": "image_sets.celebhq",
     "metamath": "problem_sets.metamath",
     "gsm8k": "problem_sets.gsm8k",
     "math": "problem_sets.math",
@@ -86,11 +100,16 @@ def dataset(name: str) -> Any:
 _PARTS = {
     name.rpartition(":")[2]: (recipe, name)
     for recipe in RECIPES.values()
-    for name in (recipe.config, recipe.train, *(recipe.evaluate or ()))
+    for name in (recipe.config, recipe.train, *(recipe.evaluate or ()), *recipe.others)
     if name
 }
 
 if TYPE_CHECKING:
+    from .control import ControlConfig as ControlConfig
+    from .control import train_control as train_control
+    from .control_eval import ControlEvaluation as ControlEvaluation
+    from .control_eval import evaluate_control as evaluate_control
+    from .control_model import load_control as load_control
     from .harness import HarnessEvaluation as HarnessEvaluation
     from .harness import evaluate_harness as evaluate_harness
     from .math import MathConfig as MathConfig

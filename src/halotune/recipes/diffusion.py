@@ -31,10 +31,12 @@ from .common.run import Run, said
 
 # Modules by role, as regular expressions over their names; diffusers names them alike in UNets and transformers.
 _ATTENTION = r"to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out"
+_GEGLU = r"ff\.net\.0\.proj"
 _FEED_FORWARD = r"ff\.net\.0\.proj|ff\.net\.2|ff_context\.net\.0\.proj|ff_context\.net\.2|proj_mlp"
 _CONVOLUTIONS = r"conv1|conv2|conv_shortcut|proj_in|proj_out"
 TARGETS = {
     "attention": rf"(.*\.)?({_ATTENTION})",
+    "geglu": rf"(.*\.)?({_ATTENTION}|{_GEGLU})",
     "feed-forward": rf"(.*\.)?({_ATTENTION}|{_FEED_FORWARD})",
     "convolutions": rf"(.*\.)?({_ATTENTION}|{_FEED_FORWARD}|{_CONVOLUTIONS})",
 }

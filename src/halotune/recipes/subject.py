@@ -8,29 +8,21 @@ from forgetting what others of the class look like. Reads from top to bottom: co
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers.training_utils import EMAModel
 from diffusers.utils.pil_utils import make_image_grid
-from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import set_seed
 
-from ..core.errors import HalotuneError
-from ..core.files import WEIGHTS_NAME, write_atomically
-from ..engine.files.state_dict import read_tensors, set_peft_model_state_dict
-from ..integrations.diffusers import PipelineAdapters
+from ..core.files import write_atomically
 from .common.config import RunConfig
 from .common.dry_run import dry_run as show_dry_run
 from .common.run import Run, said
-from .common.trainer import RunTrainerMixin, arguments
-from .diffusion import LORAS, TARGETS, TEXT_TARGETS, Family, draw, export, load_family
+from .common.trainer import arguments
+from .diffusion import LORAS, TARGETS, draw, export, load_family
+from .pipeline_trainer import Denoiser, PipelineTrainer, adapt, share
 from .subject_data import Encoder, Examples, as_text, class_pictures, collate, contents, find_pictures, has_word, show_subject
 
 ADAPTER = "subject"
@@ -147,151 +139,13 @@ class SubjectConfig(RunConfig):
             self.require("prompt", has_word(self.prompt, self.identifier), f"lacks {self.identifier!r}", "Put it in.")
 
 
-def share(text: str) -> tuple[int, int] | None:
-    """i/n as numbers; None where it is none."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    return (int(found[1]), int(found[2])) if found and int(found[1]) < int(found[2]) else None
-
-
-# -- the loss
-
-
-class Denoiser(nn.Module):
-    """The models that are trained, as the Trainer takes them: examples -> their loss."""
-
-    def __init__(self, family: Family, config: SubjectConfig) -> None:
-        super().__init__()
-        self.family, self.settings = family, config
-        self.parts = nn.ModuleDict({name: getattr(family.pipe, name) for name in PipelineAdapters(family.pipe).names[ADAPTER]})
-
-    def forward(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Subject's mean squared error + prior weight × that of the class; pictures of one size go through together."""
-        groups: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
-        for example in examples:
-            shapes = {k: v.shape for k, v in example["text"].items()}
-            groups[tuple(example["mean"].shape), str(shapes)].append(example)
-        errors: dict[bool, list[Tensor]] = {False: [], True: []}
-        for group in groups.values():
-            for example, error in zip(group, self.errors(group), strict=True):
-                errors[example["prior"]].append(error)
-        loss = torch.stack(errors[False]).mean()
-        if errors[True]:
-            loss = loss + self.settings.prior_weight * torch.stack(errors[True]).mean()
-        return {"loss": loss}
-
-    def errors(self, group: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Of each example the mean squared error, over what its mask marks, times the weight of its time: `(n,)`."""
-        family = self.family
-        mean, deviation, mask = (torch.cat([e[k] for e in group]) for k in ("mean", "deviation", "mask"))
-        latents = family.normalized(mean + deviation * torch.randn_like(mean))
-        if self.settings.train_text_encoder:
-            texts = [family.text(e["caption"], latents.device) for e in group]
-        else:
-            texts = [e["text"] for e in group]
-        text = {k: torch.cat([t[k] for t in texts]) for k in texts[0]}
-        noisy, t, target, weight = family.noised(latents, self.settings.min_snr or None)
-        squared = (family.predict(noisy, t, text).float() - target).square().mean(1, keepdim=True)
-        return weight * (squared * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3))
-
-    # What the Trainer and the report ask of a model with adapters.
-
-    def activation_checkpointing_enable(self, **_: Any) -> None:
-        names = ("enable_gradient_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
-        for part in self.parts.values():  # of diffusers; of transformers 5, and 4
-            next(getattr(part, name) for name in names if hasattr(part, name))()
-
-    gradient_checkpointing_enable = activation_checkpointing_enable
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        everything = [p for m in self.family.pipe.components.values() if isinstance(m, nn.Module) for p in m.parameters()]
-        return sum(p.numel() for p in everything if p.requires_grad), sum(p.numel() for p in everything)
-
-    def get_base_model(self) -> nn.Module:
-        return self.family.model
-
-    @property
-    def active_peft_config(self) -> Any:
-        return self.family.model.peft_config[ADAPTER]
-
-
-def adapt(family: Family, config: SubjectConfig) -> PipelineAdapters:
-    if config.min_snr and family.flow:
-        kind = type(family.pipe).__name__
-        raise HalotuneError(f"min_snr: a {kind} learns a flow, which has no such weights; got {config.min_snr}. Leave it out.")
-    own: Any = config.adapter
-    parts = {family.model_name: own}
-    if config.train_text_encoder:
-        there = [name for name in family.text_encoders if getattr(family.pipe, name, None) is not None]
-        parts |= {name: replace(own, target_modules=TEXT_TARGETS) for name in there}
-    adapters = PipelineAdapters(family.pipe)
-    adapters.add(parts, ADAPTER)
-    return adapters
-
-
 # -- the training
 
 
-class SubjectTrainer(RunTrainerMixin, Trainer):
-    """Saves and loads the adapters of a pipeline, averages them, and draws pictures where others evaluate."""
+class SubjectTrainer(PipelineTrainer):
+    """Draws pictures of the prompts where others evaluate."""
 
-    model: Denoiser
-
-    def __init__(self, *args: Any, adapters: PipelineAdapters, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.adapters = adapters
-        self.config: SubjectConfig = self.model.settings
-        self.average = EMAModel(list(adapters.parameters()), decay=self.config.ema) if self.config.ema else None
-        if self.average:
-            self.add_callback(_Average(self.average, adapters))
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the adapters are their average over the steps, if there is one."""
-        if self.average is None:
-            yield
-            return
-        parameters = list(self.adapters.parameters())
-        self.average.store(parameters)
-        self.average.copy_to(parameters)
-        try:
-            yield
-        finally:
-            self.average.restore(parameters)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(str(output_dir))
-        if folder.name.startswith("checkpoint-"):
-            self.adapters.save(folder, ADAPTER)
-            if self.average:
-                torch.save(self.average.state_dict(), folder / "average.pt")
-        else:
-            with self.averaged():
-                self.adapters.save(folder, ADAPTER)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        for name, part in self.model.parts.items():
-            set_peft_model_state_dict(part, read_tensors(folder / name / WEIGHTS_NAME), ADAPTER)
-        if self.average:
-            self.average.load_state_dict(torch.load(folder / "average.pt", map_location="cpu", weights_only=True))
-            self.average.to(self.args.device)
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The loss on the subject's pictures, always with the same noise; and the pictures of this step."""
-        with torch.random.fork_rng(), self.averaged(), torch.no_grad():
-            self.model.eval()
-            torch.manual_seed(0)
-            losses = []
-            pictures: Any = self.eval_dataset
-            for number in range(max(16, len(pictures))):
-                inputs = self._prepare_inputs(collate([pictures[number % len(pictures)]]))
-                with self.compute_loss_context_manager():
-                    losses.append(self.model(**inputs)["loss"].item())
-            self.draw()
-            self.model.train()
-        metrics = {"eval_loss": sum(losses) / len(losses)}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+    config: SubjectConfig
 
     def draw(self) -> None:
         """pictures/STEP/PROMPT-SEED.png, their grid beside, and the gallery of the run's page."""
@@ -320,17 +174,6 @@ class SubjectTrainer(RunTrainerMixin, Trainer):
         ]
         heads = ["subject", *("base" if int(step) == 0 else f"step {int(step)}" for step in steps)]
         self.run.write("gallery.json", {"columns": heads, "rows": rows, "shared": 2})
-
-
-class _Average(TrainerCallback):
-    def __init__(self, average: EMAModel, adapters: PipelineAdapters) -> None:
-        self.average, self.adapters = average, adapters
-
-    def on_train_begin(self, args: Any, *_: Any, **__: Any) -> None:
-        self.average.to(args.device)
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.average.step(self.adapters.parameters())
 
 
 def train_subject(config: SubjectConfig, *, dry_run: bool = False, command: str | None = None) -> dict[str, Any]:

@@ -11,17 +11,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
-from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -30,11 +25,10 @@ from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from .common.run import said
 from .diffusion import Family, draw
+from .pictures import ENDINGS, Cache, buckets, fingerprint, fitted, pixels, read_picture, sha256
 
 if TYPE_CHECKING:
     from .subject import SubjectConfig
-
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -86,47 +80,6 @@ def own_caption(file: Path) -> str | None:
         raise HalotuneError(f"{text}: cannot be read as UTF-8: {e}. Save it as UTF-8.") from e
 
 
-def read_picture(file: Path) -> Image.Image:
-    """A picture as RGB, turned as its EXIF says; what is transparent is white.
-
-    Raises:
-        HalotuneError: it cannot be read, or is animated.
-    """
-    try:
-        with Image.open(file) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                raise HalotuneError(f"{file}: is animated, of {image.n_frames} frames. Save the one that you mean.")  # type: ignore[attr-defined]
-            image.load()
-            turned = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow's own are among these
-        raise HalotuneError(f"{file}: cannot be read as a picture: {e}. Save it again, or take it out.") from e
-    if turned.mode.startswith("I;16"):  # Pillow would cut off what is brighter than 255 of 65535
-        turned = Image.fromarray((np.asarray(turned) >> 8).astype(np.uint8))
-    if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
-        own = turned.convert("RGBA")
-        turned = Image.alpha_composite(Image.new("RGBA", own.size, "white"), own)
-    return turned.convert("RGB")
-
-
-def buckets(resolution: int, divisor: int, aspect: bool) -> list[tuple[int, int]]:
-    """The (height, width) that pictures are brought to: a square, or one for each usual ratio, of about as many pixels."""
-    if resolution % divisor:
-        near = max(round(resolution / divisor), 1) * divisor
-        raise HalotuneError(f"resolution: this model needs a multiple of {divisor}; got {resolution}. Use {near}.")
-    return generate_aspect_ratio_buckets(resolution, divisor) if aspect else [(resolution, resolution)]
-
-
-def fitted(image: Image.Image, sizes: list[tuple[int, int]]) -> Image.Image:
-    """The picture in the size nearest to its shape: scaled to cover it, the rest cut off on both sides alike."""
-    height, width = sizes[find_nearest_bucket(image.height, image.width, sizes) or 0]
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-
-
-def pixels(image: Image.Image) -> Tensor:
-    """`(1, 3, height, width)` in [−1, 1]."""
-    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-
-
 def mask_of(picture: Picture, size: tuple[int, int], sizes: list[tuple[int, int]], background: float) -> Tensor | None:
     """The weight of the error in each latent, `(1, 1, h, w)`: 1 on the subject, `background` elsewhere.
 
@@ -142,40 +95,6 @@ def mask_of(picture: Picture, size: tuple[int, int], sizes: list[tuple[int, int]
     if weight.max() < 0.5:
         raise HalotuneError(f"{picture.mask}: marks nothing. Paint the subject white, or delete the mask.")
     return background + (1 - background) * weight
-
-
-class Cache:
-    """Tensors under the SHA-256 of all that they were computed from: what has changed is computed again."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-
-    def get(self, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        file = self.folder / f"{name}.safetensors"
-        if file.is_file():
-            try:
-                return load_file(file)
-            except SafetensorError:  # damaged
-                file.unlink()
-        made = {k: v.detach().to("cpu").contiguous() for k, v in make().items()}
-        write_atomically(file, lambda out: save_file(made, out))
-        return made
-
-
-def fingerprint(*models: nn.Module) -> str:
-    """The SHA-256 of models' weights and configurations."""
-    digest = hashlib.sha256()
-    for model in models:
-        digest.update(str(model.config).encode())
-        for name, p in model.state_dict().items():
-            digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
-            digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def contents(pictures: Sequence[Picture]) -> str:

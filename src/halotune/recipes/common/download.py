@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ...core.errors import HalotuneError
 
 CHUNK = 1 << 20
+NAMES = {"sha256": "SHA-256", "sha1": "SHA-1"}
 SECONDS = 60.0  # without a byte, after which a connection counts as lost
 
 
@@ -28,13 +29,15 @@ class Remote:
     """A file on the network.
 
     Attributes:
-        sha256: None where it is not the same at every transfer, as of archives that a server packs anew.
+        checksum: in hexadecimal digits; None where it is not the same at every transfer, as of archives packed anew.
         size: in bytes; None where only the server knows it.
+        algorithm: of the checksum, as hashlib calls it; another where its makers publish no SHA-256.
     """
 
     url: str
-    sha256: str | None
+    checksum: str | None
     size: int | None = None
+    algorithm: str = "sha256"
 
     @property
     def name(self) -> str:
@@ -48,7 +51,7 @@ def fetch(remote: Remote, folder: Path) -> Path:
         HalotuneError: it cannot be had, or is not the file that it should be.
     """
     file, part = folder / remote.name, folder / f".{remote.name}.part"
-    if file.is_file() and remote.sha256 in (None, _sha256(file)):
+    if file.is_file() and remote.checksum in (None, _digest(file, remote.algorithm)):
         return file
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -62,12 +65,12 @@ def fetch(remote: Remote, folder: Path) -> Path:
             f"{remote.url}: could not be fetched ({reason}). The same command goes on where it ended; "
             "what you have already is taken with --from FILE."
         ) from e
-    found = _sha256(part)
-    if remote.sha256 not in (None, found):
+    found = _digest(part, remote.algorithm)
+    if remote.checksum not in (None, found):
         part.unlink()
         raise HalotuneError(
-            f"{remote.url}: not kept, as its SHA-256 is {found} where {remote.sha256} was expected: the file was changed or "
-            "damaged on its way. Try again, or give a copy that you trust with --from FILE."
+            f"{remote.url}: not kept, as its {NAMES[remote.algorithm]} is {found} where {remote.checksum} was expected: the "
+            "file was changed or damaged on its way. Try again, or give a copy that you trust with --from FILE."
         )
     os.replace(part, file)
     return file
@@ -101,9 +104,9 @@ def _receive(remote: Remote, part: Path) -> None:
         raise OSError(f"the connection ended after {part.stat().st_size:,} of {size:,} bytes")
 
 
-def _sha256(file: Path) -> str:
+def _digest(file: Path, algorithm: str) -> str:
     with file.open("rb") as f:
-        digest = hashlib.sha256()
+        digest = hashlib.new(algorithm)
         while chunk := f.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Data sets of pictures with hints, as `halotune data` lays them out."""
