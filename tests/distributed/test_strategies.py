@@ -172,7 +172,7 @@ def case(rank: int, *what: str) -> None:
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[tuple[Any, ...], str]]:
-    return spawn(2, failures, CASES, case)
+    return spawn(2, failures, CASES, case, timeout=300)
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
