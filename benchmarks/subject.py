@@ -15,7 +15,7 @@ base, `base/carried` (bf16, files of at most 16 MiB, 60 MB together); `base/stat
     python benchmarks/subject.py table
     python benchmarks/subject.py picture --subject dog6 --output docs/subject.png
 
-Without any download, at toy size, on a CPU (with scikit-learn's photographs; what README.md shows):
+Without any download, at toy size, on a CPU (with scikit-learn's photographs; too short to learn the subject):
 
     python benchmarks/subject.py images --output images --data photographs
     python examples/tiny_latent_diffusion.py --images images --output base --minutes 4 --size 32 --vae-channels 16 32 32 \\
