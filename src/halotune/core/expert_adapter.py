@@ -20,6 +20,7 @@ from .errors import HalotuneError
 from .kinds import LowRank, Rotation
 from .operator import Operator, WeightShape
 from .prepared import Tensors, is_transformed
+from .sharding import is_sharded, local
 
 PART = 256 * 2**20  # bytes of the W' that exist at once where a method has no form but W'
 
@@ -92,7 +93,7 @@ class ExpertAdapter(Adapter):
             yield same or self.expert(e)
 
     def tensors(self) -> Tensors:
-        return tuple([_Replicated.apply(t) if self.shared and is_distributed(t) else local(t) for t in super().tensors()])
+        return tuple([_Replicated.apply(t) if self.shared and is_sharded(t) else local(t) for t in super().tensors()])
 
     def distribute(self, mesh: Any) -> None:
         """Keep the parameters of those experts alone that are on this process; shared ones on all of them."""
@@ -111,7 +112,7 @@ class ExpertAdapter(Adapter):
 
     def part(self, begin: int, end: int) -> Adapter:
         """This adapter on some of the experts."""
-        return self if self.shared else _Part.cut(self, begin, end)
+        return self if self.shared else _Part.of_experts(self, begin, end)
 
     # -- the definition: that of the method
 
@@ -248,7 +249,7 @@ class _Part(ExpertAdapter):
     """An adapter on some of a stack's experts; it holds nothing of its own."""
 
     @classmethod
-    def cut(cls, whole: ExpertAdapter, begin: int, end: int) -> _Part:
+    def of_experts(cls, whole: ExpertAdapter, begin: int, end: int) -> _Part:
         part = cls.__new__(cls)
         vars(part).update(vars(whole))
         vars(part)["between"] = begin, end
@@ -295,15 +296,6 @@ class _Replicated(torch.autograd.Function):
 
         partial = DTensor.from_local(grad_outputs[0], ctx.mesh, [Partial()], run_check=False)
         return partial.redistribute(ctx.mesh, ctx.placements)
-
-
-def is_distributed(t: Tensor) -> bool:
-    return hasattr(t, "placements")
-
-
-def local(t: Tensor) -> Tensor:
-    """Of a stack whose experts lie on several processes, those that are here."""
-    return t.to_local() if is_distributed(t) else t  # type: ignore[operator]
 
 
 def grouped(op: Operator) -> Any:

@@ -19,12 +19,12 @@ from ..ops.grouped import grouped_outer, grouped_product
 from .adapter import Adapted
 from .base import LinearLike, register_base
 from .errors import HalotuneError
-from .expert_adapter import is_distributed, local
 from .grouped_linear import grouped_low_rank
 from .layer import AdaptedLayer
 from .offload import offload_hook
 from .operator import Operator, WeightShape
 from .prepared import exact
+from .sharding import is_sharded, local
 from .wrapper import Wrapper
 
 IMPLEMENTATION = "halotune"  # in transformers' registry
@@ -137,7 +137,7 @@ class ExpertsBase(LinearLike):
 
     @property
     def is_writable_here(self) -> bool:
-        return not is_distributed(self.parameter)
+        return not is_sharded(self.parameter)
 
     def require_mergeable(self, where: str, as_float: bool = False) -> None:
         if self.module.computed is not None or self.parameter.is_meta:
@@ -149,7 +149,7 @@ class ExpertsBase(LinearLike):
         super().require_mergeable(where, as_float)
 
     def require_known(self, where: str, adapters: Sequence[Any]) -> None:
-        if is_distributed(self.parameter):
+        if is_sharded(self.parameter):
             raise HalotuneError(
                 f"{where}: these experts are spread over processes, and so are their adapters. Save the adapter, and export it "
                 "from a model on one process."

@@ -41,6 +41,11 @@ def whole_size(t: Tensor) -> torch.Size:
     return torch.Size(getattr(t, "ds_shape", t.shape))
 
 
+def local(t: Any) -> Tensor:
+    """What of a tensor lies in this process; gradients go through."""
+    return t.to_local() if hasattr(t, "placements") else t
+
+
 @torch.no_grad()
 def whole(t: Any) -> Tensor:
     """All of a parameter, where every process calls it; a tensor that is there already is returned as it is."""

@@ -20,7 +20,7 @@ from .base import Linear, has_hooks, register_base
 from .errors import HalotuneError
 from .operator import OnRows, Operator, WeightShape
 from .shard import Shard
-from .sharding import whole
+from .sharding import local, whole
 
 Adapting = Callable[[Operator], Operator]
 
@@ -111,10 +111,6 @@ class ShardedLinear(Linear):
 
 
 register_base(ShardedLinear)
-
-
-def local(t: Tensor) -> Tensor:
-    return t.to_local() if hasattr(t, "placements") else t  # type: ignore[operator]
 
 
 def run_inside(module: nn.Module, shard: Shard, x: Tensor, adapting: Adapting) -> Tensor:
