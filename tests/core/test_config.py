@@ -147,7 +147,6 @@ def test_entries_that_mean_nothing_are_accepted(entry):
             "LoraConfig.use_dora: set to True: .* is DoRA.*not supported.*peft reads it: merge",
         ),
         (LoraConfig, {"layer_replication": [[0, 2]]}, "layer_replication.*layers are repeated.*peft reads it"),
-        (LoraConfig, {"target_parameters": ["experts.down_proj"]}, "target_parameters.*single parameters.*peft reads it"),
         (
             LoraConfig,
             {"init_lora_weights": "pissa_niter_4"},
@@ -158,7 +157,7 @@ def test_entries_that_mean_nothing_are_accepted(entry):
         (HRAConfig, {"apply_gs": True}, "apply_gs: not supported.*Did you mean 'apply_GS'"),
         (HRAConfig, {"zeal": 0.5}, "zeal: not supported"),
     ],
-    ids=["dora", "replication", "parameters", "pissa", "olora", "megatron", "misspelt", "unknown"],
+    ids=["dora", "replication", "pissa", "olora", "megatron", "misspelt", "unknown"],
 )
 def test_entries_that_mean_something_else_are_refused(config, entry, says):
     with pytest.raises(HalotuneError, match=says):
@@ -172,7 +171,6 @@ PEFTS_OWN = {
     "lora_bias": True,
     "use_bdlora": {"target_modules_bd_a": ["q"]},
     "layer_replication": [[0, 2]],
-    "target_parameters": ["w"],
     "trainable_token_indices": [1],
     "alora_invocation_tokens": [3],
     "megatron_config": {"a": 1},

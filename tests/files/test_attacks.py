@@ -69,7 +69,7 @@ def on_meta(model: PeftModel) -> dict[str, Any]:
 
 REFUSED = {
     no_tensor: r"could not be read back: .*layers\.1.* missing\. Pass the state dict of the whole model",
-    other_shape: r"hra_u has \(32,\) where \(16, 2\) is asked for. A sharded model",
+    other_shape: r"hra_u has \(32,\) where \(16, 2\) is asked for. Call save_pretrained on every process",
     diverged: r"hra_u holds values that are not finite. The training has diverged",
     other_rank: r"hra_u has \(16, 2\) where \(16, 4\) is asked for",
     other_targets: r"asks for other tensors than the adapter has .*v_proj.*change none of them after wrapping",

@@ -86,8 +86,8 @@ class Base(Operator):
     @property
     def is_writable_here(self) -> bool:
         """Whether what is written is kept: it would be lost in FSDP1's flat parameters and in ZeRO-3's."""
-        weight = self.parameter
-        flat = hasattr(weight, "_fsdp_flattened") or hasattr(weight, "ds_id") or "weight" in vars(self.module)
+        weight, view = self.parameter, "weight" in vars(self.module) and not computes_weight(self.module)
+        flat = view or hasattr(weight, "_fsdp_flattened") or hasattr(weight, "ds_id")
         return not (flat or (self.quantization and is_sharded(weight)))
 
     def as_float(self, W: Tensor, dtype: torch.dtype) -> nn.Module:
