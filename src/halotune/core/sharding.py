@@ -17,11 +17,6 @@ def is_unit(module: nn.Module) -> bool:
     return hasattr(type(module), "_get_fsdp_state")
 
 
-def is_divided(model: nn.Module) -> bool:
-    """Whether FSDP2 or ZeRO-3 has divided the model among processes that see different data."""
-    return any(is_unit(m) for m in model.modules()) or any(hasattr(p, "ds_id") for p in model.parameters())
-
-
 def is_sharded(t: Tensor) -> bool:
     return hasattr(t, "full_tensor") or _is_partitioned(t)
 

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core.errors import HalotuneError
+from ..core.expert_adapter import ExpertAdapter
 from ..core.layer import AdaptedLayer
-from ..core.sharding import is_divided, is_sharded, is_unit, reshard, whole
+from ..core.sharding import is_sharded, is_unit, reshard, whole
 from .injection.modules_to_save import ModulesToSaveWrapper
 
 WAIT = 60.0  # seconds for the other processes to come
@@ -19,6 +20,20 @@ WAIT = 60.0  # seconds for the other processes to come
 
 def has_parts(tensors: Iterable[Tensor | None]) -> bool:
     return any(t is not None and is_sharded(t) for t in tensors)
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether FSDP2 or ZeRO-3 has divided the model among processes that see different data.
+
+    Tensor parallelism leaves adapters whole, and expert parallelism divides those of experts alone.
+    """
+    layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
+    usual = [a for layer in layers for a in layer.adapters.values() if not isinstance(a, ExpertAdapter)]
+    return (
+        any(is_unit(m) for m in model.modules())
+        or any(hasattr(p, "ds_id") for p in model.parameters())
+        or any(has_parts(a.parameters()) for a in usual)  # the unit is around the model
+    )
 
 
 def takes_all(model: nn.Module) -> bool:

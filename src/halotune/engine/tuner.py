@@ -15,7 +15,6 @@ from typing_extensions import Self
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer
-from ..core.sharding import is_divided
 from ..methods.registry import method_of
 from .adapted import AdaptedModel
 from .external_types import register_external_types
@@ -27,6 +26,7 @@ from .injection.first_pass import FirstPass
 from .injection.inject import inject
 from .injection.modules import paths_in_state_dict
 from .injection.surgery import eject, remove
+from .sharding import is_divided
 from .weights.merge import MergeReport
 
 

@@ -17,7 +17,7 @@ from ...core.errors import HalotuneError, warn
 from ...core.kinds import LowRank
 from ...core.layer import AdaptedLayer
 from ...core.merge_record import MergeRecord
-from ...core.sharding import is_divided
+from ...core.sharding import is_sharded
 from ..injection.first_pass import is_uncalled
 from ..injection.modules import adapted_layers, modules_to_save_wrappers, tied_parameters, unwrapped
 
@@ -77,12 +77,11 @@ def merge(
     layers = {path: layer for path, layer in adapted_layers(model).items() if _pending(layer, names)}
     shared = {n for others in tied_parameters(model) for n in others}
     tied = {path for path in layers if f"{path}.base_layer.weight" in shared}
-    divided = is_divided(model)
     for path, layer in layers.items():
         check_order(path, layer, _pending(layer, names))
         layer.base.require_mergeable(path, as_float is not None)
         _require_called(path, layer, _pending(layer, names))
-        if path in tied and divided:
+        if path in tied and layer.shard is None and is_sharded(layer.base.parameter):
             raise HalotuneError(
                 f"{path} shares its weight with another module, and the model is sharded, so that no weight of its own can be "
                 "put there. Nothing was merged. Merge it into a base that is not sharded (halotune merge)."
