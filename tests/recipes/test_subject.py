@@ -20,8 +20,9 @@ pytest.importorskip("diffusers")
 
 from halotune.recipes import subject as recipe
 from halotune.recipes.diffusion import family_class, load_family
+from halotune.recipes.pictures import Cache, buckets, read_picture
 from halotune.recipes.subject import Denoiser, SubjectConfig, adapt, train_subject
-from halotune.recipes.subject_data import Cache, Encoder, buckets, class_pictures, collate, find_pictures, read_picture
+from halotune.recipes.subject_data import Encoder, class_pictures, collate, find_pictures
 
 from ..examples.models import save_stable_diffusion
 from .pictures import save_flux, save_sd3, save_sdxl, save_subject, single_file

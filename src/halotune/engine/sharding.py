@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.errors import HalotuneError
 from ..core.expert_adapter import ExpertAdapter
 from ..core.layer import AdaptedLayer
-from ..core.sharding import is_sharded, is_unit, reshard, whole
+from ..core.sharding import has_partitions, is_sharded, is_unit, reshard, whole
 from .injection.modules_to_save import ModulesToSaveWrapper
 
 WAIT = 60.0  # seconds for the other processes to come
@@ -31,7 +31,7 @@ def is_divided(model: nn.Module) -> bool:
     usual = [a for layer in layers for a in layer.adapters.values() if not isinstance(a, ExpertAdapter)]
     return (
         any(is_unit(m) for m in model.modules())
-        or any(hasattr(p, "ds_id") for p in model.parameters())
+        or has_partitions(model)
         or any(has_parts(a.parameters()) for a in usual)  # the unit is around the model
     )
 

@@ -21,14 +21,15 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..core.errors import HalotuneError
 from .common.run import said
 from .control_hints import FaceMesh, draw_edges, draw_landmarks, find_palette, read_depth, read_labels, read_points
 from .diffusion import Family
-from .pictures import Cache, buckets, fingerprint, fitted, pixels, read_picture, sha256
+from .latents import LatentEncoder
+from .pictures import Cache, fitted, pixels, read_picture, sha256
 
 if TYPE_CHECKING:
     from .control import ControlConfig
@@ -270,16 +271,12 @@ def as_text(batch: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class Preparer:
+class Preparer(LatentEncoder):
     """Fills the cache: the latents and hints of pairs, and the embeddings of prompts."""
 
     def __init__(self, family: Family, config: ControlConfig, device: torch.device) -> None:
-        self.family, self.config, self.device = family, config, device
-        self.cache = Cache(config.cache)
-        self.sizes = buckets(config.resolution or family.size, family.divisor, config.aspect)
+        super().__init__(family, config, device)
         self.preparation = Preparation(config, self.sizes)
-        self.encoders = [m for name in family.text_encoders if (m := getattr(family.pipe, name, None)) is not None]
-        self.vae_print, self.text_print = fingerprint(family.pipe.vae), fingerprint(*self.encoders)
 
     def examples(self, pairs: Sequence[Pair], what: str) -> tuple[ControlExamples, list[str]]:
         """The pairs from the cache, and why some were left out. Of several processes each makes its share first."""
@@ -313,43 +310,31 @@ class Preparer:
             "flip": flip,
             "vae": self.vae_print,
         }
-        return pair, key, {"text": pair.prompt, "encoders": self.text_print, "kind": type(self.family).__name__}, flip
+        return pair, key, self.text_key(pair.prompt), flip
 
     def _make(self, keys: tuple[Pair, dict[str, Any], dict[str, Any], bool], number: int, problems: dict[int, str]) -> None:
         pair, key, text_key, flip = keys
         if number in problems:
             return
         try:
-            self.cache.get(key, lambda: self.make(pair, flip)) if not self.cache.has(key) else None
+            if not self.cache.has(key):
+                self.cache.get(key, lambda: self.make(pair, flip))
         except HalotuneError as e:
             if not self.config.skip_bad_rows:
                 raise
             problems[number] = str(e)
             return
         if not self.config.train_text_encoder and not self.cache.has(text_key):
-            self.cache.get(text_key, lambda: self.text(pair.prompt))
-
-    def text(self, prompt: str) -> dict[str, Tensor]:
-        for encoder in self.encoders:
-            encoder.to(self.device)
-        with torch.no_grad():
-            return self.family.text(prompt, self.device)
+            self.text(pair.prompt)
 
     def make(self, pair: Pair, flip: bool) -> dict[str, Tensor]:
         """mean and deviation of the latents, before they are normalized, `(1, c, h, w)`; the hint as a PNG's bytes."""
         image, hint = self.preparation.picture(pair), self.preparation.hint(pair)
         if flip:
             image, hint = ImageOps.mirror(image), ImageOps.mirror(hint)
-        vae = self.family.pipe.vae
-        usual = vae.dtype
-        nn.Module.to(vae, self.device, torch.float32)  # half precision overflows in some
-        with torch.no_grad():
-            found = vae.encode(pixels(image).to(self.device)).latent_dist
-        nn.Module.to(vae, usual)
         file = io.BytesIO()
         hint.save(file, "png")
         return {
-            "mean": found.mean,
-            "deviation": found.std,
+            **self.latents(pixels(image)),
             "hint": torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8),
         }

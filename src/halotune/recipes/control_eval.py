@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..cli.loading import loadable
+from ..cli.loading import find_device, loadable
 from ..core.errors import HalotuneError
 from ..report.record import write_record
 from .common.run import finite
@@ -102,8 +102,7 @@ def _judge(config: ControlConfig, options: ControlEvaluation) -> Judge:
     if config.control == "landmark":
         mesh = preparation.mesh
         return lambda drawn: judge_faces(drawn, preparation, mesh)
-    here = torch.accelerator.current_accelerator() if options.device == "auto" and torch.accelerator.is_available() else None
-    segmenter = Segmenter(options.segmentation_model, here or torch.device("cpu"))
+    segmenter = Segmenter(options.segmentation_model, find_device(options.device))
     return lambda drawn: judge_labels(drawn, preparation, segmenter, options.void_label)
 
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..cli.loading import find_device
 from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..integrations.diffusers import PipelineAdapters
@@ -142,8 +143,7 @@ def read_config(folder: str | Path, **also: Any) -> ControlConfig:
 
 
 def load_trained(folder: str | Path, config: ControlConfig) -> Trained:
-    here = torch.accelerator.current_accelerator() if config.device == "auto" and torch.accelerator.is_available() else None
-    device = here or torch.device("cpu")
+    device = find_device(config.device)
     family = load_family(config)
     if not config.quant:
         family.model.to(device)

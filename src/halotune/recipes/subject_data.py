@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
@@ -25,7 +25,8 @@ from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from .common.run import said
 from .diffusion import Family, draw
-from .pictures import ENDINGS, Cache, buckets, fingerprint, fitted, pixels, read_picture, sha256
+from .latents import LatentEncoder
+from .pictures import ENDINGS, buckets, fitted, pixels, read_picture, sha256
 
 if TYPE_CHECKING:
     from .subject import SubjectConfig
@@ -132,25 +133,8 @@ def as_text(batch: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class Encoder:
+class Encoder(LatentEncoder):
     """Pictures and prompts as the model takes them, from the cache where nothing changed."""
-
-    def __init__(self, family: Family, config: SubjectConfig, device: torch.device) -> None:
-        self.family, self.config, self.device = family, config, device
-        self.cache = Cache(config.cache)
-        pipe = family.pipe
-        self.sizes = buckets(config.resolution or family.size, family.divisor, config.aspect)
-        self.encoders = [m for name in family.text_encoders if (m := getattr(pipe, name, None)) is not None]
-        self.vae_print, self.text_print = fingerprint(pipe.vae), fingerprint(*self.encoders)
-
-    def text(self, prompt: str) -> dict[str, Tensor]:
-        def make() -> dict[str, Tensor]:
-            for encoder in self.encoders:
-                encoder.to(self.device)
-            with torch.no_grad():
-                return self.family.text(prompt, self.device)
-
-        return self.cache.get({"text": prompt, "encoders": self.text_print, "kind": type(self.family).__name__}, make)
 
     def examples(self, pictures: Sequence[Picture], prior: bool) -> list[dict[str, Any]]:
         mirrored = (False, True) if self.config.flip else (False,)
@@ -162,13 +146,8 @@ class Encoder:
         mask = mask_of(picture, image.size, self.sizes, self.config.mask_background)
 
         def make() -> dict[str, Tensor]:
-            vae, x = self.family.pipe.vae, pixels(fitted(image, self.sizes))
-            usual = vae.dtype
-            nn.Module.to(vae, self.device, torch.float32)  # half precision overflows in some
-            with torch.no_grad():
-                found = vae.encode((x.flip(-1) if flip else x).to(self.device)).latent_dist
-            nn.Module.to(vae, usual)
-            return {"mean": found.mean, "deviation": found.std}
+            x = pixels(fitted(image, self.sizes))
+            return self.latents(x.flip(-1) if flip else x)
 
         size = fitted(image, self.sizes).size
         latents = self.cache.get({"file": sha256(picture.file), "size": size, "flip": flip, "vae": self.vae_print}, make)

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..cli.loading import find_device
 from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..report.record import write_record
@@ -82,8 +83,7 @@ def evaluate_subject(options: SubjectEvaluation) -> dict[str, Any]:
         raise HalotuneError(f"{root}: holds no run of `halotune train subject`. Give a run's folder, or a folder of runs.")
     if options.count < 1:
         raise HalotuneError(f"count: must be at least 1; got {options.count}. Use 4.")
-    here = torch.accelerator.current_accelerator() if options.device == "auto" and torch.accelerator.is_available() else None
-    scorers = load_scorers(options.scorers, here or torch.device("cpu"))
+    scorers = load_scorers(options.scorers, find_device(options.device))
     judged = judge_steps if options.paper_code else judge_run
     found = {run.name: judged(run, options, scorers) for run in runs}
     if runs == [root]:

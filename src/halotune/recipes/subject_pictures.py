@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from ..cli.loading import find_device
 from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..integrations.diffusers import PipelineAdapters
@@ -53,8 +54,7 @@ def trained_subject(folder: str | Path, device: str) -> tuple[SubjectConfig, Fam
     if record is None or record.get("recipe") != SubjectConfig.RECIPE or not (Path(folder) / "adapter").is_dir():
         raise HalotuneError(f"{folder}: is no finished run of `halotune train subject`: it has no run.json, or no adapter/.")
     config = SubjectConfig(**record["config"] | {"device": device})
-    here = torch.accelerator.current_accelerator() if device == "auto" and torch.accelerator.is_available() else None
-    where = here or torch.device("cpu")
+    where = find_device(device)
     family = load_family(config)
     adapters = PipelineAdapters(family.pipe)
     adapters.load(Path(folder) / "adapter", ADAPTER)
