@@ -27,14 +27,14 @@ WAYS = ["root", "block", "layer", "base", "nested", "kept", "offload", "checkpoi
 CHECKS = ["train", "generate", "merge", "files"]
 
 
-def sharded(model: Any, way: str, device: str = "cpu") -> Any:
-    """`fully_shard` in one of the ways that people use."""
+def sharded(model: Any, way: str, device: str = "cpu", **how: Any) -> Any:
+    """`fully_shard` in one of the ways that people use; other arguments of it are `how`."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     mesh = init_device_mesh(device, (dist.get_world_size(),))
-    how: dict[str, Any] = {"mesh": mesh}
+    how = {"mesh": mesh, **how}
     if way == "offload":
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=device != "cpu")
     if way == "kept":

@@ -185,9 +185,11 @@ class Adapter(nn.Module, ABC):
         """
         return None
 
-    def penalty(self) -> Tensor | None:
-        """A term to be added to the loss, or None."""
-        return None
+    penalized: bool = False  # whether it has a penalty
+
+    def penalty(self, *parameters: Tensor) -> Tensor:
+        """A term to be added to the loss: of these parameters, in the order of `parameters()`; pure."""
+        raise NotImplementedError
 
     def loading_warning(self) -> str | None:
         """What is wrong with parameters just read from a file though they fit, or None."""
