@@ -31,6 +31,7 @@ from .prepared import (
     prepare,
 )
 from .shard import Axis, Shard
+from .sharding import let_gather_inside
 from .weight_form import Defined
 
 if TYPE_CHECKING:
@@ -342,6 +343,7 @@ class Adapted(Operator):
         return self.inner.shape
 
     def __call__(self, x: Tensor) -> Tensor:
+        let_gather_inside(self.adapter)
         return self.adapter(x, self.inner, self.scale)  # as a module: ZeRO-3's hooks gather its parameters
 
     def weight(self) -> Tensor:

@@ -33,6 +33,13 @@ def has_partitions(model: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
+def let_gather_inside(module: nn.Module) -> None:
+    """Let ZeRO-3 gather for a call of the module what belongs to parts of it too, which are never called themselves."""
+    external = vars(module).get("_external_params")  # by identity; DeepSpeed's `register_external_parameter` fills it
+    if external is not None:
+        external.update((id(p), p) for part in module.children() for p in part.parameters())
+
+
 def whole_size(t: Tensor) -> torch.Size:
     """That of the parameter, wherever it is."""
     return torch.Size(getattr(t, "ds_shape", t.shape))
