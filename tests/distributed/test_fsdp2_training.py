@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import time
 import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from .cases import adapted, batch, failures, llama, same, trained, whole
+import halotune
+from halotune import HalotuneError
+
+from .cases import adapted, batch, configured, failures, llama, randomized, same, trained, whole
 from .launch import spawn
+from .test_checkpoints import fsdp2_on_cpus, shared_folder
 from .test_fsdp2 import sharded
 
 
@@ -86,7 +94,154 @@ def idle_layer(rank: int) -> None:
         agree(found, wanted)
 
 
-CASES = {f.__name__: f for f in (mixed_precision, penalty, idle_layer)}
+def accumulated(rank: int) -> None:
+    """Gradients of two batches, reduced with the second: FSDP2's own way, and accelerate's."""
+    from accelerate import Accelerator
+
+    one = adapted("bat")
+    torch.stack([one(**batch(r + step)).loss for r in range(2) for step in range(2)]).mean().backward()
+    wanted = {name: p.grad for name, p in trained(one).items()}
+    model = sharded(adapted("bat"), "block")
+    for step in range(2):
+        model.set_requires_gradient_sync(step == 1)
+        (model(**batch(rank + step)).loss / 2).backward()
+    agree({name: whole(p.grad) for name, p in trained(model).items()}, wanted)
+    with fsdp2_on_cpus():
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        given = adapted("bat")
+        model, _ = accelerator.prepare(given, torch.optim.AdamW(trained(given).values()))
+        for step in range(2):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch(rank + step)).loss)
+        agree({name: whole(p.grad) for name, p in trained(model).items()}, wanted)
+
+
+def reference(rank: int) -> None:
+    """A loss beside the base model's own, as preference tuning has it."""
+
+    def losses(model: Any, ranks: range) -> list[Any]:
+        out = []
+        for r in ranks:
+            with torch.no_grad(), model.disable_adapter():
+                own = model(**batch(r)).loss
+            out.append((model(**batch(r)).loss - own).square())
+        return out
+
+    one, model = adapted("hra"), sharded(adapted("hra"), "block")
+    expected, found = losses(one, range(2)), losses(model, range(rank, rank + 1))
+    torch.stack(expected).mean().backward()
+    found[0].backward()
+    same(found[0], expected[rank], what="loss")
+    agree({n: whole(p.grad) for n, p in trained(model).items()}, {n: p.grad for n, p in trained(one).items()})
+
+
+# -- what is trained
+
+
+def more_than_adapters(rank: int) -> None:
+    """A head that is trained whole, and biases, in the base's units."""
+    from safetensors.torch import load_file
+
+    head = {"modules_to_save": ["lm_head"], "exclude_modules": ["lm_head"]}
+    for options in (head, {"bias": "all"}):
+        made = [adapted("hra", llama(attention_bias=True), **options) for _ in range(3)]
+        one, model, other = made[0], sharded(made[1], "block"), sharded(randomized(made[2], 5), "block")
+        losses, wanted = losses_and_gradients(one, range(2))
+        (loss,), found = losses_and_gradients(model, range(rank, rank + 1))
+        same(loss, losses[rank], what="loss")
+        agree(found, wanted)
+        with shared_folder() as folder:
+            one.save_pretrained(folder / f"one-{rank}")
+            model.save_pretrained(folder / "two")
+            dist.barrier()
+            tensors, due = (load_file(folder / f / "adapter_model.safetensors") for f in ("two", f"one-{rank}"))
+            assert tensors.keys() == due.keys() and all(torch.equal(t, due[key]) for key, t in tensors.items())
+            other.load_adapter(folder / "two", "default", is_trainable=True)
+            same(other(**batch(rank)).loss, losses[rank], what="loaded")
+
+
+def several_adapters(rank: int) -> None:
+    """Saved, one more loaded, weights swapped, combined, chosen by sample, taken out: as in one process."""
+
+    def made() -> Any:
+        model = adapted("hra")
+        model.add_adapter("b", configured("lora"))
+        model.set_adapter("b")
+        randomized(model, 3)
+        model.set_adapter(["default", "b"])
+        return model
+
+    one, two = made(), sharded(made(), "block")
+
+    def check(what: str, **options: Any) -> None:
+        models = [(one, r) for r in range(2)] + [(two, rank)]
+        losses = [model(**batch(r), **{k: v[: 2 + r] for k, v in options.items()}).loss for model, r in models]
+        same(losses[2], losses[rank], what=what)
+        for model, loss in ((one, torch.stack(losses[:2]).mean()), (two, losses[2])):
+            model.zero_grad()
+            loss.backward()
+        agree({n: whole(p.grad) for n, p in trained(two).items()}, {n: whole(p.grad) for n, p in trained(one).items()})
+
+    check("both", adapter_names=["default", "b", "__base__"])
+    with shared_folder() as folder:
+        two.save_pretrained(folder / "two")
+        randomized(one, 4).save_pretrained(folder / f"one-{rank}")  # other numbers
+        for model in (one, two):
+            halotune.hotswap_adapter(model, folder / f"one-{rank}")
+            model.load_adapter(folder / "two" / "b", "b", is_trainable=True)
+        check("swapped")
+        for model in (one, two):
+            model.load_adapter(folder / "two" / "b", "c")  # frozen: all of it in every process
+            model.add_weighted_adapter(["default", "b"], [1.0, 0.5], "sum", "lora")
+            model.set_adapter(["c", "sum"], inference_mode=True)
+        same(two(**batch(rank)).loss, one(**batch(rank)).loss, what="combined")
+    for model in (one, two):
+        for name in ("c", "sum", "b"):
+            model.delete_adapter(name)
+        model.set_adapter("default")
+    check("one again")
+
+
+# -- meshes, and processes that do not come
+
+
+def hybrid(rank: int) -> None:
+    """Replicated over one dimension of the mesh, sharded over the other."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicated", "sharded"))
+    one, model = adapted("bat"), sharded(adapted("bat"), "block", mesh=mesh)
+    losses, wanted = losses_and_gradients(one, range(2))
+    (loss,), found = losses_and_gradients(model, range(rank, rank + 1))
+    same(loss, losses[rank], what="loss")
+    agree(found, wanted)
+    with shared_folder() as folder, torch.no_grad():
+        model.save_pretrained(folder)
+        dist.barrier()
+        model.load_adapter(folder, "default", is_trainable=True)
+        for change in (model.merge_adapter, model.unmerge_adapter):
+            change()
+            same(model(**batch(rank)).loss, losses[rank], what=change.__name__)
+
+
+def alone(rank: int) -> None:
+    """Saving by the first process alone is an error in words, after a while."""
+    from halotune.engine import sharding
+
+    model = sharded(adapted("hra"), "block")
+    if rank == 0:
+        with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
+            patch.setattr(sharding, "WAIT", 0.2)
+            with pytest.raises(HalotuneError, match="every process has to take part, and not all 2 did within"):
+                model.save_pretrained(Path(folder) / "a")
+            assert not (Path(folder) / "a").exists()
+    else:
+        time.sleep(0.5)
+        dist.barrier()  # that of the other's save_pretrained
+
+
+ALL = [mixed_precision, penalty, idle_layer, accumulated, reference, more_than_adapters, several_adapters, hybrid, alone]
+CASES = {f.__name__: f for f in ALL}
 
 
 def case(rank: int, name: str) -> None:
