@@ -17,21 +17,17 @@ from safetensors.torch import load_file
 
 from .cases import adapted, batch, failures, randomized, same, steps, trained
 from .launch import spawn
-from .test_fsdp2 import sharded
+from .test_fsdp2 import report, sharded
 
 
 @contextmanager
 def shared_folder() -> Iterator[Path]:
     """One for all processes, gone when all have left it."""
-    folder = TemporaryDirectory() if dist.get_rank() == 0 else None
-    name = [folder and folder.name]
-    dist.broadcast_object_list(name)
-    try:
-        yield Path(str(name[0]))
-    finally:
-        dist.barrier()
-        if folder is not None:
-            folder.cleanup()
+    with TemporaryDirectory() as own:
+        name: list[Any] = [own]
+        dist.broadcast_object_list(name)
+        yield Path(name[0])
+        dist.barrier()  # not after an error, which is to be seen
 
 
 def optimizer_of(model: Any) -> torch.optim.Optimizer:
@@ -236,6 +232,5 @@ def test_as_in_one_process(name: str, found: list[dict[tuple[Any, ...], str]]) -
 
 
 if __name__ == "__main__":
-    names = sys.argv[1:] or list(CASES)
-    for rank, failed in enumerate(spawn(2, failures, [(name,) for name in names], case, timeout=600)):
-        print(f"process {rank}:", {n: "FAILED" if (n,) in failed else "ok" for n in names})
+    names = [(name,) for name in sys.argv[1:] or CASES]
+    report(spawn(2, failures, names, case, timeout=120), names)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,12 +16,12 @@ import torch
 import torch.distributed as dist
 
 import halotune
-from halotune import HalotuneError
+from halotune import HalotuneError, PeftModel
 
 from .cases import adapted, batch, configured, failures, llama, randomized, same, trained, whole
 from .launch import spawn
 from .test_checkpoints import fsdp2_on_cpus, shared_folder
-from .test_fsdp2 import sharded
+from .test_fsdp2 import report, sharded
 
 
 def losses_and_gradients(model: Any, ranks: range, extra: Any = lambda model: 0.0) -> tuple[list[Any], dict[str, Any]]:
@@ -58,6 +61,44 @@ def mixed_precision(rank: int) -> None:
         optimizer.step()
         ids = batch(rank)["input_ids"]
         assert model.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape[1] <= ids.shape[1] + 3
+
+
+def in_four_bits(method: str, folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": dtype, "bnb_4bit_compute_dtype": dtype}
+    kind = BitsAndBytesConfig(load_in_4bit=True, **how)
+    base = LlamaForCausalLM.from_pretrained(folder, quantization_config=kind, device_map="cpu", dtype=dtype)
+    assert base.model.layers[0].self_attn.q_proj.weight.dtype is dtype
+    return adapted(method, base)
+
+
+def four_bits(rank: int) -> None:
+    """A base of bitsandbytes' nf4, whose packed weights are stored as floats, so that they are sharded like others."""
+    with shared_folder() as folder:
+        if rank == 0:
+            llama(hidden_size=64, intermediate_size=128).save_pretrained(folder / "base")
+        dist.barrier()
+        for method, dtype in (
+            ("hra", torch.float32),
+            ("bat", torch.float32),
+            ("loha", torch.bfloat16),
+            ("oft", torch.bfloat16),
+        ):
+            made = functools.partial(in_four_bits, method, folder / "base", dtype)
+            losses, wanted = losses_and_gradients(made(), range(2))
+            model = sharded(made(), "block")
+            packed = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+            assert packed.to_local().numel() * 2 == packed.numel() == 64 * 64 // 2 // dtype.itemsize
+            (loss,), found = losses_and_gradients(model, range(rank, rank + 1))
+            same(loss, losses[rank], what=f"{method}: loss")
+            agree(found, wanted, 1e-5 if dtype is torch.float32 else 1e-2)
+            with pytest.raises(HalotuneError, match="holds a part of its weight"):
+                model.merge_adapter()
+            model.save_pretrained(folder / method)
+            dist.barrier()
+            again = PeftModel.from_pretrained(made().unload(), folder / method, is_trainable=True)
+            same(again(**batch(rank)).loss, losses[rank], what=f"{method}: loaded")
 
 
 # -- losses
@@ -136,6 +177,26 @@ def reference(rank: int) -> None:
 
 
 # -- what is trained
+
+
+def accelerates_units(rank: int) -> None:
+    """accelerate makes units of embeddings and head, too, and moves a model by way of the meta device; also in its bf16."""
+    from accelerate import Accelerator
+
+    head, tied = {"target_modules": ["q_proj", "lm_head"]}, {"tie_word_embeddings": True}
+    for options, sizes, precision in ((head, {}, "no"), ({}, tied, "no"), (head, {}, "bf16")):
+        dtype, tolerance = (torch.float32, 1e-5) if precision == "no" else (torch.bfloat16, 2e-2)  # autocast is on
+        one, given = (adapted("hra", llama(**sizes).to(dtype), **options) for _ in range(2))
+        losses, wanted = losses_and_gradients(one, range(2))
+        with fsdp2_on_cpus(cpu_ram_efficient_loading=True, mixed_precision_policy=None if precision == "no" else precision):
+            accelerator = Accelerator(cpu=True, mixed_precision=precision)
+            model, optimizer = accelerator.prepare(given, torch.optim.AdamW(trained(given).values()))
+            (loss,), found = losses_and_gradients(model, range(rank, rank + 1))
+            same(loss, losses[rank], tolerance, "loss")
+            agree(found, wanted, tolerance)
+            accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            assert all(p.dtype is torch.float32 for p in trained(model).values())
 
 
 def more_than_adapters(rank: int) -> None:
@@ -240,8 +301,10 @@ def alone(rank: int) -> None:
         dist.barrier()  # that of the other's save_pretrained
 
 
-ALL = [mixed_precision, penalty, idle_layer, accumulated, reference, more_than_adapters, several_adapters, hybrid, alone]
+ALL = [mixed_precision, four_bits, penalty, idle_layer, accumulated, reference, accelerates_units]
+ALL += [more_than_adapters, several_adapters, hybrid, alone]
 CASES = {f.__name__: f for f in ALL}
+NEEDED = {"four_bits": "bitsandbytes"}
 
 
 def case(rank: int, name: str) -> None:
@@ -252,11 +315,19 @@ def case(rank: int, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[tuple[Any, ...], str]]:
-    return spawn(2, failures, [(name,) for name in CASES], case, timeout=300)
+    names = [(name,) for name in CASES if find_spec(NEEDED.get(name, "torch"))]
+    return spawn(2, failures, names, case, timeout=300)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_as_in_one_process(name: str, found: list[dict[tuple[Any, ...], str]]) -> None:
+    if not find_spec(needed := NEEDED.get(name, "torch")):
+        pytest.skip(f"needs {needed}")
     for rank, failed in enumerate(found):
         if (name,) in failed:
             pytest.fail(f"process {rank}: {failed[name,]}")
+
+
+if __name__ == "__main__":
+    names = [(name,) for name in sys.argv[1:] or CASES]
+    report(spawn(2, failures, names, case, timeout=120), names)
