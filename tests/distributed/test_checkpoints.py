@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -210,7 +212,38 @@ def trainer(rank: int) -> None:
                 same(found, wanted[key], what=f"{kind.__name__}, resumed: {key}")
 
 
-CASES = {f.__name__: f for f in (distributed_checkpoint, accelerate_checkpoint, trainer)}
+def recipe(rank: int) -> None:
+    """A recipe with checkpoints in parts, stopped and gone on with, against one with whole ones that runs through."""
+    from tests.recipes.jobs import run
+    from tests.recipes.problems import base_folder, write_problems
+    from tests.recipes.test_processes import USUAL
+
+    with shared_folder() as folder:
+        if rank == 0:
+            base_folder(folder / "llama")
+            write_problems(folder / "train.jsonl", range(40))
+        dist.barrier()
+        data = {"model": str(folder / "llama"), "template": "plain", "data": str(folder / "train.jsonl"), "evaluation": 0.2}
+        sizes = {"max_length": 96, "batch_size": 4, "max_steps": 4, "save_every": 2, "evaluate_every": 2, "adapter": {"r": 4}}
+        for how, stops in (("FULL_STATE_DICT", [None]), ("SHARDED_STATE_DICT", [3, None])):
+            for stop in stops:
+                with fsdp2_on_cpus(state_dict_type=how):
+                    run("train_sft", {**data, **sizes, **USUAL, "output": str(folder / how)}, stop)
+        dist.barrier()
+        lines = [(folder / f"{how}_STATE_DICT" / "metrics.jsonl").read_text().splitlines() for how in ("FULL", "SHARDED")]
+        numbers = [[line.get("loss") or line["evaluation"]["loss"] for line in map(json.loads, found)] for found in lines]
+        assert len(numbers[0]) == 6
+        same(torch.tensor(numbers[1]), torch.tensor(numbers[0]), what="losses")
+        for name in ("adapter", "best"):
+            one, two = (
+                load_file(folder / f"{how}_STATE_DICT" / name / "adapter_model.safetensors") for how in ("FULL", "SHARDED")
+            )
+            assert one.keys() == two.keys() != set()
+            for key, t in one.items():
+                same(two[key], t, what=f"{name}: {key}")
+
+
+CASES = {f.__name__: f for f in (distributed_checkpoint, accelerate_checkpoint, trainer, recipe)}
 
 
 def case(rank: int, name: str) -> None:
@@ -221,11 +254,14 @@ def case(rank: int, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def found() -> list[dict[tuple[Any, ...], str]]:
-    return spawn(2, failures, [(name,) for name in CASES], case, timeout=300)
+    names = [(name,) for name in CASES if name != "recipe" or find_spec("trl")]
+    return spawn(2, failures, names, case, timeout=300)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_as_in_one_process(name: str, found: list[dict[tuple[Any, ...], str]]) -> None:
+    if name == "recipe" and not find_spec("trl"):
+        pytest.skip("needs trl")
     for rank, failed in enumerate(found):
         if (name,) in failed:
             pytest.fail(f"process {rank}: {failed[name,]}")
