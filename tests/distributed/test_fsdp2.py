@@ -165,6 +165,8 @@ def files(rank: int, method: str, way: str, device: str) -> None:
         for key, t in load_file(folder / f"lora-{rank}" / "adapter_model.safetensors").items():
             same(lora[key], t, what=f"exported: {key}")
     dist.barrier()
+    if rank == 0:
+        shared[0].cleanup()
 
 
 RUN = {"train": train, "generate": generate, "merge": merge, "files": files}
