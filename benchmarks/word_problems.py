@@ -8,7 +8,7 @@ The model is SmolLM2-135M-Instruct, out of the 4-bit numbers of its PyPI package
 held-out loss is per token of the solutions of GSM8K's test problems and MATH's first 1,000. DATA holds gsm8k/ and math/, each
 with train.jsonl and test.jsonl, as `halotune data` writes them.
 
-For every method three learning rates are tried at seed 0 on a quarter of an epoch, and the one of the least held-out loss is
+For every method four learning rates are tried at seed 0 on a quarter of an epoch, and the one of the least held-out loss is
 kept; then seeds 1, 2 and 3 are what is reported. A sitting starts nothing that would not end by `--minutes`, leaves the JSON of
 finished runs in `--output`, and goes on from those it finds there.
 """
@@ -32,16 +32,16 @@ SEEDS = (1, 2, 3)
 COMMAND = "python benchmarks/word_problems.py --model smollm2 --data DATA"  # which makes what is missing
 BASE = "base model"
 
-# name -> method, its configuration, three rates. All linear layers; 1.12 M to 1.24 M parameters.
-METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, float, float]]] = {
-    "HRA": ("hra", {"r": 8}, (3e-4, 1e-3, 3e-3)),
-    "HRA λ=1e-4": ("hra", {"r": 8, "orthogonality_weight": 1e-4}, (3e-4, 1e-3, 3e-3)),
-    "HRA GS": ("hra", {"r": 8, "apply_GS": True}, (3e-4, 1e-3, 3e-3)),
-    "LoHa": ("loha", {"r": 2, "alpha": 2}, (1e-3, 3e-3, 1e-2)),
-    "Bone": ("bone", {"r": 8}, (1e-4, 3e-4, 1e-3)),
-    "BAT": ("bat", {"r": 8}, (1e-4, 3e-4, 1e-3)),
-    "OFT": ("oft", {"oft_block_size": 16}, (3e-4, 1e-3, 3e-3)),
-    "LoRA": ("lora", {"r": 4, "lora_alpha": 8}, (3e-4, 1e-3, 3e-3)),
+# name -> method, its configuration, rates. All linear layers; 1.12 M to 1.24 M parameters.
+METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
+    "HRA": ("hra", {"r": 8}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "HRA λ=1e-4": ("hra", {"r": 8, "orthogonality_weight": 1e-4}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "HRA GS": ("hra", {"r": 8, "apply_GS": True}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "LoHa": ("loha", {"r": 2, "alpha": 2}, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "Bone": ("bone", {"r": 8}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "BAT": ("bat", {"r": 8}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "OFT": ("oft", {"oft_block_size": 16}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "LoRA": ("lora", {"r": 4, "lora_alpha": 8}, (3e-4, 1e-3, 3e-3, 1e-2)),
 }
 PEFT = {"peft LoHa": "LoHa", "peft MiSS": "Bone", "peft LoRA": "LoRA"}  # at the rate that ours has; by TRL's own trainer
 ALL = [*METHODS, *PEFT]
@@ -167,7 +167,7 @@ def result(output: Path, point: Point) -> dict[str, Any] | None:
 
 
 def chosen_rate(output: Path, method: str) -> float | None:
-    """The rate of the least held-out loss at seed 0; None until all three are there."""
+    """The rate of the least held-out loss at seed 0; None until all are there."""
     method = PEFT.get(method, method)
     rates = METHODS[method][2]
     found = [result(output, (method, rate, 0)) for rate in rates]
