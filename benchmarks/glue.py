@@ -134,41 +134,39 @@ def result(output: Path, task: str, method: str, rate: float, seed: int) -> dict
     return read(output / ("rates" if seed == 0 else "runs") / name_of(task, method, rate, seed))
 
 
-def chosen_rate(output: Path, task: str, method: str) -> float | None:
-    """The rate whose last evaluation at seed 0 is the best; None until all are there."""
-    rates = METHODS[method][2]
-    found = [result(output, task, method, rate, 0) for rate in rates]
-    if any(r is None for r in found):
-        return None
-    scores = [r["results"]["last"][SCORES[task]] for r in found if r is not None]
-    return rates[scores.index(max(scores))]
+def chosen_rate(output: Path, task: str, method: str) -> tuple[float | None, bool]:
+    """The rate whose last evaluation at seed 0 is the best of those there; and whether all are."""
+    found = {rate: r for rate in METHODS[method][2] if (r := result(output, task, method, rate, 0)) is not None}
+    best = max(found, key=lambda rate: found[rate]["results"]["last"][SCORES[task]], default=None)
+    return best, len(found) == len(METHODS[method][2])
 
 
 def missing(args: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]:
     """What is to be run and can be run now: rates first, then the seeds of what has its rate."""
     for task in args.tasks:
         for method in args.methods:
-            rate = chosen_rate(args.output, task, method)
-            points = [(r, 0) for r in METHODS[method][2]] if rate is None else [(rate, seed) for seed in SEEDS]
+            rate, final = chosen_rate(args.output, task, method)
+            points = [(rate, seed) for seed in SEEDS] if rate and final else [(r, 0) for r in METHODS[method][2]]
             for r, seed in points:
                 if result(args.output, task, method, r, seed) is None:
                     yield task, method, r, seed
 
 
 def table(args: argparse.Namespace) -> str:
-    """Mean ± deviation of the last evaluation over three seeds; a cell that is not there yet says so."""
+    """Mean ± deviation of the last evaluation over three seeds, and the learning rate; a cell that is not there yet says so.
+    * is for a rate beside which others are to be tried."""
     lines = ["| method | trained | " + " | ".join(args.tasks) + " | seconds |", "|---|---|" + "---|" * (len(args.tasks) + 1)]
     for method in args.methods:
         cells, seconds, trained = [], [], MISSING
         for task in args.tasks:
-            rate = chosen_rate(args.output, task, method)
+            rate, final = chosen_rate(args.output, task, method)
             found = [result(args.output, task, method, rate, seed) for seed in SEEDS] if rate else []
             records = [r for r in found if r is not None]
             if len(records) < len(SEEDS):
                 cells.append(MISSING)
                 continue
             scores = [100 * r["results"]["last"][SCORES[task]] for r in records]
-            cells.append(f"{statistics.fmean(scores):.1f} ± {statistics.stdev(scores):.1f} ({rate:g})")
+            cells.append(f"{statistics.fmean(scores):.1f} ± {statistics.stdev(scores):.1f} ({rate:g}{'' if final else '*'})")
             seconds += [r["seconds"] for r in records]
             trained = f"{records[0]['parameters']['trainable']:,}"
         mean = f"{statistics.fmean(seconds):.0f}" if seconds else MISSING

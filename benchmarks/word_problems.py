@@ -166,15 +166,12 @@ def result(output: Path, point: Point) -> dict[str, Any] | None:
     return read(folder_of(output, point))
 
 
-def chosen_rate(output: Path, method: str) -> float | None:
-    """The rate of the least held-out loss at seed 0; None until all are there."""
+def chosen_rate(output: Path, method: str) -> tuple[float | None, bool]:
+    """The rate of the least held-out loss at seed 0 of those there; and whether all are."""
     method = PEFT.get(method, method)
-    rates = METHODS[method][2]
-    found = [result(output, (method, rate, 0)) for rate in rates]
-    if any(r is None for r in found):
-        return None
-    losses = [r["results"]["last"]["loss"] for r in found if r is not None]
-    return rates[losses.index(min(losses))]
+    found = {rate: r for rate in METHODS[method][2] if (r := result(output, (method, rate, 0))) is not None}
+    best = min(found, key=lambda rate: found[rate]["results"]["last"]["loss"], default=None)
+    return best, len(found) == len(METHODS[method][2])
 
 
 def missing(args: argparse.Namespace) -> Iterator[Point]:
@@ -192,11 +189,12 @@ def missing(args: argparse.Namespace) -> Iterator[Point]:
 
 
 def table(args: argparse.Namespace) -> str:
-    """Mean ± deviation over the seeds that are there, whose number stands beside them; what is missing says so."""
+    """Mean ± deviation over the seeds that are there, whose number stands beside them; what is missing says so. * is for a
+    learning rate beside which others are to be tried."""
     lines = ["| method (rate) | trained | held-out loss | GSM8K strict | GSM8K paper | seconds | peak GiB | seeds |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for method in (BASE, *args.methods):
-        rate = 0.0 if method == BASE else chosen_rate(args.output, method)
+        rate, final = (0.0, True) if method == BASE else chosen_rate(args.output, method)
         points: list[Point] = [] if rate is None else [(BASE, 0.0, 0)] if method == BASE else [(method, rate, s) for s in SEEDS]
         found = [r for point in points if (r := result(args.output, point)) is not None]
         if not found:
@@ -214,7 +212,7 @@ def table(args: argparse.Namespace) -> str:
         else:
             cells += [f"{statistics.fmean([r['seconds'] for r in found]):.0f}"]
             cells += [f"{statistics.fmean([r['memory']['peak_bytes'] for r in found]) / 2**30:.2f}"]
-        named = method if method == BASE else f"{method} ({rate:g})"
+        named = method if method == BASE else f"{method} ({rate:g}{'' if final else '*'})"
         lines.append(f"| {named} | {found[0]['parameters']['trainable']:,} | " + " | ".join(cells) + f" | {len(found)} |")
     return "\n".join(lines)
 
