@@ -181,7 +181,8 @@ class RunTrainerMixin(AdapterTrainerMixin):
         """The adapter as it is now, into a folder of the run that is replaced as a whole."""
         staging = self.run.folder / f".{name}.incomplete"
         if self.is_fsdp_enabled:  # where checkpoints are in parts, the Trainer writes no adapter
-            self._save(str(staging), state_dict=self.accelerator.get_state_dict(self.model))
+            state: Any = self.accelerator.get_state_dict(self.model)
+            self._save(str(staging), state_dict=state)
         else:
             self.save_model(str(staging), _internal_call=True)
         self.accelerator.wait_for_everyone()
