@@ -25,4 +25,4 @@ def test_as_in_one_process(method: str) -> None:
     command += ["-m", "tests.distributed.zero3", method]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=os.environ | settings, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and done.stdout.count(f"{method} ok") == 2, done.stderr[-4000:]
+    assert done.returncode == 0 and f"{method} ok" in done.stdout, done.stderr[-4000:]

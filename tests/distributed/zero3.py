@@ -85,8 +85,9 @@ def main(method: str) -> None:  # one for each launch: a second engine of DeepSp
     folder: list[Any] = [TemporaryDirectory().name if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
     case(accelerator, method, Path(folder[0]) / method)
-    print(method, "ok", flush=True)
     dist.barrier()
+    if dist.get_rank() == 0:
+        print(method, "ok", flush=True)
     os._exit(0)
 
 
