@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...core.base import TransposedLinear
 from ...core.config import AdapterConfig
-from ...core.errors import HalotuneError
+from ...core.errors import HalotuneError, look_up
 from ...core.layer import AdaptedLayer
 from ...core.sharding import whole
 from ...export.components import Component
@@ -22,7 +22,7 @@ from ...export.gguf import GGUF_NAME, gguf_lora, write_gguf
 from ...export.header import METADATA_KEY, Header
 from ...export.lora import ExportReport, as_lora
 from ...export.rules import RULES, check
-from ...export.runtimes import RUNTIMES, Runtime, named
+from ...export.runtimes import RUNTIMES, Runtime
 from ...methods.registry import low_rank_method
 from ..injection.modules import plain_modules, public_path, tied_parameters, visible_modules
 from ..injection.resolve import spelled_out
@@ -54,7 +54,7 @@ def export_adapters(
         raise HalotuneError(f"export: expected the format 'lora'; got {to!r}.")
     if Path(folder).is_file():
         raise HalotuneError(f"export: {folder} is a file. Give a folder.")
-    target = named(RUNTIMES, runtime, "runtime")
+    target = look_up(RUNTIMES, runtime, "runtime")
     if gguf and runtime != "llama.cpp":
         raise HalotuneError(f'export: GGUF is for llama.cpp. Give runtime="llama.cpp" (--for llama.cpp); got {runtime!r}.')
     names = _names(tuner, adapter_name)
