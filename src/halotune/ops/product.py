@@ -27,10 +27,23 @@ def no_view(y: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(y, y.shape)
 
 
+def apply(node: type[torch.autograd.Function], *args: Any) -> Any:
+    """`node.apply`, where no transform of functorch is at work: looking for its wrappers takes as long as a launch."""
+    if torch.compiler.is_compiling():
+        return node.apply(*args)
+    return super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
+
+
 def gradients_of(grad_outputs: Any) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of y and z: that of z is a second derivative's. A compiler, which records none, makes up zeros for it."""
     dy, dz = grad_outputs
     return dy, None if torch.compiler.is_compiling() else dz
+
+
+def linear_backward(x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
+    """The gradients of `x Wᵀ`: that of x where it is needed, and that of W."""
+    rows = flattened(dy)
+    return (torch.mm(rows, W).view(x.shape) if need_x else None), torch.mm(rows.t(), flattened(x))
 
 
 def fold(x: Tensor, r: int) -> Tensor:

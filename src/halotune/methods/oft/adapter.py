@@ -15,7 +15,7 @@ from ...core.kinds import Rotation
 from ...core.operator import WeightShape
 from ...core.prepared import Tensors
 from ...core.shard import Axis
-from ...ops.product import flattened
+from ...ops.product import apply, flattened
 from . import ops
 from .config import OFTConfig
 
@@ -91,4 +91,4 @@ class OFT(Rotation):
         return (torch.where(dropped, torch.eye(self.b, dtype=R.dtype, device=R.device), R),)
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        return ops.RotatedLinear.apply(x, W, bias, *factors)  # type: ignore[return-value]
+        return apply(ops.RotatedLinear, x, W, bias, *factors)
