@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
 from .errors import HalotuneError
 from .offload import Overlay, is_offloaded, offload_hook, only_places
-from .operator import OnRows, Operator, WeightShape
+from .operator import Operator, WeightShape
 from .prepared import exact_dtype
 from .sharding import is_sharded, is_unit, only_shards, store, whole, whole_size
 
@@ -294,7 +295,7 @@ class Base(Operator):
         return bias
 
 
-class LinearLike(OnRows, Base):
+class LinearLike(Base):
     """Bases that act on the last dimension of `x`."""
 
     def samples(self) -> list[Tensor]:
@@ -303,6 +304,11 @@ class LinearLike(OnRows, Base):
 
     def stored(self, W: Tensor) -> Tensor:
         return W
+
+
+def _drawn(size: Sequence[int]) -> Tensor:
+    """Normal numbers, the same each time."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
 # Where the forwards are defined that multiply by the weight and do nothing else.
@@ -317,11 +323,6 @@ _FORWARDS = frozenset(
         "halotune.core.experts",
     }
 )
-
-
-def _drawn(size: Sequence[int]) -> Tensor:
-    """Normal numbers, the same each time."""
-    return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
 def is_parametrized(module: nn.Module) -> bool:
@@ -342,13 +343,8 @@ def has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or nn.modules.module._has_any_global_hook()
+        or _has_any_global_hook()
     )
-
-
-def is_bare(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's `forward` and nothing else."""
-    return "forward" not in module.__dict__ and not has_hooks(module)
 
 
 def runs_as_written(module: nn.Module) -> bool:
@@ -391,11 +387,11 @@ class Linear(LinearLike):
         module = self.module
         W, b = module._parameters.get("weight"), module._parameters.get("bias")
         frozen = type(W) is nn.Parameter and not W.requires_grad and (b is None or not b.requires_grad)
-        if not frozen or W.dtype is not dtype or W.is_meta:
+        if not frozen or W.dtype is not dtype or W.is_meta or "forward" in module.__dict__ or has_hooks(module):
             return None
         kind = type(module)
         usual = kind.forward is nn.Linear.forward and kind.__call__ is nn.Module.__call__
-        return (W, b) if usual and is_bare(module) else None
+        return (W, b) if usual else None
 
 
 class TransposedLinear(LinearLike):

@@ -18,7 +18,7 @@ from .adapter import Adapted, Adapter, usable
 from .config import AdapterConfig
 from .errors import HalotuneError
 from .kinds import LowRank, Rotation
-from .operator import Operator, WeightShape
+from .operator import Matrix, Operator, WeightShape
 from .prepared import Tensors, is_transformed
 from .sharding import is_sharded, local
 
@@ -142,7 +142,7 @@ class ExpertAdapter(Adapter):
         W = op.weight()
         for e in range(self.experts):
             adapter = self.expert(e)
-            adapter.start_from(_Matrix(W[e]))  # type: ignore[arg-type]
+            adapter.start_from(Matrix(W[e]))
             for own, p in zip(self.parameters(), adapter.parameters(), strict=True):
                 own[e] = p
 
@@ -270,16 +270,6 @@ class _Penalty(nn.Module):
 
     def forward(self) -> Tensor | None:
         return self.one.penalty()
-
-
-class _Matrix:
-    """One expert's weight, for an adapter that starts from it."""
-
-    def __init__(self, W: Tensor) -> None:
-        self.W = W
-
-    def weight(self) -> Tensor:
-        return self.W
 
 
 class _Replicated(torch.autograd.Function):
