@@ -163,7 +163,9 @@ class Adapter(nn.Module, ABC):
         """`B (out, k)`, `A (k, in)` with `weight(W) − W == B A` exactly; None where only a full-rank delta is."""
         return None
 
-    factors_exist: ClassVar[bool] = True
+    @property
+    def factors_exist(self) -> bool:
+        return type(self).factors is not Adapter.factors
 
     def delta_rows(self, W: Tensor) -> Iterator[Tensor]:
         """`weight(W) − W`, some rows at a time, top to bottom, in the dtype of the parameters."""

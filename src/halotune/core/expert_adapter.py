@@ -41,7 +41,6 @@ class ExpertAdapter(Adapter):
         vars(self)["one"] = one  # no submodule: its parameters are not among ours
         self.experts, self.shared = experts, shared
         self.dropout, self.scale_free, self.makes_weight = one.dropout, one.scale_free, one.makes_weight  # type: ignore[misc]
-        self.factors_exist = one.factors_exist  # type: ignore[misc]
 
     @classmethod
     def create(cls, shape: WeightShape, config: AdapterConfig) -> Self:
@@ -153,6 +152,10 @@ class ExpertAdapter(Adapter):
             return None
         B, A = zip(*cast("list[tuple[Tensor, Tensor]]", found), strict=True)
         return torch.stack(B), torch.stack(A)
+
+    @property
+    def factors_exist(self) -> bool:
+        return self.one.factors_exist
 
     def reads_weight(self, op: Operator) -> bool:
         return self.one.reads_weight(op)

@@ -8,7 +8,7 @@ adapters' slots until the pass ends; each layer looks for itself whether it may 
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from operator import is_
 from typing import Any, NamedTuple
 from weakref import ref
@@ -236,9 +236,8 @@ class ForwardPass:
         kept = self._kept_weights(kind, members, dtype)
         rest = [m for m in members if m.adapter not in kept]
         if len(rest) > 1:
-            tensors = [m.known.tensors for m in rest]
-            made = prepare(rest[0].adapter.prepares(dtype), tensors)  # whichever asks, one seed
-            self._fill(rest, made, [None] * len(rest), tensors, dtype)
+            made = prepare(rest[0].adapter.prepares(dtype), [m.known.tensors for m in rest])  # whichever asks, one seed
+            self._fill([(m, factors, None, m.known.tensors) for m, factors in zip(rest, made, strict=True)], dtype)
 
     def seed(self, adapter: Adapter) -> int | None:
         if self.first_seed is None or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
@@ -308,11 +307,10 @@ class ForwardPass:
             if (W := member.plain(dtype)) is not None:
                 shapes.setdefault(W.shape, []).append((member, W))
         for pairs in shapes.values():
-            members, matrices = map(list, zip(*pairs, strict=True))
-            adapter, tensors = members[0].adapter, [m.known.tensors for m in members]
-            made = prepare(Weights(adapter, dtype, matrices, adapter.dither(dtype)), tensors)
-            made_from = [(*own, W) for own, W in zip(tensors, matrices, strict=True)]
-            self._fill(members, [()] * len(made), [adapted for (adapted,) in made], made_from, dtype)
+            adapter = pairs[0][0].adapter
+            weights = Weights(adapter, dtype, [W for _, W in pairs], adapter.dither(dtype))
+            made = prepare(weights, [m.known.tensors for m, _ in pairs])
+            self._fill([(m, (), new, (*m.known.tensors, W)) for (m, W), (new,) in zip(pairs, made, strict=True)], dtype)
 
     def _kept_weights(self, kind: Hashable, members: list[Member], dtype: torch.dtype) -> set[Adapter]:
         """Serve those members for which there is room in the cache with W'; which they are."""
@@ -324,26 +322,18 @@ class ForwardPass:
             return set()
         matrices = [m.plain(dtype) for m in members]
         found = cache.weights(kind, [m.adapter for m in members], [m.known.tensors for m in members], matrices)
-        kept = [(m, W, adapted) for m, W, adapted in zip(members, matrices, found, strict=True) if adapted is not None]
-        made_from = [(*m.known.tensors, W) for m, W, _ in kept if W is not None]
-        self._fill([m for m, _, _ in kept], [()] * len(kept), [adapted for _, _, adapted in kept], made_from, dtype)
-        return {m.adapter for m, _, _ in kept}
+        there = [(m, W, new) for m, W, new in zip(members, matrices, found, strict=True) if W is not None and new is not None]
+        self._fill([(m, (), new, (*m.known.tensors, W)) for m, W, new in there], dtype)
+        return {m.adapter for m, _, _ in there}
 
-    def _fill(
-        self,
-        members: Sequence[Member],
-        factors: Sequence[Tensors],
-        adapted: Sequence[Tensor | None],
-        made_from: Sequence[Tensors],
-        dtype: torch.dtype,
-    ) -> None:
-        """Let each find what was made of it."""
+    def _fill(self, made: list[tuple[Member, Tensors, Tensor | None, Tensors]], dtype: torch.dtype) -> None:
+        """Leave factors, or W', and what they were made from where each adapter looks for them."""
         recorded = torch.is_grad_enabled()
-        stream = stream_of(made_from[0][0]) if members else 0
-        for (_, adapter, _, _), f, W, sources in zip(members, factors, adapted, made_from, strict=True):
-            adapter.slot.prepared = made = Prepared(f, W, dtype, recorded, stream, seen(sources))
+        for member, factors, adapted, made_from in made:
+            adapter, stream = member.adapter, stream_of(made_from[0])
+            adapter.slot.prepared = ready = Prepared(factors, adapted, dtype, recorded, stream, seen(made_from))
             vars(adapter)["alone"] = False
-            self.filled.append(made)
+            self.filled.append(ready)
 
     def clear(self) -> None:
         """The pass is over: what was prepared lives on only in graphs that use it."""

@@ -123,7 +123,6 @@ class Bat(Dense):
         nn.init.zeros_(adapter.get_parameter(cls.block))
         return adapter
 
-    factors_exist = False
     axes = (("out", -3),)
 
     @property

@@ -181,7 +181,6 @@ class DecomposedLoHa(Hadamard):
     hada_dora_scale: nn.Parameter
 
     scale_free = ("hada_dora_scale",)  # W itself would decay with it
-    factors_exist = False
     on_out = True
 
     @classmethod

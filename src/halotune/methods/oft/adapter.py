@@ -27,7 +27,6 @@ class OFT(Rotation):
     `terms` and `eps` are those of `ops`. Source: arXiv 2306.07280; README.md beside this file.
     """
 
-    factors_exist = False
     axes = (("in", -3),)
 
     def __init__(self, shape: WeightShape, b: int, shared: bool, terms: int, eps: float | None) -> None:
