@@ -59,38 +59,23 @@ def export_adapters(
         raise HalotuneError(f'export: GGUF is for llama.cpp. Give runtime="llama.cpp" (--for llama.cpp); got {runtime!r}.')
     names = _names(tuner, adapter_name)
     with whole_adapters(tuner.model, "export") as writes:
-        return _export(tuner, names, folder, target, rank, component, dtype, gguf, writes)
-
-
-def _export(
-    tuner: AdapterModel,
-    names: list[str],
-    folder: str | PathLike[str],
-    target: Runtime,
-    rank: int | None,
-    component: str | None,
-    dtype: torch.dtype | None,
-    gguf: bool,
-    writes: bool,
-) -> ExportReport:
-    layers = _exportable(tuner, names, target)
-    beside = _beside_the_adapters(tuner, names, target)
-    part = None if target.folder else Component.of(type(tuner.model).__name__, component)
-    tensors, report = as_lora(layers, names, target, component=part, rank=rank, dtype=dtype)
-    config = _lora_config(tuner, names, layers, report.rank)
-    grouped = target.convolutions == "basic" and any(layer.base.shape.groups > 1 for layer in layers.values())
-    if target.folder and not grouped:  # which peft stores in another form than ours
-        check_readable(tuner.model, config, {**tensors, **beside}, beside)
-    tensors = experts_written(layers, tensors)
-    shared = {name for names in tied_parameters(tuner.model) for name in names}
-    tied = any(f"{path}.base_layer.weight" in shared for path in layers)
-    converted = gguf_lora(tensors, tuner.model) if gguf else None
-    if not writes:
+        layers = _exportable(tuner, names, target)
+        beside = _beside_the_adapters(tuner, names, target)
+        part = None if target.folder else Component.of(type(tuner.model).__name__, component)
+        tensors, report = as_lora(layers, names, target, component=part, rank=rank, dtype=dtype)
+        config = _lora_config(tuner, names, layers, report.rank)
+        grouped = target.convolutions == "basic" and any(layer.base.shape.groups > 1 for layer in layers.values())
+        if target.folder and not grouped:  # which peft stores in another form than ours
+            check_readable(tuner.model, config, {**tensors, **beside}, beside)
+        tensors = experts_written(layers, tensors)
+        shared = {name for names in tied_parameters(tuner.model) for name in names}
+        tied = any(f"{path}.base_layer.weight" in shared for path in layers)
+        converted = gguf_lora(tensors, tuner.model) if gguf else None
+        if writes:
+            _write({**tensors, **beside}, config, Path(folder), target, part, tied)
+            if converted is not None:
+                write_gguf(*converted, alpha=report.rank, file=Path(folder) / GGUF_NAME)
         return report
-    _write({**tensors, **beside}, config, Path(folder), target, part, tied)
-    if converted is not None:
-        write_gguf(*converted, alpha=report.rank, file=Path(folder) / GGUF_NAME)
-    return report
 
 
 def _names(tuner: AdapterModel, wanted: str | Sequence[str] | None) -> list[str]:
