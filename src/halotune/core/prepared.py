@@ -280,7 +280,10 @@ class Prepared:
 class Slot(threading.local):
     """The place for what is prepared for one adapter, in this thread. Copies and pickles of it are empty."""
 
-    prepared: Prepared | None = None
+    prepared: Prepared | None
+
+    def __init__(self) -> None:  # in each thread; a default of the class is all that torch 2.11's compiler would see
+        self.prepared = None
 
     def __deepcopy__(self, memo: Any) -> Slot:
         return Slot()
