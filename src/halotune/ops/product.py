@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Op, triton_kernel
+from .dispatch import Kernel, Op
 
 
 def flattened(x: Tensor) -> Tensor:
@@ -115,11 +115,7 @@ add_product = Op(
     "add_product",
     _add_product,
     like=lambda b, a, A, Q, inplace: (b.new_empty(b.shape), b.new_empty(b.shape[0], (Q if A is None else A).shape[0])),
-    kernels=[
-        triton_kernel(
-            _KERNELS, "add_product", lambda b, a, A, Q, _: _refusal((Q if A is None else A).shape[0], b, a, A, Q), _wins
-        )
-    ],
+    kernel=Kernel(_KERNELS, "add_product", lambda b, a, A, Q, _: _refusal((Q if A is None else A).shape[0], b, a, A, Q), _wins),
 )
 
 # `zᵀ d` and `wᵀ x`: z, w `(n, r)`, d `(n, p)`, x `(n, q)`.
@@ -127,7 +123,5 @@ transposed_products = Op(
     "transposed_products",
     _transposed_products,
     like=lambda z, d, w, x: (d.new_empty(z.shape[1], d.shape[1]), x.new_empty(w.shape[1], x.shape[1])),
-    kernels=[
-        triton_kernel(_KERNELS, "transposed_products", lambda z, *others: _refusal(z.shape[-1], z, *others), _transposed_wins)
-    ],
+    kernel=Kernel(_KERNELS, "transposed_products", lambda z, *others: _refusal(z.shape[-1], z, *others), _transposed_wins),
 )
