@@ -65,7 +65,9 @@ def held_out(data: Path, scratch: Path, limit: int | None) -> str:
 
     file = scratch / "held.jsonl"
     sources = [read_rows(data / suite / "test.jsonl") for suite in ("gsm8k", "math")]
-    rows = [as_metamath(row.values) for source, n in zip(sources, (1319, 1000), strict=True) for row in list(source)[: limit or n]]
+    rows = [
+        as_metamath(row.values) for source, n in zip(sources, (1319, 1000), strict=True) for row in list(source)[: limit or n]
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(file)
 
