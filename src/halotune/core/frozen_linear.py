@@ -23,7 +23,7 @@ def _linear(x: Tensor, W: Tensor, bias: Tensor | None, Q: Tensor, A: Tensor | No
     y = F.linear(x, W, bias)
     sums, z = add_product(flattened(y), flattened(x), A, Q, True)
     if torch.compiler.is_compiling() or sums.data_ptr() != y.data_ptr():  # not written to in place
-        y = sums.view(y.shape)
+        y = sums.view_as(y)
     return y, z
 
 
@@ -54,7 +54,7 @@ class _LowRankLinear(torch.autograd.Function):
             dz = None if dz is None else dz + dz_more
         if any(ctx.needs_input_grad[3:]):
             dQ, dA = (torch.mm(z.t(), dy), None) if A is None else transposed_products(z, dy, dz, flattened(x))
-        return (None if dx is None else dx.view(ctx.shape)), None, None, dQ, dA
+        return (None if dx is None else dx.view(*ctx.shape)), None, None, dQ, dA
 
 
 def low_rank_linear(x: Tensor, W: Tensor, bias: Tensor | None, Q: Tensor, A: Tensor | None = None) -> Tensor:

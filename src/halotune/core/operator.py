@@ -125,4 +125,4 @@ def add_to(y: Tensor, z: Tensor, Bt: Tensor) -> Tensor:
     if y.dtype != z.dtype:  # a base that answers in a dtype of its own
         return y + (z @ Bt).to(y.dtype)
     n = z.numel() // max(1, z.shape[-1])  # y may be empty; tracing follows numbers of elements
-    return torch.addmm(y.reshape(n, y.shape[-1]), z.reshape(n, z.shape[-1]), Bt).view(y.shape)
+    return torch.addmm(y.reshape(n, y.shape[-1]), z.reshape(n, z.shape[-1]), Bt).view_as(y)

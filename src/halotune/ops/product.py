@@ -43,7 +43,7 @@ def gradients_of(grad_outputs: Any) -> tuple[Tensor | None, Tensor | None]:
 def linear_backward(x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
     """The gradients of `x Wᵀ`: that of x where it is needed, and that of W."""
     rows = flattened(dy)
-    return (torch.mm(rows, W).view(x.shape) if need_x else None), torch.mm(rows.t(), flattened(x))
+    return (torch.mm(rows, W).view_as(x) if need_x else None), torch.mm(rows.t(), flattened(x))
 
 
 def fold(x: Tensor, r: int) -> Tensor:
@@ -70,7 +70,7 @@ def _add_product(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inpla
         assert Q is not None
         z = fold(a, Q.shape[0])
     else:
-        z = torch.mm(a, A.t())
+        z = F.linear(a, A)
     if Q is None:
         return add_unfolded(b, z, inplace), z
     if inplace and b.dtype is z.dtype is Q.dtype:  # autocast around a backward changes the products, and no operation in place
@@ -79,7 +79,7 @@ def _add_product(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inpla
 
 
 def _transposed_products(z: Tensor, d: Tensor, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    return z.t() @ d, w.t() @ x
+    return torch.mm(z.t(), d), torch.mm(w.t(), x)
 
 
 MOST = 64  # a kernel's r

@@ -116,7 +116,7 @@ class _ReflectedLinear(torch.autograd.Function):
         rows = flattened(x)
         rotated, z = add_product(rows, rows, Ût, N, False)
         ctx.save_for_backward(x, z, W, Ût, N)
-        return no_view(F.linear(rotated.view(x.shape), W, bias))
+        return no_view(F.linear(rotated.view_as(x), W, bias))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -127,7 +127,7 @@ class _ReflectedLinear(torch.autograd.Function):
             z = torch.mm(rows, Ût.t())
         dx, dz = add_product(d, d, N, Ût, False) if ctx.needs_input_grad[0] else (None, torch.mm(d, N.t()))
         dN, dÛt = transposed_products(z, d, dz, rows)
-        return (None if dx is None else dx.view(x.shape)), None, None, dÛt, dN
+        return (None if dx is None else dx.view_as(x)), None, None, dÛt, dN
 
 
 def reflected_linear(x: Tensor, W: Tensor, bias: Tensor | None, Ût: Tensor, N: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def reflected_linear(x: Tensor, W: Tensor, bias: Tensor | None, Ût: Tensor, N: 
     if torch.is_grad_enabled():
         return apply(_ReflectedLinear, x, W, bias, Ût, N)
     rows = flattened(x)
-    return F.linear(add_product(rows, rows, Ût, N, False)[0].view(x.shape), W, bias)
+    return F.linear(add_product(rows, rows, Ût, N, False)[0].view_as(x), W, bias)
 
 
 def orthogonality(U: Tensor, squared: bool) -> Tensor:

@@ -77,7 +77,7 @@ class OFT(Rotation):
         return (ops.in_blocks(G, self.b).mT @ ops.in_blocks(W, self.b),)
 
     def rotate(self, x: Tensor, *factors: Tensor) -> Tensor:
-        return ops.rotate(flattened(x), *factors).view(x.shape)
+        return ops.rotate(flattened(x), *factors).view_as(x)
 
     def rotate_groups(self, x: Tensor, groups: Any, *factors: Tensor) -> Tensor:
         (R,) = factors
