@@ -31,8 +31,8 @@ from .prepared import (
     pass_of,
     prepare,
 )
-from .shard import Axis, Shard
 from .weight_form import Defined
+from .weight_shard import Axis, Shard
 
 if TYPE_CHECKING:
     from .config import AdapterConfig
@@ -111,7 +111,7 @@ class Adapter(nn.Module, ABC):
             found.append(getattr(owner, name) if own is None else own)  # a replica's, a flat parameter's view: no parameter
         return tuple(found)
 
-    # -- a shard of it (`core/shard.py`)
+    # -- a shard of it (`core/weight_shard.py`)
 
     shard: Shard | None = None  # of the layer, where others lie in other processes
     whole: Adapter | None = None  # what a `here` is the shard of

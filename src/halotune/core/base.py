@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from .errors import HalotuneError
 from .offload import Overlay, is_offloaded, offload_hook, only_places
 from .operator import Operator, WeightShape
-from .sharding import is_sharded, is_unit, only_shards, store, whole, whole_size
+from .sharded_parameters import is_sharded, is_unit, only_shards, store, whole, whole_size
 from .trial import agrees, drawn
 
 if TYPE_CHECKING:

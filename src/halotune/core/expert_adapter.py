@@ -20,7 +20,7 @@ from .errors import HalotuneError
 from .kinds import LowRank, Rotation
 from .operator import Matrix, Operator, WeightShape
 from .prepared import Tensors, is_transformed
-from .sharding import is_sharded, local
+from .sharded_parameters import is_sharded, local
 
 PART = 256 * 2**20  # bytes of the W' that exist at once where a method has no form but W'
 

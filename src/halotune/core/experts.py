@@ -23,7 +23,7 @@ from .layer import AdaptedLayer
 from .offload import offload_hook
 from .operator import Operator, WeightShape
 from .prepared import exact
-from .sharding import is_sharded, local
+from .sharded_parameters import is_sharded, local
 from .wrapper import ParameterView, Wrapper
 
 IMPLEMENTATION = "halotune"  # in transformers' registry

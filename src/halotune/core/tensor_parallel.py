@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from .base import Linear, has_hooks, register_base
 from .errors import HalotuneError
 from .operator import Matrix, Operator, WeightShape
-from .shard import Shard
-from .sharding import local, whole
+from .sharded_parameters import local, whole
+from .weight_shard import Shard
 
 Adapting = Callable[[Operator], Operator]
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError, warn
 from ..core.prepared import Form
-from ..core.sharding import reshard
+from ..core.sharded_parameters import reshard
 from ..core.wrapper import Wrapper
 from .files.save import save_adapters
+from .gathering import require_no_units, whole_adapters
 from .injection.activation import activate, enable, per_sample
 from .injection.modules import adapted_layers, modules_to_save_wrappers, public_path
 from .injection.offloading import bring_adapters
 from .injection.surgery import remove
-from .sharding import require_no_units, whole_adapters
 from .training import penalty
 from .weights.combine import combine
 from .weights.merge import MergeReport, Requantize, merge, unmerge, untie_copies

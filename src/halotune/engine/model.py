@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from ..core.config import CLASSES, AdapterConfig, TaskType
 from ..core.errors import HalotuneError
-from ..core.sharding import is_unit
+from ..core.sharded_parameters import is_unit
 from ..methods.registry import method_of
 from .adapted import AdaptedModel
 from .external_types import register_external_types

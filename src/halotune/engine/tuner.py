@@ -18,13 +18,13 @@ from ..methods.registry import method_of
 from .adapted import AdaptedModel
 from .external_types import register_external_types
 from .forward.prepare import Scope
+from .gathering import is_divided
 from .injection.activation import activate, check_bias, freeze, train_biases
 from .injection.default_targets import DEFAULT_TARGETS
 from .injection.first_pass import FirstPass
 from .injection.inject import inject
 from .injection.modules import paths_in_state_dict
 from .injection.surgery import eject, remove
-from .sharding import is_divided
 from .weights.merge import MergeReport
 
 

@@ -16,7 +16,7 @@ from ...core.base import TransposedLinear
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError, look_up
 from ...core.layer import AdaptedLayer
-from ...core.sharding import whole
+from ...core.sharded_parameters import whole
 from ...export.components import Component
 from ...export.gguf import GGUF_NAME, gguf_lora, write_gguf
 from ...export.header import METADATA_KEY, Header
@@ -24,9 +24,9 @@ from ...export.lora import ExportReport, as_lora
 from ...export.rules import RULES, check
 from ...export.runtimes import RUNTIMES, Runtime
 from ...methods.registry import low_rank_method
+from ..gathering import whole_adapters
 from ..injection.modules import plain_modules, public_path, tied_parameters, visible_modules
 from ..injection.resolve import spelled_out
-from ..sharding import whole_adapters
 from .card import write_card
 from .experts import experts_written, form_of
 from .keys import adapter_keys, check_readable

@@ -21,7 +21,7 @@ from ...core.base import base_for
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError, few
 from ...core.layer import AdaptedLayer
-from ...core.sharding import whole_size
+from ...core.sharded_parameters import whole_size
 from ...methods.registry import method_of
 from ..injection.experts import create
 from ..injection.modules import adapted_layers, innermost, is_attention, plain_modules, visible_modules

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...core.config import AdapterConfig
 from ...core.errors import AdapterFileError, HalotuneError, few, warn
 from ...core.files import write_atomically
-from ...core.sharding import divided_like, is_sharded, reshard, store, whole, whole_size
+from ...core.sharded_parameters import divided_like, is_sharded, reshard, store, whole, whole_size
 from ..injection.modules import adapted_layers, innermost, plain_modules, unwrapped
 from .experts import as_written, from_written
 from .keys import adapter_keys, bias_keys, config_of, embedding_keys, held_tensors, under_own_names, without_sharding

@@ -15,8 +15,8 @@ from ...core.frozen_linear import low_rank_linear
 from ...core.kinds import Dense, LowRank, add_low_rank
 from ...core.operator import Operator, WeightShape
 from ...core.prepared import Tensors, exact_dtype
-from ...core.shard import Axis, Shard
 from ...core.weight_form import weight_form
+from ...core.weight_shard import Axis, Shard
 from . import ops
 from .config import LoHaConfig
 

@@ -14,7 +14,7 @@ from ...core.errors import HalotuneError
 from ...core.kinds import Rotation
 from ...core.operator import WeightShape
 from ...core.prepared import Tensors
-from ...core.shard import Axis
+from ...core.weight_shard import Axis
 from ...ops.product import apply, flattened
 from . import ops
 from .config import OFTConfig
