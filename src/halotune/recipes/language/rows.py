@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import HalotuneError
-from ..common.rows import Row, read_rows, text_of, usable
+from ..common.rows import READERS, Row, read_rows, text_of, usable
 
 # What a prompt and its response are called: MetaMathQA, Alpaca, TRL, GSM8K …
 PAIRS = (
@@ -81,7 +81,8 @@ def read_examples(
 def find_rows(source: str) -> Iterator[Row]:
     """The rows of a file, or of a data set on the hub."""
     path = Path(source)
-    if path.suffix or path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+    file = path.suffix.lower() in READERS or path.exists()  # a data set's name may have a full stop, too: OpenHermes-2.5
+    if file or source.startswith((".", "/", "~")) or source.count("/") != 1:
         return read_rows(path)
     return (Row(path, number, dict(values)) for number, values in enumerate(_from_hub(source), 1))
 
