@@ -220,10 +220,10 @@ def test_a_line_that_was_not_finished_is_left_out(encoder, table, tmp_path):
 
 
 def test_a_dry_run_shows_a_batch_and_its_cost_and_writes_nothing(encoder, table, tmp_path, capsys):
-    train_nlu(configure(encoder, table, tmp_path / "run"), dry_run=True)
+    train_nlu(configure(encoder, table, tmp_path / "runs" / "run"), dry_run=True)
     out = capsys.readouterr().out
     assert out.count("→ positive") + out.count("→ negative") == 8
-    assert "trained parameters: " in out and "two steps: " in out and f"would be written to {tmp_path / 'run'}" in out
+    assert "trained parameters: " in out and "two steps: " in out and f"would be written to {tmp_path / 'runs' / 'run'}" in out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -90,3 +90,16 @@ def test_all_runs_are_checked_before_the_first_starts(flags, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(HalotuneError, match="--sweep starts its runs itself"):
         sweep(NLUConfig, flags, ["seed=0,1"])
+
+
+def test_a_dry_run_of_a_sweep_lists_its_runs_shows_the_first_and_starts_none(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweeping, "_train", lambda *_: pytest.fail("a run was started"))
+    assert main(["train", "nlu", *flags, "--sweep", "seed=0,1", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path / 'sweep'}: 2 runs" in out and "  seed=1\n" in out and "two steps: " in out
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_runs_side_by_side_are_those_of_a_sweep(flags, capsys):
+    assert main(["train", "nlu", *flags, "--parallel", "2"]) == 2
+    assert "--parallel belongs to --sweep" in capsys.readouterr().err

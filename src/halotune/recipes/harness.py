@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ..core.errors import HalotuneError, closest
 from .common import processes
+from .common.config import require
 from .common.run import said
 from .language.evaluated import Evaluated
 
@@ -50,6 +51,8 @@ class HarnessEvaluation:
     def __post_init__(self) -> None:
         if self.adapter is None and self.model is None:
             raise HalotuneError("needed, and not given: --adapter, or --model alone.")
+        for name in ("limit", "batch_size"):
+            require(self, name, (value := getattr(self, name)) is None or value >= 1, "must be at least 1", "Use 1 or more.")
 
 
 def evaluate_harness(config: HarnessEvaluation) -> dict[str, Any]:

@@ -61,11 +61,13 @@ class Run:
     Attributes:
         record: what run.json holds.
         writer: whether this process writes.
+        absent: the folders that were not there, the innermost first.
     """
 
     def __init__(self, config: RunConfig, command: str | None = None) -> None:
         self.folder = Path(str(config.output))
         self.writer = processes.first()
+        self.absent = [f for f in (self.checkpoints, self.folder, *self.folder.parents) if not f.exists()]
         self.config, self.as_yaml = plain(config), as_yaml(config)
         found = read_run(self.folder)
         if found is None:

@@ -141,7 +141,7 @@ class Evaluated:
         asked = {"base": self.base, "adapter": self.adapter, **{n: getattr(config, n) for n in names}}
         asked["content of data"] = digest(problems)
         file = folder / "asked.json"
-        if file.is_file():
+        if file.is_file() and any(folder.glob("answers*.jsonl")):
             before = json.loads(file.read_text(encoding="utf-8"))
             differ = [n for n in asked if before.get(n) != asked[n]]
             if differ:
