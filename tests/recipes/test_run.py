@@ -188,6 +188,18 @@ def test_a_folder_that_is_no_run_is_refused(encoder, table, tmp_path):
         train_nlu(configure(encoder, table, tmp_path))
 
 
+def test_a_kill_before_the_first_step_leaves_nothing_in_the_way(encoder, table, tmp_path):
+    """The Trainer makes the folder of checkpoints before there is a run.json; a file may have been half written."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / ".run.json.x.tmp").write_text("{")
+    assert train_nlu(configure(encoder, table, tmp_path, max_steps=1))["status"] == FINISHED
+    assert not list(tmp_path.glob(".*.tmp"))
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(HalotuneError, match=r"holds .* and no run.json"):  # these checkpoints are somebody's
+        train_nlu(configure(encoder, table, tmp_path, max_steps=1))
+
+
 def test_a_run_has_one_writer(encoder, table, tmp_path):
     config = configure(encoder, table, tmp_path / "run")
     with Run(config).open(), pytest.raises(HalotuneError, match="another process writes into it"), Run(config).open():

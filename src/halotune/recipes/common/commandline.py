@@ -20,7 +20,7 @@ from .config import SET_BY_RECIPE, RunConfig, adapter_defaults, find_method, unk
 
 T = TypeVar("T")
 
-NOTE = """Dashes in the names of flags may be written for underscores. --r 8 is short for --adapter.r 8, and so is every field
+NOTE = """Underscores may be written for the dashes of flags. --r 8 is short for --adapter.r 8, and so is every field
 of the method's configuration whose name no other flag has. A switch without a value is turned on. Flags win over the file
 of --config."""
 
@@ -56,8 +56,16 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str = "halotune") -> T:
     return kind(**{k: v.as_dict() if isinstance(v, Namespace) else v for k, v in values.items()})
 
 
+class _Parser(ArgumentParser):
+    """jsonargparse's, whose help shows flags as users write them."""
+
+    def format_help(self) -> str:
+        return re.sub(r"--[\w.]+", lambda found: found[0].replace("_", "-"), super().format_help())
+
+
 def _parser(kind: type, prog: str, method: str | None, preset: str | None) -> ArgumentParser:
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description=(kind.__doc__ or "").split("\n")[0], epilog=NOTE)
+    positional = "".join(f" {f.name.upper()}" for f in fields(kind) if not f.kw_only and f.name != "_")
+    parser = _Parser(prog=prog, exit_on_error=False, usage=f"{prog}{positional} [--config FILE] FLAG …", epilog=NOTE)
     parser.add_argument("--config", action="config", help="a YAML file with these options; may be given several times")
     if not issubclass(kind, RunConfig):
         parser.add_class_arguments(kind, None, as_positional=True)

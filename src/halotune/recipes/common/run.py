@@ -98,6 +98,8 @@ class Run:
             yield self
             return
         with locked(self.folder), _terminated_as_interrupted():
+            for left in self.folder.glob(".*.tmp"):  # by a killed process
+                left.unlink()
             try:
                 write_atomically(self.folder / "config.yaml", lambda file: file.write_text(self.as_yaml, encoding="utf-8"))
                 self.update(status=RUNNING, config=self.config, label=self.config["label"], error=None)
@@ -175,7 +177,7 @@ class Run:
     # -- what is there already
 
     def _check_free(self) -> None:
-        own = ("config.yaml", "log.txt")
+        own = ("config.yaml", "log.txt", *(() if self.last_checkpoint()[0] else ("checkpoints",)))  # of a run that never began
         there = [f.name for f in self.folder.glob("[!.]*") if f.name not in own]
         if there and self.writer:
             raise HalotuneError(
