@@ -182,8 +182,7 @@ def read_data(config: SFTConfig) -> tuple[list[Example], list[Example], list[str
         held, more = read_examples(config.evaluation, config.example, skip_bad=config.skip_bad_rows)
         return rows, held, bad + more
     if config.evaluation:
-        rows, held = split(rows, config.evaluation, config.seed)
-        return rows, held, bad
+        return *split(rows, config.evaluation), bad
     return rows, [], bad
 
 

@@ -27,6 +27,7 @@ PAIRS = (
     ("instruction", "response"),
     ("question", "answer"),
 )
+SPLIT_SEED = 0
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # ShareGPT's
 
 
@@ -169,9 +170,16 @@ def _conversation(messages: list[dict[str, Any]], first: int) -> Conversation:
     return Conversation(messages, learned)
 
 
-def split(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and evaluation rows: a share of them, drawn at random, for the second."""
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    held = set(order[: max(1, round(share * len(rows)))])
+def split(rows: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """Training and evaluation rows: a share of them, drawn at random, for the second; the same ones for all seeds of a run.
+
+    Raises:
+        HalotuneError: nothing is left for the first.
+    """
+    n = max(1, round(share * len(rows)))
+    if n >= len(rows):
+        raise HalotuneError(
+            f"evaluation: {share:g} of {len(rows)} rows leaves nothing to learn from. Use a smaller share, or a file."
+        )
+    held = set(random.Random(SPLIT_SEED).sample(range(len(rows)), n))
     return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]
