@@ -96,6 +96,7 @@ def test_answers_are_kept_and_graded(place: Path, whole: Path, capsys: pytest.Ca
     lines = read_lines(folder / "answers.jsonl")
     assert sorted(line["id"] for line in lines) == list(range(10)) and scores["strict"]["of"] == 10
     assert read_run(whole)["results"]["gsm8k"]["strict"] == scores["strict"]["accuracy"]
+    assert "gsm8k strict" in (whole / "index.html").read_text()
     text = (folder / "answers.jsonl").read_text().splitlines(keepends=True)
     (folder / "answers.jsonl").write_text("".join(text[:5]) + text[5][:20])  # as a killed process leaves it
     assert len(Answers(folder / "answers.jsonl").found) == 5
