@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "glue")
     parser.add_argument("--minutes", type=float, default=8.0, help="start nothing that would not end by then (default: 8)")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds more for what is running (default: 30)")
-    parser.add_argument("--workers", type=int, default=5, help="runs side by side on the GPU, 4 to 11 GB each (default: 5)")
+    parser.add_argument("--workers", type=int, default=5, help="runs side by side on a GPU, 4 to 11 GB each (default: 5)")
     parser.add_argument("--tasks", nargs="+", choices=list(EPOCHS), default=list(EPOCHS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rows", type=int, help="learn from so many rows alone, to try the script")
@@ -197,7 +197,7 @@ def main() -> None:
         return print(table(args))
     if args.model is None or args.data is None:
         sys.exit("glue.py: give --model, made with --make-model, and --data")
-    sitting(lambda: missing(args), train, args)
+    sitting(lambda: missing(args), train, args, kind=lambda point: point[0])
     print(table(args))
 
 
