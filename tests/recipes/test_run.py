@@ -208,7 +208,7 @@ def test_a_run_has_one_writer(encoder, table, tmp_path):
         pass  # it is given back
 
 
-def test_how_a_run_ended_is_written_down(encoder, table, tmp_path):
+def test_how_a_run_ended_is_written_down(encoder, table, tmp_path, capsys):
     config = configure(encoder, table, tmp_path / "run")
     with pytest.raises(ZeroDivisionError), Run(config).open():
         1 / 0  # noqa: B018
@@ -217,6 +217,7 @@ def test_how_a_run_ended_is_written_down(encoder, table, tmp_path):
     with pytest.raises(KeyboardInterrupt), Run(config).open():
         os.kill(os.getpid(), signal.SIGTERM)
     assert read_run(tmp_path / "run")["status"] == INTERRUPTED
+    assert "interrupted; the same command goes on after step 0" in capsys.readouterr().err
 
 
 def test_a_line_that_was_not_finished_is_left_out(encoder, table, tmp_path):

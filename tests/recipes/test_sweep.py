@@ -45,6 +45,10 @@ def test_mean_and_deviation_are_over_the_seeds(tmp_path):
     assert rows[0]["results"]["last.accuracy"] == {"mean": pytest.approx(0.7), "deviation": pytest.approx(0.2), "n": 3}
     assert rows[1]["results"]["last.accuracy"] == {"mean": 0.4, "deviation": None, "n": 1}
     assert "0.7000 ± 0.2000" in table(rows)
+    many = [{**row, "results": {f"result {i}": row["results"]["last.accuracy"] for i in range(20)}} for row in rows]
+    head, _, *lines = table(many).split("\n")  # no terminal is so wide: a line for each result
+    assert head.split() == ["learning_rate", "1e-3", "3e-3"] and len(lines) == 20
+    assert lines[0].split("  ")[0].strip() == "result 0" and lines[0].endswith("0.4000")
 
 
 @pytest.fixture

@@ -107,6 +107,7 @@ class Run:
                 yield self
             except KeyboardInterrupt:
                 self.update(status=INTERRUPTED)
+                said(f"{self.folder}: interrupted; the same command goes on after step {self.last_checkpoint()[1]}")
                 raise
             except BaseException as e:
                 self.update(status=FAILED, error=f"{type(e).__name__}: {e}")

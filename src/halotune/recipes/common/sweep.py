@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def _numbers(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as text: what was varied, then mean ± deviation."""
+    """The rows as text: what was varied, then mean ± deviation; a column each where a line would not fit into the terminal."""
     if not rows:
         return "no run has finished"
     varied = list(rows[0]["values"])
@@ -151,4 +152,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         return f"{figure['mean']:.4f}{spread}"
 
     lines = [[*(row["values"][v] for v in varied), *(shown(row["results"].get(n)) for n in names)] for row in rows]
-    return text_table([*varied, *names], lines, left=varied)
+    text = text_table([*varied, *names], lines, left=varied)
+    if len(text.partition("\n")[0]) <= shutil.get_terminal_size().columns:
+        return text
+    head, *turned = zip([*varied, *names], *lines, strict=True)
+    return text_table(head, turned, left=head[:1])
