@@ -119,6 +119,16 @@ def test_names_of_modules_are_a_list_and_patterns_stay_patterns(value):
 def test_python_says_the_same():
     with pytest.raises(HalotuneError, match=r"adapter.rank: HRAConfig has no such field"):
         NLUConfig(model="m", task="cola", adapter={"rank": 8})
+    for field, value, near in (
+        ("precision", "fp61", "fp16"),
+        ("quant", "nf5", "nf4"),
+        ("task", "colla", "cola"),
+        ("preset", "papr", "paper"),
+    ):
+        with pytest.raises(HalotuneError, match=rf"^{field}: there is no '{value}'\. Did you mean {near}\?"):
+            NLUConfig(**{"model": "m", "task": "cola", field: value})
+    with pytest.raises(HalotuneError, match=r"which: there is no 'lest'"):
+        NLUEvaluation("run", which="lest")
     with pytest.raises(HalotuneError, match=r"method: got 'hra', but adapter is a LoraConfig"):
         NLUConfig(model="m", task="cola", method="hra", adapter=LoraConfig())
 

@@ -93,7 +93,6 @@ class NLUConfig(RunConfig):
         self.fill_in(max_length=MAX_LENGTH, freeze_head=False)
 
     def check(self) -> None:
-        self.require("task", self.task in (*TASKS, "csv"), f"expected csv or one of {', '.join(TASKS)}", "Choose one.")
         self.require("data", self.task != "csv" or self.data != "hub", "csv needs a file", "Give --data FILE.")
         for name in ("evaluation", "text", "pair", "target", "regression"):
             usual = self.task == "csv" or getattr(self, name) == NLUConfig.__dataclass_fields__[name].default

@@ -20,7 +20,7 @@ from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..engine.model import PeftModel
 from .common import processes
-from .common.config import require
+from .common.config import check_choices, require
 from .common.rows import read_rows, text_of, usable
 from .common.run import read_run, said
 from .common.trainer import placement
@@ -51,6 +51,7 @@ class NLUEvaluation:
     device: Literal["auto", "cpu"] = "auto"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         require(self, "batch_size", self.batch_size >= 1, "must be at least 1", "Use a number such as 64.")
 
 
@@ -108,6 +109,10 @@ class Prediction:
     batch_size: int = 64
     device: Literal["auto", "cpu"] = "auto"
     skip_bad_rows: bool = False
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        require(self, "batch_size", self.batch_size >= 1, "must be at least 1", "Use a number such as 64.")
 
 
 def predict_nlu(config: Prediction) -> Path:

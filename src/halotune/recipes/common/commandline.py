@@ -149,7 +149,7 @@ def _flag(name: str) -> str:
 
 def _as_list(value: str) -> str:
     """q_proj,v_proj -> [q_proj,v_proj], where names of modules are asked for: a text would be a regular expression."""
-    return f"[{value}]" if re.fullmatch(r"[\w.]+(, *[\w.]+)*", value) and value != "all-linear" else value
+    return f"[{value}]" if re.fullmatch(r"[\w.]+(, *[\w.]+)*", value) and value not in ("all-linear", "null") else value
 
 
 def _lists(method: str | None, kind: type) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import yaml  # transformers needs it
 from transformers.trainer_utils import SchedulerType
@@ -87,6 +87,7 @@ class RunConfig:
     WARMUP: ClassVar[float] = 0.06
 
     def __post_init__(self) -> None:
+        check_choices(self)
         preset = self.preset_fields(vars(self).get("preset"))
         self.method, self.adapter = resolve_adapter(self.method or None, self.adapter, self.TARGETS, self.METHOD, preset)
         self.fill()
@@ -135,6 +136,15 @@ class RunConfig:
 
     def require(self, name: str, condition: bool, problem: str, remedy: str) -> None:
         require(self, name, condition, problem, remedy)
+
+
+def check_choices(config: Any) -> None:
+    """Raise an error about a field that is one of several words, and holds another; the command line has looked before."""
+    for name, hint in get_type_hints(type(config)).items():
+        choices = [c for h in (hint, *get_args(hint)) if get_origin(h) is Literal for c in get_args(h)]
+        value = getattr(config, name, None)
+        if choices and value is not None and value not in choices:
+            raise HalotuneError(f"{name}: {unknown(str(value), choices, f'there is no {value!r}')}")
 
 
 def require(config: Any, name: str, condition: bool, problem: str, remedy: str) -> None:
