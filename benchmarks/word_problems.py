@@ -8,7 +8,7 @@ The model is SmolLM2-135M-Instruct, out of the 4-bit numbers of its PyPI package
 held-out loss is per token of the solutions of GSM8K's test problems and MATH's first 1,000. DATA holds gsm8k/ and math/, each
 with train.jsonl and test.jsonl, as `halotune data` writes them.
 
-For every method three learning rates are tried at seed 0 on a quarter of an epoch, and the one of the least held-out loss is
+For every method four learning rates are tried at seed 0 on a quarter of an epoch, and the one of the least held-out loss is
 kept; then seeds 1, 2 and 3 are what is reported. A sitting starts nothing that would not end by `--minutes`, leaves the JSON of
 finished runs in `--output`, and goes on from those it finds there.
 """
@@ -32,16 +32,16 @@ SEEDS = (1, 2, 3)
 COMMAND = "python benchmarks/word_problems.py --model smollm2 --data DATA"  # which makes what is missing
 BASE = "base model"
 
-# name -> method, its configuration, three rates. All linear layers; 1.12 M to 1.24 M parameters.
-METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, float, float]]] = {
-    "HRA": ("hra", {"r": 8}, (3e-4, 1e-3, 3e-3)),
-    "HRA λ=1e-4": ("hra", {"r": 8, "orthogonality_weight": 1e-4}, (3e-4, 1e-3, 3e-3)),
-    "HRA GS": ("hra", {"r": 8, "apply_GS": True}, (3e-4, 1e-3, 3e-3)),
-    "LoHa": ("loha", {"r": 2, "alpha": 2}, (1e-3, 3e-3, 1e-2)),
-    "Bone": ("bone", {"r": 8}, (1e-4, 3e-4, 1e-3)),
-    "BAT": ("bat", {"r": 8}, (1e-4, 3e-4, 1e-3)),
-    "OFT": ("oft", {"oft_block_size": 16}, (3e-4, 1e-3, 3e-3)),
-    "LoRA": ("lora", {"r": 4, "lora_alpha": 8}, (3e-4, 1e-3, 3e-3)),
+# name -> method, its configuration, rates. All linear layers; 1.12 M to 1.24 M parameters.
+METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
+    "HRA": ("hra", {"r": 8}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "HRA λ=1e-4": ("hra", {"r": 8, "orthogonality_weight": 1e-4}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "HRA GS": ("hra", {"r": 8, "apply_GS": True}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "LoHa": ("loha", {"r": 2, "alpha": 2}, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "Bone": ("bone", {"r": 8}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "BAT": ("bat", {"r": 8}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "OFT": ("oft", {"oft_block_size": 16}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "LoRA": ("lora", {"r": 4, "lora_alpha": 8}, (3e-4, 1e-3, 3e-3, 1e-2)),
 }
 PEFT = {"peft LoHa": "LoHa", "peft MiSS": "Bone", "peft LoRA": "LoRA"}  # at the rate that ours has; by TRL's own trainer
 ALL = [*METHODS, *PEFT]
@@ -166,15 +166,12 @@ def result(output: Path, point: Point) -> dict[str, Any] | None:
     return read(folder_of(output, point))
 
 
-def chosen_rate(output: Path, method: str) -> float | None:
-    """The rate of the least held-out loss at seed 0; None until all three are there."""
+def chosen_rate(output: Path, method: str) -> tuple[float | None, bool]:
+    """The rate of the least held-out loss at seed 0 of those there; and whether all are."""
     method = PEFT.get(method, method)
-    rates = METHODS[method][2]
-    found = [result(output, (method, rate, 0)) for rate in rates]
-    if any(r is None for r in found):
-        return None
-    losses = [r["results"]["last"]["loss"] for r in found if r is not None]
-    return rates[losses.index(min(losses))]
+    found = {rate: r for rate in METHODS[method][2] if (r := result(output, (method, rate, 0))) is not None}
+    best = min(found, key=lambda rate: found[rate]["results"]["last"]["loss"], default=None)
+    return best, len(found) == len(METHODS[method][2])
 
 
 def missing(args: argparse.Namespace) -> Iterator[Point]:
@@ -192,11 +189,12 @@ def missing(args: argparse.Namespace) -> Iterator[Point]:
 
 
 def table(args: argparse.Namespace) -> str:
-    """Mean ± deviation over the seeds that are there, whose number stands beside them; what is missing says so."""
+    """Mean ± deviation over the seeds that are there, whose number stands beside them; what is missing says so. * is for a
+    learning rate beside which others are to be tried."""
     lines = ["| method (rate) | trained | held-out loss | GSM8K strict | GSM8K paper | seconds | peak GiB | seeds |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for method in (BASE, *args.methods):
-        rate = 0.0 if method == BASE else chosen_rate(args.output, method)
+        rate, final = (0.0, True) if method == BASE else chosen_rate(args.output, method)
         points: list[Point] = [] if rate is None else [(BASE, 0.0, 0)] if method == BASE else [(method, rate, s) for s in SEEDS]
         found = [r for point in points if (r := result(args.output, point)) is not None]
         if not found:
@@ -214,7 +212,7 @@ def table(args: argparse.Namespace) -> str:
         else:
             cells += [f"{statistics.fmean([r['seconds'] for r in found]):.0f}"]
             cells += [f"{statistics.fmean([r['memory']['peak_bytes'] for r in found]) / 2**30:.2f}"]
-        named = method if method == BASE else f"{method} ({rate:g})"
+        named = method if method == BASE else f"{method} ({rate:g}{'' if final else '*'})"
         lines.append(f"| {named} | {found[0]['parameters']['trainable']:,} | " + " | ".join(cells) + f" | {len(found)} |")
     return "\n".join(lines)
 
