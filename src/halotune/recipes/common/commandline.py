@@ -59,8 +59,8 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str = "halotune") -> T:
 class _Parser(ArgumentParser):
     """jsonargparse's, whose help shows flags as users write them."""
 
-    def format_help(self) -> str:
-        return re.sub(r"--[\w.]+", lambda found: found[0].replace("_", "-"), super().format_help())
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        return re.sub(r"--[\w.]+", lambda found: found[0].replace("_", "-"), super().format_help(*args, **kwargs))
 
 
 def _parser(kind: type, prog: str, method: str | None, preset: str | None) -> ArgumentParser:
