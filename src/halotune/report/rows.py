@@ -21,7 +21,7 @@ PER_RUN = {"seed", "label", "output", "output_dir", "folder", "run_name"}
 LOWER_IS_BETTER = set(
     "loss nll perplexity ppl bpb error errors mse rmse mae wer cer fid kid lpips distance drift forgetting penalty".split()
 )
-NEITHER = set("step steps epoch epochs count n total samples rows examples tokens seed seconds bytes".split())
+NEITHER = set("entropy step steps epoch epochs count n total samples rows examples tokens seed seconds bytes".split())
 
 
 @dataclass(frozen=True)
