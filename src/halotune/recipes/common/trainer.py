@@ -143,6 +143,12 @@ class RunTrainerMixin(AdapterTrainerMixin):
         decayed = {id(p) for group in parameter_groups(model, 1.0) if group["weight_decay"] for p in group["params"]}
         return [name for name, p in model.named_parameters() if id(p) in decayed]
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Without groups that are empty, as the decayed one may be: torch's distributed checkpoints lose their settings."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
     def train_run(self) -> None:
         """Train, from the last checkpoint where there is one."""
         checkpoint, step = self.run.last_checkpoint()
@@ -181,7 +187,11 @@ class RunTrainerMixin(AdapterTrainerMixin):
     def save_adapter(self, name: str = "adapter") -> None:
         """The adapter as it is now, into a folder of the run that is replaced as a whole."""
         staging = self.run.folder / f".{name}.incomplete"
-        self.save_model(str(staging), _internal_call=True)
+        if self.is_fsdp_enabled:  # where checkpoints are in parts, the Trainer writes no adapter
+            state: Any = self.accelerator.get_state_dict(self.model)
+            self._save(str(staging), state_dict=state)
+        else:
+            self.save_model(str(staging), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle: no one should have to trust it
