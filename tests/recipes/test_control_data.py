@@ -319,10 +319,12 @@ def test_rows_that_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_real_face_is_found() -> None:
-    """scikit-image's astronaut, by MediaPipe: the eyes lie above the mouth, and the left one left of the right one."""
+    """Grace Hopper's, whom matplotlib ships: the eyes lie above the mouth, and the left one left of the right one."""
     pytest.importorskip("mediapipe")
-    data = pytest.importorskip("skimage.data")
-    points = FaceMesh()(Image.fromarray(data.astronaut()))
+    from matplotlib.cbook import get_sample_data
+
+    with get_sample_data("grace_hopper.jpg") as file, Image.open(file) as image:  # type: ignore[arg-type]
+        points = FaceMesh()(image)
     assert points is not None
     left, right, mouth = points[36:42].mean(0), points[42:48].mean(0), points[48:60].mean(0)
     assert left[0] < right[0]
