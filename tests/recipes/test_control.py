@@ -137,12 +137,12 @@ def test_a_split_is_drawn_in_shares_that_go_on(trained: Path, root: Path, monkey
     def failing(*args: Any, **kwargs: Any) -> Any:
         if len(drawn) == 1:
             raise KeyboardInterrupt
-        drawn.append(kwargs["seed"])
+        drawn.append(args)
         return usual(*args, **kwargs)
 
     def part(shard: str, **also: Any) -> ControlPictures:
         return ControlPictures(
-            str(trained), split="val", device="cpu", output=str(root / "parts"), **{"count": 2, "shard": shard, **also}
+            str(trained), split="val", device="cpu", **{"output": str(root / "parts"), "count": 2, "shard": shard, **also}
         )
 
     monkeypatch.setattr(control_pictures, "draw_controlled", failing)
@@ -159,6 +159,9 @@ def test_a_split_is_drawn_in_shares_that_go_on(trained: Path, root: Path, monkey
         assert len(names) == count
         for name in names:
             assert opened(root / "parts" / kind / name).tobytes() == opened(root / "whole" / kind / name).tobytes()
+    for file in draw_control(part("0/1", output=str(root / "at once"), batch_size=4)):
+        alone = np.array(opened(root / "whole" / "results" / file.name)).astype(int)
+        assert np.abs(np.array(opened(file)) - alone).max() <= 1
     assert draw_control(part("7/8")) == []  # an empty share has nothing to do
     with pytest.raises(HalotuneError, match=r"drawn otherwise \(seed: 0 there, 1 here"):
         draw_control(part("0/2", seed=1))

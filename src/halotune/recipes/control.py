@@ -201,11 +201,11 @@ class ControlTrainer(PipelineTrainer):
         from .control_pictures import draw_controlled
 
         for i, pair in enumerate(self.shown):
-            image = draw_controlled(
+            (image,) = draw_controlled(
                 self.model.controlled,
-                pair.prompt,
-                self.preparation.hint(pair),
-                seed=i,
+                [pair.prompt],
+                [self.preparation.hint(pair)],
+                [i],
                 conditioning_scale=conditioning_scale,
                 inference_steps=self.config.inference_steps,
                 guidance_scale=self.config.guidance_scale,
