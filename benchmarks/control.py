@@ -52,7 +52,7 @@ FIGURES = {
 
 
 def make_data(args: argparse.Namespace) -> None:
-    """OUTPUT/classes, faces, streets: pictures, train.jsonl, val.jsonl; and OUTPUT/metadata.jsonl, which the base learns from."""
+    """OUTPUT/classes, faces, streets: pictures, train.jsonl, val.jsonl; OUTPUT/metadata.jsonl, what the base learns from."""
     out = Path(args.output)
     if args.classes:
         with tarfile.open(args.classes) as archive:
