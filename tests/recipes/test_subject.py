@@ -24,51 +24,30 @@ from halotune.recipes.pictures import Cache, buckets, read_picture
 from halotune.recipes.subject import Denoiser, SubjectConfig, adapt, train_subject
 from halotune.recipes.subject_data import Encoder, class_pictures, collate, find_pictures
 
+from .. import toy_pipelines
 from ..examples.models import save_stable_diffusion
-from .pictures import save_flux, save_sd3, save_sdxl, save_subject, single_file
+from .pictures import adapter, flags, save_subject, single_file, toy_options
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("image")
-    save_stable_diffusion(folder / "sd")
-    save_sdxl(folder / "sdxl")
-    save_sd3(folder / "sd3")
-    save_flux(folder / "flux")
+    stable_diffusion = save_stable_diffusion(folder / "sd")
+    for kind in ("sdxl", "sd3", "flux"):
+        getattr(toy_pipelines, kind)(stable_diffusion).save_pretrained(folder / kind)
     save_subject(folder / "flower")
     return folder
 
 
 def options(root: Path, output: Path, **also: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "model": str(root / "sd" / "pipeline"),
         "subject": str(root / "flower"),
         "class_word": "flower",
-        "resolution": 16,
         "class_images": 2,
         "class_folder": str(root / "class_images"),
-        "cache": str(root / "cache"),
-        "max_steps": 4,
-        "inference_steps": 2,
         "validation_seeds": 1,
-        "log_every": 1,
-        "device": "cpu",
-        "tracker": "none",
-        "adapter": {"r": 4},
-        "output": str(output),
     }
-    return values | also
-
-
-def flags(values: dict[str, Any]) -> list[str]:
-    plain = {k: v for k, v in values.items() if k != "adapter"}
-    return [*(f"--{k.replace('_', '-')}={v}" for k, v in plain.items()), "--r=4"]
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "adapter" / "unet" / "adapter_model.safetensors")
+    return toy_options(root, output, **values | also)
 
 
 def test_train_report_generate_and_load_elsewhere(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
