@@ -106,6 +106,9 @@ class ControlConfig(RunConfig):
         for name in ("min_snr", "guidance_scale"):
             self.require(name, getattr(self, name) >= 0, "must not be negative", "Use 0 for none.")
         self.require(
+            "resolution", self.resolution is None or self.resolution >= 1, "must be at least 1", "Use for example 512."
+        )
+        self.require(
             "encoder_learning_rate", (self.encoder_learning_rate or 0) > 0, "must be above 0", "Use a positive number."
         )
         self.require("ema", 0 <= self.ema < 1, "must be from 0 to below 1", "Use a decay such as 0.999.")
@@ -231,9 +234,10 @@ def train_control(config: ControlConfig, *, dry_run: bool = False, command: str 
     if run.finished and not dry_run:
         said(f"{run.folder}: finished already; nothing was done. Give another --output for a new run.")
         return run.record
-    pairs = read_pairs(config.data, "train", config.control)
+    left_out: list[str] | None = [] if config.skip_bad_rows else None
+    pairs = read_pairs(config.data, "train", config.control, left_out)
     held_out = has_split(config.data, "val")
-    validation = read_pairs(config.data, "val", config.control) if held_out else pairs
+    validation = read_pairs(config.data, "val", config.control, left_out) if held_out else pairs
     if not held_out:
         said(f"{config.data}: has no val split, so evaluations are on pictures of the training.")
     family = load_family(config)
@@ -263,7 +267,7 @@ def train_control(config: ControlConfig, *, dry_run: bool = False, command: str 
         return run.record
     with run.open():
         run.update(pictures={"train": len(train), "validation": len(evaluation)}, pipeline=type(family.pipe).__name__)
-        run.update(skipped=problems + more)
+        run.update(skipped=[*(left_out or []), *problems, *more])
         if run.last_checkpoint()[0] is None:
             with torch.random.fork_rng():
                 trainer.draw_base()

@@ -91,7 +91,7 @@ class ControlPictures:
             raise HalotuneError(f"--prompt: the rows of a split have their own; got {self.prompt!r}. Leave it out.")
         if share(self.shard) is None:
             raise HalotuneError(f"--shard: expected i/n with 0 ≤ i < n; got {self.shard!r}. Use for example 0/4.")
-        for name in ("count", "limit", "inference_steps", "batch_size"):
+        for name in ("count", "limit", "inference_steps", "resolution", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise HalotuneError(f"--{name.replace('_', '-')}: must be at least 1; got {value}. Use a number such as 4.")
@@ -194,7 +194,8 @@ class Job:
 
 def split_jobs(options: ControlPictures, config: ControlConfig) -> list[Job]:
     """This process's share of the split. A picture has the same seed in whatever share it is."""
-    pairs = list(enumerate(read_pairs(config.data, str(options.split), config.control)))[: options.limit]
+    left_out: list[str] | None = [] if config.skip_bad_rows else None
+    pairs = list(enumerate(read_pairs(config.data, str(options.split), config.control, left_out)))[: options.limit]
     number, shares = share(options.shard) or (0, 1)
     return [
         Job(f"{pair.name}-{k}" if k else pair.name, pair, options.seed + i * options.count + k)

@@ -47,6 +47,12 @@ class SubjectPictures:
     guidance_scale: float | None = None
     device: Literal["auto", "cpu"] = "auto"
 
+    def __post_init__(self) -> None:
+        for name in ("count", "resolution", "inference_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise HalotuneError(f"--{name.replace('_', '-')}: must be at least 1; got {value}. Use a number such as 4.")
+
 
 def trained_subject(folder: str | Path, device: str) -> tuple[SubjectConfig, Family, PipelineAdapters, torch.device]:
     """A finished run's configuration, its pipeline with the adapter, and where it runs."""

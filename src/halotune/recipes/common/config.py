@@ -96,8 +96,9 @@ class RunConfig:
             self.require(name, value is None or value >= 1, "must be at least 1", "Leave it out for the default.")
         for name in ("epochs", "learning_rate"):
             self.require(name, getattr(self, name) > 0, "must be above 0", "Use a positive number.")
-        for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
+        for name in ("warmup", "weight_decay", "max_grad_norm"):
             self.require(name, getattr(self, name) >= 0, "must not be negative", "Use 0 for none.")
+        self.require("seed", 0 <= self.seed < 2**32, "must be from 0 to below 2³²", "Use a whole number such as 0.")
         self.check()
         self.output = self.output or self.default_output
 
