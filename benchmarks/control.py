@@ -10,7 +10,7 @@ The base is trained on what the tasks learn from, never on what they are evaluat
 
 Three tasks: edges on the classes of Tiny-ImageNet, landmarks on faces, label maps on streets (CamVid); every method, two seeds.
 Figures are those of `halotune eval control --base`: of the run, of the base alone, and of the originals. All methods
-have the same encoder of hints at first, the same learning rate for it, and their own default times `--rate`.
+have the same encoder of hints at first, the same learning rate for it, and the recipe's default of their own times `--rate`.
 
 `train` has several runs side by side on a GPU (`--workers`), so their seconds are comparable within a sitting alone. A sitting
 starts nothing that would not end in `--minutes`, leaves the JSON and a small picture of each finished run in `--results`, and
@@ -200,6 +200,7 @@ def train_one(job: tuple[str, str, int], args: argparse.Namespace) -> str:
     from PIL import Image
 
     from halotune.recipes import ControlConfig, ControlEvaluation, evaluate_control, train_control
+    from halotune.recipes.control_data import evenly
 
     kind, adapter = METHODS[method]
     run = Path(args.runs) / name_of(task, method, seed)
@@ -246,7 +247,7 @@ def train_one(job: tuple[str, str, int], args: argparse.Namespace) -> str:
     results = Path(args.results)
     results.mkdir(parents=True, exist_ok=True)
     drawn = run / "drawn" / "val"
-    names = sorted(f.name for f in (drawn / "results").iterdir())[:6]
+    names = evenly(sorted(f.name for f in (drawn / "results").glob("[!.]*")), 6)
     shown = [Image.open(drawn / kind / n).convert("RGB") for kind in ("hints", "source", "base", "results") for n in names]
     make_image_grid(shown, 4, len(names)).save(results / f"{run.name}.png")
     entries = {"task": task, "method": method, "seed": seed, "workers": args.workers, "figures": figures, **seconds, **kept}
@@ -313,7 +314,7 @@ def main(given: list[str] | None = None) -> None:
     flag("--limit", type=int, default=128, help="pictures of an evaluation")
     flag("--inference-steps", type=int, default=50)
     flag("--guidance", type=float, default=3.0)
-    flag("--rate", type=float, default=0.1, help="times the library's default learning rate of the method")
+    flag("--rate", type=float, default=1.0, help="times the recipe's default learning rate of the method")
     flag("--encoder-rate", type=float, default=1e-3)
     flag("--precision", default="fp32", choices=["fp32", "bf16"])
     flag("--workers", type=int, default=4, help="runs side by side on a GPU")

@@ -34,7 +34,7 @@ the clock, and what the GPU spends in kernels, since with one picture a slow hos
 `train` has several runs side by side on a GPU (`--workers`), so their seconds are comparable within a sitting alone. A sitting
 starts nothing that would not end in `--minutes`, leaves the JSON and a small picture of each finished run in `--results`, and
 goes on from what it finds there; a run that is cut off goes on at its checkpoint. The learning rate of each method is the
-library's default times `--rate`.
+recipe's default times `--rate`.
 """
 
 from __future__ import annotations
@@ -431,7 +431,7 @@ def main(given: list[str] | None = None) -> None:
     flag("--class-images", type=int, default=100)
     flag("--inference-steps", type=int, default=25)
     flag("--guidance", type=float, default=3.0)
-    flag("--rate", type=float, default=1.0)
+    flag("--rate", type=float, default=3.0, help="times the recipe's default learning rate of the method")
     flag("--rank", type=int, default=8)
     flag("--blocks", type=int, default=19, help="of the FLUX-class transformer; 19 is FLUX.1's")
     flag("--cost-steps", type=int, default=STEPS)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from halotune import HalotuneError
 from halotune.cli.main import main
@@ -23,6 +24,7 @@ from halotune.recipes.diffusion import family_class, load_family
 from halotune.recipes.pictures import Cache, buckets, read_picture
 from halotune.recipes.subject import Denoiser, SubjectConfig, adapt, train_subject
 from halotune.recipes.subject_data import Encoder, class_pictures, collate, find_pictures
+from halotune.recipes.subject_pictures import SubjectPictures
 
 from .. import toy_pipelines
 from ..examples.models import save_stable_diffusion
@@ -277,6 +279,11 @@ def test_configurations_that_are_refused(root: Path, tmp_path: Path) -> None:
         config(also="gguf")
     with pytest.raises(HalotuneError, match="shard: expected i/n"):
         config(shard="2/2")
+    with pytest.raises(HalotuneError, match="resolution: must be at least 1; got 0"):
+        config(resolution=0)
+    with pytest.raises(HalotuneError, match="--count: must be at least 1; got 0"):
+        SubjectPictures(str(tmp_path), prompt="a qwe flower", count=0)
+    assert config().learning_rate == pytest.approx(1e-3)  # a tenth of HRA's usual one
     with pytest.raises(HalotuneError, match="of no known type"):
         family_class("KandinskyPipeline", "a/b")
     with pytest.raises(HalotuneError, match=r"multiple of 4; got 18. Use 16"):
@@ -369,6 +376,7 @@ def test_what_users_folders_hold(root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "собака 犬"
     folder.mkdir()
     (folder / "._00.jpg").write_bytes(b"of the system")
+    (folder / "thumbnails.png").mkdir()
     Image.new("RGB", (1, 1), "red").save(folder / "один.png")
     (folder / "один.txt").write_text("фото qwe собаки", encoding="utf-8")
     Image.fromarray(np.full((8, 8), 128 << 8, dtype=np.uint16)).save(folder / "deep.png")
@@ -404,12 +412,14 @@ def test_a_full_disk_ends_a_run_that_then_goes_on(
 ) -> None:
     values = options(root, tmp_path / "run", prior_weight=0.0, save_every=2)
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    for error in (OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")):
 
-    monkeypatch.setattr("halotune.integrations.diffusers.PipelineAdapters.save", full)
-    assert main(["train", "subject", *flags(values)]) == 1
-    assert "No space left on device" in capsys.readouterr().err
+        def full(*_: Any, error: Exception = error, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("halotune.integrations.diffusers.PipelineAdapters.save", full)
+        assert main(["train", "subject", *flags(values)]) == 1
+        assert "No space left on device" in capsys.readouterr().err
     record = read_run(tmp_path / "run")
     assert record
     assert record["status"] == "failed"
@@ -423,4 +433,4 @@ def test_a_pipeline_of_another_kind(root: Path, tmp_path: Path, capsys: pytest.C
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "Flux2Pipeline"}')
     assert main(["train", "subject", *flags(options(root, tmp_path / "run", model=str(tmp_path / "other")))]) == 2
-    assert "a Flux2Pipeline is of no known type. Use one of StableDiffusionPipeline" in capsys.readouterr().err
+    assert "a Flux2Pipeline is of no known type. Use a model of one of StableDiffusionPipeline" in capsys.readouterr().err

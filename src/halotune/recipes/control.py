@@ -23,7 +23,7 @@ from .common.config import RunConfig
 from .common.dry_run import dry_run as show_dry_run
 from .common.run import Run, said
 from .common.trainer import arguments
-from .control_data import Pair, Preparation, Preparer, as_text, collate, has_split, read_pairs
+from .control_data import Pair, Preparation, Preparer, as_text, collate, evenly, has_split, read_pairs
 from .control_model import ENCODER, ControlEncoder, Controlled, new_control
 from .diffusion import TARGETS, load_family
 from .pipeline_trainer import Denoiser, PipelineTrainer, adapt
@@ -86,6 +86,7 @@ class ControlConfig(RunConfig):
     RECIPE: ClassVar[str] = "control"
     TARGETS: ClassVar[str] = TARGETS["geglu"]
     WARMUP: ClassVar[float] = 0.0
+    RATE: ClassVar[float] = 0.1
 
     @property
     def name(self) -> str:
@@ -247,7 +248,7 @@ def train_control(config: ControlConfig, *, dry_run: bool = False, command: str 
         family.model.to(args.device)
     preparer = Preparer(family, config, args.device)
     train, problems = preparer.examples(pairs, "training")
-    evaluation, more = preparer.examples(validation[: config.evaluation_count], "validation")
+    evaluation, more = preparer.examples(evenly(validation, config.evaluation_count), "validation")
     set_seed(config.seed)  # of the adapter
     adapters = adapt(family, config)
     model = ControlledDenoiser(controlled, family, config, preparer.text(""))
@@ -259,7 +260,7 @@ def train_control(config: ControlConfig, *, dry_run: bool = False, command: str 
         data_collator=collate,
         run=run,
         adapters=adapters,
-        shown=[entry[0] for entry in evaluation.entries[: config.validation_count]],
+        shown=[entry[0] for entry in evenly(evaluation.entries, config.validation_count)],
         preparation=preparer.preparation,
     )
     if dry_run:

@@ -16,7 +16,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ from .pictures import Cache, fitted, pixels, read_picture, sha256
 
 if TYPE_CHECKING:
     from .control import ControlConfig
+
+T = TypeVar("T")
 
 NAMES = {
     "target": ("target", "image", "file_name"),
@@ -92,6 +94,12 @@ def read_pairs(folder: str | Path, split: str, control: str, left_out: list[str]
             raise HalotuneError(f"{table}: has two rows for {pair.target}, whose results would have one name. Take one out.")
         seen[pair.name] = pair.target
     return pairs
+
+
+def evenly(items: Sequence[T], count: int | None) -> list[T]:
+    """So many of them, at even distances: what lies side by side in a table is often alike. All, where there are no more."""
+    count = min(count or len(items), len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def find_table(folder: Path, split: str) -> Path:

@@ -41,7 +41,7 @@ class ControlEvaluation:
         run: the run's folder.
         split: of the data.
         data: the folder of the data; by default the run's.
-        limit: only so many of the split.
+        limit: only so many of the split, at even distances.
         output: where the pictures are, as `halotune generate control` wrote them; by default the run's folder drawn/SPLIT.
         base: also measure what the base alone makes of the prompts.
         segmentation_model: for segm: any of transformers' semantic segmentation, by id or folder.

@@ -26,7 +26,7 @@ from ..integrations.diffusers import PipelineAdapters
 from ..report.record import write_record
 from .common.run import read_run, said
 from .control import ControlConfig
-from .control_data import Pair, Preparation, read_pairs
+from .control_data import Pair, Preparation, evenly, read_pairs
 from .control_hints import read_depth, read_labels
 from .control_model import Controlled, load_control
 from .diffusion import Family, load_family
@@ -46,7 +46,7 @@ class ControlPictures:
         split: draw all pictures of the data's train or val.
         data: the folder of the data; by default the run's.
         shard: of the split, the i-th of n shares, as i/n, from 0.
-        limit: of the split, only so many.
+        limit: of the split, only so many, at even distances.
         output: the folder they go to; by default the run's folder drawn/, and of a split drawn/SPLIT.
         count: pictures of each hint.
         seed: of the first one; each next one has the next.
@@ -195,7 +195,7 @@ class Job:
 def split_jobs(options: ControlPictures, config: ControlConfig) -> list[Job]:
     """This process's share of the split. A picture has the same seed in whatever share it is."""
     left_out: list[str] | None = [] if config.skip_bad_rows else None
-    pairs = list(enumerate(read_pairs(config.data, str(options.split), config.control, left_out)))[: options.limit]
+    pairs = evenly(list(enumerate(read_pairs(config.data, str(options.split), config.control, left_out))), options.limit)
     number, shares = share(options.shard) or (0, 1)
     return [
         Job(f"{pair.name}-{k}" if k else pair.name, pair, options.seed + i * options.count + k)

@@ -106,6 +106,7 @@ class SubjectConfig(RunConfig):
     RECIPE: ClassVar[str] = "subject"
     TARGETS: ClassVar[str] = TARGETS["attention"]
     WARMUP: ClassVar[float] = 0.0
+    RATE: ClassVar[float] = 0.1
 
     @property
     def name(self) -> str:

@@ -30,7 +30,8 @@ class RunConfig:
         seed: of the adapters, the order of the data and dropout.
         epochs: how often the data are gone through; may be a fraction. By default the preset's, else the recipe's.
         max_steps: end after so many optimizer steps, whatever `epochs` says.
-        learning_rate: the peak; by default the preset's, else the method's in `halotune.DEFAULT_LEARNING_RATES`.
+        learning_rate: the peak; by default the preset's, else the method's in `halotune.DEFAULT_LEARNING_RATES`, of which
+            recipes for pictures take a tenth.
         batch_size: examples of an optimizer step, over all processes.
         micro_batch_size: examples that a process takes at once; by default its whole share of `batch_size`.
         schedule: of the learning rate after the warmup, as transformers names them (linear, cosine, constant …).
@@ -82,12 +83,14 @@ class RunConfig:
     TARGETS: ClassVar[str] = "all-linear"  # of adapters that name none
     METHOD: ClassVar[str] = "hra"
     EPOCHS: ClassVar[float] = 3.0
+    RATE: ClassVar[float] = 1.0  # times the method's default learning rate
     WARMUP: ClassVar[float] = 0.06
 
     def __post_init__(self) -> None:
         self.method, self.adapter = resolve_adapter(self.method or None, self.adapter, self.TARGETS, self.METHOD)
         self.fill()
-        self.fill_in(epochs=self.EPOCHS, warmup=self.WARMUP, learning_rate=find_method(self.method)[1].learning_rate)
+        rate = find_method(self.method)[1].learning_rate * self.RATE
+        self.fill_in(epochs=self.EPOCHS, warmup=self.WARMUP, learning_rate=rate)
         self.label = self.label or f"{self.method.upper()} {'='.join(map(str, self.adapter.size))}"
         for name in ("batch_size", "log_every", "keep_checkpoints"):
             self.require(name, getattr(self, name) >= 1, "must be at least 1", "Use a whole number such as 8.")
