@@ -59,10 +59,13 @@ def test_train_report_generate_and_load_elsewhere(root: Path, tmp_path: Path, ca
 
     run = tmp_path / "run"
     given = flags(options(root, run, learning_rate=0.02, ema=0.5, min_snr=5, also="lora,kohya", evaluate_every=2))
+    (run / ".adapter.incomplete").mkdir(parents=True)
+    (run / ".adapter.incomplete" / "half.tmp").touch()  # as a process that was killed while saving leaves
     assert main(["train", "subject", *given]) == 0
     record = read_run(run)
     assert record is not None
     assert record["status"] == FINISHED
+    assert not list((run / "adapter").rglob("*.tmp"))
     assert record["pictures"] == {"subject": 3, "class": 2}
     assert record["parameters"]["trainable"] > 0
     gallery = json.loads((run / "gallery.json").read_text())
@@ -87,6 +90,8 @@ def test_train_report_generate_and_load_elsewhere(root: Path, tmp_path: Path, ca
 
     plain = drawn()
     assert base.tobytes() == plain
+    assert main(["generate", "subject", str(run), *common, "--resolution", "18"]) == 2
+    assert "resolution: this model needs a multiple of 4; got 18. Use 16." in capsys.readouterr().err
     PipelineAdapters(pipe).load(run / "adapter")
     assert drawn() == trained.tobytes() != plain
     PipelineAdapters(pipe).unload()

@@ -15,6 +15,7 @@ from ..core.files import write_atomically
 from ..integrations.diffusers import PipelineAdapters
 from .common.run import read_run, said
 from .diffusion import Family, draw, load_family
+from .pictures import buckets
 from .subject import ADAPTER, SubjectConfig
 from .subject_data import has_word
 
@@ -78,6 +79,7 @@ def draw_subject(options: SubjectPictures) -> list[Path]:
     for name in ("resolution", "inference_steps", "guidance_scale"):
         if getattr(options, name) is not None:
             setattr(config, name, getattr(options, name))
+    buckets(config.resolution or family.size, family.divisor, aspect=False)  # refuses what the model cannot draw
     folder, written = Path(options.output or f"{options.run}/drawn"), []
     words = re.sub(r"\W+", "_", options.prompt)[:60]  # at most 240 bytes
     for seed in range(options.seed, options.seed + options.count):

@@ -174,6 +174,9 @@ class RunTrainerMixin(AdapterTrainerMixin):
     def save_adapter(self, name: str = "adapter") -> None:
         """The adapter as it is now, into a folder of the run that is replaced as a whole."""
         staging = self.run.folder / f".{name}.incomplete"
+        if self.args.should_save:  # what a killed process left
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         self.save_model(str(staging), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
