@@ -8,7 +8,7 @@ The model is a DeBERTa-v2 of 6 layers of 384 that starts as MiniLM: its output i
 DeBERTa-v3, and no figure here is the paper's. All methods adapt the paper's layers (query, key, value, attention output,
 both linear layers of the feed-forward part) with 165,888 parameters each; pooler and classifier are trained beside them.
 
-For every task and method three learning rates are tried at seed 0, and the one of the best last evaluation is kept; then
+For every task and method four learning rates are tried at seed 0, and the one of the best last evaluation is kept; then
 seeds 1, 2 and 3 are what is reported. A sitting starts nothing after `--minutes`, leaves the JSON of finished runs in
 `--output`, and goes on from those it finds there.
 """
@@ -35,15 +35,15 @@ TARGETS = r".*\.(query_proj|key_proj|value_proj|attention\.output\.dense|interme
 SEEDS = (1, 2, 3)
 COMMAND = "python benchmarks/glue.py --model warm-started --data GLUE"  # which makes what is missing
 
-# name -> method, its configuration, three rates. Every one has r (in + out) or r · in or r · out = 27,648 a block of the model.
-METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, float, float]]] = {
-    "HRA": ("hra", {"r": 8}, (3e-3, 1e-2, 3e-2)),
-    "HRA λ=1e-5": ("hra", {"r": 8, "orthogonality_weight": 1e-5}, (3e-3, 1e-2, 3e-2)),
-    "HRA GS": ("hra", {"r": 8, "apply_GS": True}, (3e-3, 1e-2, 3e-2)),
-    "LoHa": ("loha", {"r": 2, "alpha": 2}, (3e-3, 1e-2, 3e-2)),
-    "Bone": ("bone", {"r": 8}, (3e-4, 1e-3, 3e-3)),
-    "BAT": ("bat", {"r": 8}, (3e-4, 1e-3, 3e-3)),
-    "LoRA": ("lora", {"r": 4, "lora_alpha": 4}, (7e-4, 2e-3, 6e-3)),
+# name -> method, its configuration, rates. Every one has r (in + out) or r · in or r · out = 27,648 a block of the model.
+METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
+    "HRA": ("hra", {"r": 8}, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "HRA λ=1e-5": ("hra", {"r": 8, "orthogonality_weight": 1e-5}, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "HRA GS": ("hra", {"r": 8, "apply_GS": True}, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "LoHa": ("loha", {"r": 2, "alpha": 2}, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "Bone": ("bone", {"r": 8}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "BAT": ("bat", {"r": 8}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "LoRA": ("lora", {"r": 4, "lora_alpha": 4}, (2e-4, 7e-4, 2e-3, 6e-3)),
 }
 
 
@@ -134,41 +134,39 @@ def result(output: Path, task: str, method: str, rate: float, seed: int) -> dict
     return read(output / ("rates" if seed == 0 else "runs") / name_of(task, method, rate, seed))
 
 
-def chosen_rate(output: Path, task: str, method: str) -> float | None:
-    """The rate whose last evaluation at seed 0 is the best; None until all three are there."""
-    rates = METHODS[method][2]
-    found = [result(output, task, method, rate, 0) for rate in rates]
-    if any(r is None for r in found):
-        return None
-    scores = [r["results"]["last"][SCORES[task]] for r in found if r is not None]
-    return rates[scores.index(max(scores))]
+def chosen_rate(output: Path, task: str, method: str) -> tuple[float | None, bool]:
+    """The rate whose last evaluation at seed 0 is the best of those there; and whether all are."""
+    found = {rate: r for rate in METHODS[method][2] if (r := result(output, task, method, rate, 0)) is not None}
+    best = max(found, key=lambda rate: found[rate]["results"]["last"][SCORES[task]], default=None)
+    return best, len(found) == len(METHODS[method][2])
 
 
 def missing(args: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]:
     """What is to be run and can be run now: rates first, then the seeds of what has its rate."""
     for task in args.tasks:
         for method in args.methods:
-            rate = chosen_rate(args.output, task, method)
-            points = [(r, 0) for r in METHODS[method][2]] if rate is None else [(rate, seed) for seed in SEEDS]
+            rate, final = chosen_rate(args.output, task, method)
+            points = [(rate, seed) for seed in SEEDS] if rate and final else [(r, 0) for r in METHODS[method][2]]
             for r, seed in points:
                 if result(args.output, task, method, r, seed) is None:
                     yield task, method, r, seed
 
 
 def table(args: argparse.Namespace) -> str:
-    """Mean ± deviation of the last evaluation over three seeds; a cell that is not there yet says so."""
+    """Mean ± deviation of the last evaluation over three seeds, and the learning rate; a cell that is not there yet says so.
+    * is for a rate beside which others are to be tried."""
     lines = ["| method | trained | " + " | ".join(args.tasks) + " | seconds |", "|---|---|" + "---|" * (len(args.tasks) + 1)]
     for method in args.methods:
         cells, seconds, trained = [], [], MISSING
         for task in args.tasks:
-            rate = chosen_rate(args.output, task, method)
+            rate, final = chosen_rate(args.output, task, method)
             found = [result(args.output, task, method, rate, seed) for seed in SEEDS] if rate else []
             records = [r for r in found if r is not None]
             if len(records) < len(SEEDS):
                 cells.append(MISSING)
                 continue
             scores = [100 * r["results"]["last"][SCORES[task]] for r in records]
-            cells.append(f"{statistics.fmean(scores):.1f} ± {statistics.stdev(scores):.1f} ({rate:g})")
+            cells.append(f"{statistics.fmean(scores):.1f} ± {statistics.stdev(scores):.1f} ({rate:g}{'' if final else '*'})")
             seconds += [r["seconds"] for r in records]
             trained = f"{records[0]['parameters']['trainable']:,}"
         mean = f"{statistics.fmean(seconds):.0f}" if seconds else MISSING
@@ -184,7 +182,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "glue")
     parser.add_argument("--minutes", type=float, default=8.0, help="start nothing that would not end by then (default: 8)")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds more for what is running (default: 30)")
-    parser.add_argument("--workers", type=int, default=5, help="runs side by side on the GPU, 4 to 11 GB each (default: 5)")
+    parser.add_argument("--workers", type=int, default=5, help="runs side by side on a GPU, 4 to 11 GB each (default: 5)")
     parser.add_argument("--tasks", nargs="+", choices=list(EPOCHS), default=list(EPOCHS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--rows", type=int, help="learn from so many rows alone, to try the script")
@@ -197,7 +195,7 @@ def main() -> None:
         return print(table(args))
     if args.model is None or args.data is None:
         sys.exit("glue.py: give --model, made with --make-model, and --data")
-    sitting(lambda: missing(args), train, args)
+    sitting(lambda: missing(args), train, args, kind=lambda point: point[0])
     print(table(args))
 
 

@@ -113,7 +113,7 @@ def ours(contender: str, checkpointing: bool, args: argparse.Namespace, data: An
 
     from halotune import HRAConfig, get_peft_model
     from halotune.integrations.trl import AdapterSFTTrainer
-    from halotune.recipes.language.packing import PackedCollator
+    from halotune.recipes.language.packing import PackedCollator, share_mask
     from halotune.recipes.sft import compile_blocks
 
     class WithoutHead(AdapterSFTTrainer):
@@ -125,6 +125,7 @@ def ours(contender: str, checkpointing: bool, args: argparse.Namespace, data: An
 
     config = HRAConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(bare_model(args.model), config)
+    share_mask(model.get_base_model())
     if contender == COMPILED:
         compile_blocks(model)
     kind = WithoutHead if contender == WITHOUT_HEAD else AdapterSFTTrainer

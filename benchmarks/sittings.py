@@ -1,10 +1,12 @@
-"""Runs side by side on one device, a sitting at a time: what one leaves undone, the next one goes on with."""
+"""Runs side by side on all devices, a sitting at a time: what one leaves undone, the next one goes on with."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
+import subprocess
 import time
 from argparse import Namespace
 from collections.abc import Callable, Hashable, Iterable
@@ -20,9 +22,9 @@ def keep(text: str, folder: Path, target: Path, *, whole: bool) -> None:
     """Leave what a run has to tell, of a `whole` one also what it logged and changed. `run.json` comes last: where it is, the
     run is complete."""
     target.mkdir(parents=True, exist_ok=True)
-    if whole:
-        shutil.copyfile(folder / "metrics.jsonl", target / "metrics.jsonl")
-        shutil.copyfile(folder / "changes.json", target / "changes.json")
+    for name in ("metrics.jsonl", "changes.json") if whole else ():
+        if (folder / name).is_file():  # a run of another library has none
+            shutil.copyfile(folder / name, target / name)
     temporary = target / ".run.json"
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.rename(target / "run.json")
@@ -32,6 +34,23 @@ def read(target: Path) -> dict[str, Any] | None:
     """What `keep` left there."""
     file = target / "run.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def devices() -> list[str]:
+    """What `CUDA_VISIBLE_DEVICES` is set to for a process of one device: each of those here; "" where there are none."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return [""]
+    return [str(i) for i in range(len(listed.splitlines()))]
+
+
+def take(free: Any, threads: int) -> None:
+    """Begin a worker: with a device of its own, before anything asks for one, and its share of the cores."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def sitting(
@@ -45,7 +64,7 @@ def sitting(
     Args:
         missing: what is to be run and can be run now, in order.
         work: one run, in a process of its own; its name.
-        args: `workers`, `minutes` and `grace`, and what `work` reads.
+        args: `workers` (on each device), `minutes` and `grace`, and what `work` reads.
         kind: points of one kind take about as long.
     """
     end = time.monotonic() + 60 * args.minutes
@@ -53,10 +72,16 @@ def sitting(
     started: dict[Future[str], float] = {}
     failed: list[Point] = []
     longest: dict[Hashable, float] = {}
-    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    seats = args.workers * devices()
+    free = context.Queue()
+    for device in seats:
+        free.put(device)
+    threads = max(1, (os.cpu_count() or 1) // len(seats))
+    with ProcessPoolExecutor(len(seats), mp_context=context, initializer=take, initargs=(free, threads)) as pool:
         while True:
             waiting = [p for p in missing() if p not in running.values() and p not in failed]
-            for point in waiting[: args.workers - len(running)]:
+            for point in waiting[: len(seats) - len(running)]:
                 if time.monotonic() + longest.get(kind(point), 0.0) < end:
                     future = pool.submit(work, point, args)
                     running[future], started[future] = point, time.monotonic()

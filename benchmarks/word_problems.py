@@ -8,7 +8,7 @@ The model is SmolLM2-135M-Instruct, out of the 4-bit numbers of its PyPI package
 held-out loss is per token of the solutions of GSM8K's test problems and MATH's first 1,000. DATA holds gsm8k/ and math/, each
 with train.jsonl and test.jsonl, as `halotune data` writes them.
 
-For every method three learning rates are tried at seed 0 on a quarter of an epoch, and the one of the least held-out loss is
+For every method four learning rates are tried at seed 0 on a quarter of an epoch, and the one of the least held-out loss is
 kept; then seeds 1, 2 and 3 are what is reported. A sitting starts nothing that would not end by `--minutes`, leaves the JSON of
 finished runs in `--output`, and goes on from those it finds there.
 """
@@ -25,23 +25,26 @@ from pathlib import Path
 from typing import Any
 
 from sittings import MISSING, keep, read, sitting
+from word_problems_peft import whole_run
 
 ROOT = Path(__file__).parent.parent
 SEEDS = (1, 2, 3)
 COMMAND = "python benchmarks/word_problems.py --model smollm2 --data DATA"  # which makes what is missing
 BASE = "base model"
 
-# name -> method, its configuration, three rates. All linear layers; 1.12 M to 1.24 M parameters.
-METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, float, float]]] = {
-    "HRA": ("hra", {"r": 8}, (3e-4, 1e-3, 3e-3)),
-    "HRA λ=1e-4": ("hra", {"r": 8, "orthogonality_weight": 1e-4}, (3e-4, 1e-3, 3e-3)),
-    "HRA GS": ("hra", {"r": 8, "apply_GS": True}, (3e-4, 1e-3, 3e-3)),
-    "LoHa": ("loha", {"r": 2, "alpha": 2}, (1e-3, 3e-3, 1e-2)),
-    "Bone": ("bone", {"r": 8}, (1e-4, 3e-4, 1e-3)),
-    "BAT": ("bat", {"r": 8}, (1e-4, 3e-4, 1e-3)),
-    "OFT": ("oft", {"oft_block_size": 16}, (3e-4, 1e-3, 3e-3)),
-    "LoRA": ("lora", {"r": 4, "lora_alpha": 8}, (3e-4, 1e-3, 3e-3)),
+# name -> method, its configuration, rates. All linear layers; 1.12 M to 1.24 M parameters.
+METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
+    "HRA": ("hra", {"r": 8}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "HRA λ=1e-4": ("hra", {"r": 8, "orthogonality_weight": 1e-4}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "HRA GS": ("hra", {"r": 8, "apply_GS": True}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "LoHa": ("loha", {"r": 2, "alpha": 2}, (1e-3, 3e-3, 1e-2, 3e-2)),
+    "Bone": ("bone", {"r": 8}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "BAT": ("bat", {"r": 8}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "OFT": ("oft", {"oft_block_size": 16}, (3e-4, 1e-3, 3e-3, 1e-2)),
+    "LoRA": ("lora", {"r": 4, "lora_alpha": 8}, (3e-4, 1e-3, 3e-3, 1e-2)),
 }
+PEFT = {"peft LoHa": "LoHa", "peft MiSS": "Bone", "peft LoRA": "LoRA"}  # at the rate that ours has; by TRL's own trainer
+ALL = [*METHODS, *PEFT]
 Point = tuple[str, float, int]  # method, rate, seed; the base model has rate and seed 0
 
 
@@ -55,14 +58,16 @@ def folder_of(output: Path, point: Point) -> Path:
     return output / ("runs" if seed or method == BASE else "rates") / name_of(*point)
 
 
-def held_out(data: Path, scratch: Path) -> str:
+def held_out(data: Path, scratch: Path, limit: int | None) -> str:
     """GSM8K's test problems and MATH's first thousand, as one file."""
     from halotune.recipes.common.rows import read_rows
     from halotune.recipes.language.problems import as_metamath
 
     file = scratch / "held.jsonl"
     sources = [read_rows(data / suite / "test.jsonl") for suite in ("gsm8k", "math")]
-    rows = [as_metamath(row.values) for source, n in zip(sources, (1319, 1000), strict=True) for row in list(source)[:n]]
+    rows = [
+        as_metamath(row.values) for source, n in zip(sources, (1319, 1000), strict=True) for row in list(source)[: limit or n]
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(file)
 
@@ -71,12 +76,12 @@ def configured(point: Point, args: argparse.Namespace, scratch: Path) -> Any:
     from halotune.recipes import MathConfig
 
     method, rate, seed = point
-    kind, fields, _ = METHODS["HRA" if method == BASE else method]
+    kind, fields, _ = METHODS["HRA" if method == BASE else PEFT.get(method, method)]
     return MathConfig(
         model=args.model,
         template="auto",
         data=f"{args.data}/gsm8k/train.jsonl,{args.data}/math/train.jsonl",
-        evaluation=held_out(args.data, scratch),
+        evaluation=held_out(args.data, scratch, args.limit),
         max_rows=args.rows,
         max_length=args.length,
         method=kind,
@@ -104,12 +109,19 @@ def work(point: Point, args: argparse.Namespace) -> str:
         scratch = Path(place)
         config = configured(point, args, scratch)
         folder = scratch / "run"
-        record = base_record(config) if method == BASE else train_math(config, command=COMMAND)
+        if method == BASE:
+            record = base_record(config)
+        elif method in PEFT:
+            folder = scratch / "adapter"
+            record = whole_run(config, method, COMMAND, folder)
+        else:
+            record = train_math(config, command=COMMAND)
         if seed or method == BASE:
-            asked = {"model": args.model} if method == BASE else {"adapter": str(folder)}
+            asked = {} if method == BASE else {"adapter": str(folder)}
             scores = evaluate_math(
                 MathEvaluation(
                     suite="gsm8k",
+                    model=args.model,
                     data=str(args.data / "gsm8k" / "test.jsonl"),
                     output=str(scratch / "answers"),
                     batch_size=args.eval_batch_size,
@@ -118,7 +130,7 @@ def work(point: Point, args: argparse.Namespace) -> str:
                     backend="transformers",
                     precision="bfloat16",
                     workers=2,
-                    **asked,  # type: ignore[arg-type]
+                    **asked,
                 )
             )
             record["results"]["gsm8k"] = {k: scores[k] for k in ("strict", "paper", "not_ended")}
@@ -154,31 +166,35 @@ def result(output: Path, point: Point) -> dict[str, Any] | None:
     return read(folder_of(output, point))
 
 
-def chosen_rate(output: Path, method: str) -> float | None:
-    """The rate of the least held-out loss at seed 0; None until all three are there."""
-    rates = METHODS[method][2]
-    found = [result(output, (method, rate, 0)) for rate in rates]
-    if any(r is None for r in found):
-        return None
-    losses = [r["results"]["last"]["loss"] for r in found if r is not None]
-    return rates[losses.index(min(losses))]
+def chosen_rate(output: Path, method: str) -> tuple[float | None, bool]:
+    """The rate of the least held-out loss at seed 0 of those there; and whether all are."""
+    method = PEFT.get(method, method)
+    found = {rate: r for rate in METHODS[method][2] if (r := result(output, (method, rate, 0))) is not None}
+    best = min(found, key=lambda rate: found[rate]["results"]["last"]["loss"], default=None)
+    return best, len(found) == len(METHODS[method][2])
 
 
 def missing(args: argparse.Namespace) -> Iterator[Point]:
     """What is to be run and can be run now: the base model, all rates, then a seed of every method before the next seed."""
     points: list[Point] = [(BASE, 0.0, 0)]
     rates = {method: chosen_rate(args.output, method) for method in args.methods}
-    points += [(method, rate, 0) for method in args.methods if rates[method] is None for rate in METHODS[method][2]]
+    points += [
+        (method, rate, 0)
+        for method in args.methods
+        if method in METHODS and rates[method] is None
+        for rate in METHODS[method][2]
+    ]
     points += [(m, rate, seed) for seed in SEEDS for m in args.methods if (rate := rates[m]) is not None]
     yield from (point for point in points if result(args.output, point) is None)
 
 
 def table(args: argparse.Namespace) -> str:
-    """Mean ± deviation over the seeds that are there, whose number stands beside them; what is missing says so."""
+    """Mean ± deviation over the seeds that are there, whose number stands beside them; what is missing says so. * is for a
+    learning rate beside which others are to be tried."""
     lines = ["| method (rate) | trained | held-out loss | GSM8K strict | GSM8K paper | seconds | peak GiB | seeds |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for method in (BASE, *args.methods):
-        rate = 0.0 if method == BASE else chosen_rate(args.output, method)
+        rate, final = (0.0, True) if method == BASE else chosen_rate(args.output, method)
         points: list[Point] = [] if rate is None else [(BASE, 0.0, 0)] if method == BASE else [(method, rate, s) for s in SEEDS]
         found = [r for point in points if (r := result(args.output, point)) is not None]
         if not found:
@@ -196,7 +212,7 @@ def table(args: argparse.Namespace) -> str:
         else:
             cells += [f"{statistics.fmean([r['seconds'] for r in found]):.0f}"]
             cells += [f"{statistics.fmean([r['memory']['peak_bytes'] for r in found]) / 2**30:.2f}"]
-        named = method if method == BASE else f"{method} ({rate:g})"
+        named = method if method == BASE else f"{method} ({rate:g}{'' if final else '*'})"
         lines.append(f"| {named} | {found[0]['parameters']['trainable']:,} | " + " | ".join(cells) + f" | {len(found)} |")
     return "\n".join(lines)
 
@@ -208,14 +224,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "math")
     parser.add_argument("--minutes", type=float, default=8.0, help="start nothing that would not end by then (default: 8)")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds more for what is running (default: 30)")
-    parser.add_argument("--workers", type=int, default=6, help="runs side by side on the GPU (default: 6)")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--workers", type=int, default=6, help="runs side by side on a GPU (default: 6)")
+    parser.add_argument("--methods", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a packed row (default: 1024)")
     parser.add_argument("--micro-batch-size", type=int, default=8, help="rows at once (default: 8)")
     parser.add_argument("--eval-batch-size", type=int, default=330, help="answers side by side (default: 330)")
     parser.add_argument("--max-new-tokens", type=int, default=320, help="room for an answer (default: 320)")
     parser.add_argument("--rows", type=int, help="learn from so many rows alone, to try the script")
-    parser.add_argument("--limit", type=int, help="ask so many problems alone, to try the script")
+    parser.add_argument("--limit", type=int, help="ask and hold out so many problems alone, to try the script")
     parser.add_argument("--table", action="store_true", help="print what is there, and stop")
     args = parser.parse_args()
     if args.table:

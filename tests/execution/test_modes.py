@@ -10,6 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, vmap
 
+from halotune.core.layer import AdaptedLayer
+
 from .cases import (
     Net,
     adapted,
@@ -131,3 +133,33 @@ def test_backward_under_autocast(method):
     for a, b in zip(got, want, strict=True):
         assert a.dtype is torch.float32
         assert float((a - b).norm() / b.norm()) < 0.05
+
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("form", ["activations", "weights"])
+@every_method
+def test_half_precision_base_under_autocast(method, form, device):
+    """As Trainers do: the base in bf16, adapters in fp32, training and evaluation under autocast, more rows than few."""
+    model, reference = adapted(method, lambda: Net(1), dtype=torch.float32, std=0.1)
+    model.to(device)
+    reference.plain.to(device)
+    model.set_adapter_form(form)
+    x = sample(2500, 12, dtype=torch.float32, requires_grad=False).to(device)
+    want = reference(x)
+    gradients = torch.autograd.grad(want.square().mean(), trained(model))
+    for layer in model.modules():
+        if isinstance(layer, AdaptedLayer):
+            layer.base_layer.bfloat16()
+    for training in (True, False):
+        model.train(training)
+        with torch.autocast(device, torch.bfloat16), torch.set_grad_enabled(training):
+            got = model(x)
+        assert float((got - want).detach().norm() / want.detach().norm()) < 0.03
+        if training:
+            found = torch.autograd.grad(got.float().square().mean(), trained(model))
+            for a, b in zip(found, gradients, strict=True):
+                assert a.dtype is torch.float32
+                assert float((a - b).norm() / b.norm()) < 0.06

@@ -19,7 +19,7 @@ import trl  # noqa: E402
 from halotune import HRAConfig, get_peft_model  # noqa: E402
 from halotune.core.errors import HalotuneError  # noqa: E402
 from halotune.integrations.trl import AdapterSFTTrainer  # noqa: E402
-from halotune.recipes.language.packing import PackedCollator, check_isolation, fill  # noqa: E402
+from halotune.recipes.language.packing import PackedCollator, check_isolation, fill, share_mask  # noqa: E402
 from halotune.recipes.language.rows import Conversation  # noqa: E402
 from halotune.recipes.language.tokens import IGNORED, encode_all, set_template  # noqa: E402
 
@@ -65,10 +65,13 @@ def total(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[float, li
     return loss.item(), [p.grad for p in model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "shared mask"])
 @pytest.mark.parametrize("length", [None, LENGTH + 8])
 def test_losses_and_gradients_are_the_unpacked_ones(attention, length, rows, model):
-    model.config._attn_implementation = attention
+    if attention == "shared mask":
+        share_mask(model.get_base_model())
+    else:
+        model.config._attn_implementation = attention
     some = rows[:12]
     joined = list(packed(some))
     assert max(len(row["seq_lengths"]) for row in joined) > 1
@@ -80,8 +83,23 @@ def test_losses_and_gradients_are_the_unpacked_ones(attention, length, rows, mod
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_numbers_of_a_mask_are_kept_once(shared, rows, model):
+    """For backward; else every layer keeps its own."""
+    if shared:
+        share_mask(model.get_base_model())
+    batch = PackedCollator(2)(list(packed(rows[:12])))
+    n = batch["input_ids"].shape[1]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(**batch, use_cache=False)
+    masks = {t.untyped_storage().data_ptr() for t in kept if t.is_floating_point() and t.shape[-2:] == (n, n)}
+    assert len(masks) == (1 if shared else model.config.num_hidden_layers)
+
+
 def test_an_example_does_not_see_its_neighbour(rows, model):
     """Else the test above could hold of one whose influence is small."""
+    share_mask(model.get_base_model())
     joined = next(row for row in packed(rows[:12]) if len(row["seq_lengths"]) > 1)
     batch = PackedCollator(2)([joined])
     first = joined["seq_lengths"][0]

@@ -90,10 +90,13 @@ def weights_are_cheaper(tokens: int, n_out: int, n_in: int, itemsize: int) -> bo
 # -- making it: functions of parameters that keep nothing for backward but their inputs, and compute once more there
 
 
+KEPT = 2**22  # numbers in fp32, about three times: 48 MiB
+
+
 class Preparation(ABC):
     """A pure function of the parameters of several adapters, stacked: `(n, …)` each -> tensors `(n, …)`."""
 
-    keeps = False  # whether what `make` computes on its way is kept for backward, where nobody counts it
+    keeps = False  # whether what `make` computes on its way is kept for backward, where it is small and nobody counts it
 
     @abstractmethod
     def make(self, *stacked: Tensor) -> Tensors: ...
@@ -145,7 +148,8 @@ class _Prepare(torch.autograd.Function):
         ctx.versions = [t._version for t in parameters]
         ctx.set_materialize_grads(False)
         stacked, ctx.kept = _stacked(parameters, range(n), n), None
-        if preparation.keeps and not _saved_tensors_are_hooked():
+        small = sum([t.numel() for t in stacked]) <= KEPT
+        if preparation.keeps and small and not _saved_tensors_are_hooked():
             trained = [
                 any(ctx.needs_input_grad[2 + k : 2 + k + n]) for k in range(0, len(parameters), n)
             ]  # some of them at least
@@ -283,7 +287,10 @@ class Prepared:
 class Slot(threading.local):
     """The place for what is prepared for one adapter, in this thread. Copies and pickles of it are empty."""
 
-    prepared: Prepared | None = None
+    prepared: Prepared | None
+
+    def __init__(self) -> None:  # in each thread; a default of the class is all that torch 2.11's compiler would see
+        self.prepared = None
 
     def __deepcopy__(self, memo: Any) -> Slot:
         return Slot()

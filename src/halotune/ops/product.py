@@ -38,7 +38,7 @@ def fold(x: Tensor, r: int) -> Tensor:
     n = x.shape[-1]
     if n % r:
         x = F.pad(x, (0, -n % r))
-    return x.unflatten(-1, (x.shape[-1] // r, r)).sum(-2)
+    return x.unflatten(-1, (x.shape[-1] // r, r)).sum(-2, dtype=x.dtype)  # of a GPU's autocast, else in fp32
 
 
 def add_unfolded(b: Tensor, z: Tensor, inplace: bool) -> Tensor:

@@ -38,7 +38,8 @@ def rounded(define: Callable[..., Tensor], noise: Tensor | None, W: Tensor, *fac
     """`define(W, *factors)` in the dtype of W: computed in fp32 and rounded by the noise; without one as it is defined."""
     if noise is None:
         return define(W, *factors)
-    return round_stochastically(define(W.float(), *(t.float() for t in factors)), noise, W.dtype)
+    with torch.autocast("cpu" if W.is_meta else W.device.type, enabled=False):  # which would multiply in half precision
+        return round_stochastically(define(W.float(), *(t.float() for t in factors)), noise, W.dtype)
 
 
 class Dither:

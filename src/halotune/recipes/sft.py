@@ -34,7 +34,7 @@ from .common.dry_run import dry_run as show_dry_run
 from .common.model import adapt, load_base, model_source
 from .common.run import Run, said
 from .common.trainer import RunTrainerMixin, arguments, checkpointing, seed
-from .language.packing import PackedCollator, check_isolation, fill
+from .language.packing import PackedCollator, check_isolation, fill, share_mask
 from .language.rows import Columns, Example, read_examples, split, understood
 from .language.tokens import IGNORED, encode_all, set_pad_token, set_template
 
@@ -133,6 +133,7 @@ def train_sft(
     seed(config)  # of the adapter
     model = adapt(load_base(AutoModelForCausalLM, config, attn_implementation=config.attention), config, TaskType.CAUSAL_LM)
     if config.packing:
+        share_mask(model.get_base_model())
         check_isolation(model)
     if config.compiled:
         compile_blocks(model, needed=config.compile is True)

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...core.errors import HalotuneError
 from .tokens import IGNORED
@@ -47,6 +50,20 @@ class PackedCollator:
             batch["position_ids"][i] = torch.cat([torch.arange(k) for k in lengths])
         batch["labels"][batch["position_ids"] == 0] = IGNORED
         return batch
+
+
+ADDED = "sdpa_added_mask"  # to transformers, an implementation of attention
+
+
+def share_mask(model: Any) -> None:
+    """Have sdpa get the mask as the numbers that it adds, made once for all layers.
+
+    Of a mask of booleans every layer makes them anew, and keeps them for backward: 32 MiB each, of 4096 tokens in bf16.
+    """
+    if model.config._attn_implementation == "sdpa" and getattr(model, "_supports_attention_backend", False):
+        AttentionInterface.register(ADDED, ALL_ATTENTION_FUNCTIONS["sdpa"])
+        AttentionMaskInterface.register(ADDED, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+        model.set_attn_implementation(ADDED)
 
 
 def fill(dataset: Any, length: int) -> float:
