@@ -78,7 +78,8 @@ def test_train_and_report(trained: Path) -> None:
     assert record["parameters"]["trainable"] == adapter + encoder
     gallery = json.loads((trained / "gallery.json").read_text())
     assert gallery["columns"] == ["hint", "target", "base", "step 6", "step 12"]
-    assert gallery["rows"][0]["label"] == "a yellow flower"
+    assert gallery["shared"] == 3  # so that a report of several runs has them side by side
+    assert gallery["rows"][0]["label"] == "a yellow flower · 0"
     assert (trained / "index.html").read_text().count("data:image/png;base64") == 5
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     losses = [line["evaluation"]["loss"] for line in lines if "evaluation" in line]

@@ -186,10 +186,10 @@ class ControlTrainer(PipelineTrainer):
         steps = sorted(f.name for f in (self.run.folder / "pictures").iterdir() if f.name.isdigit() and int(f.name) <= step)
         columns = {"hint": "hint", "target": "target", "base": "base"} | {name: f"step {int(name)}" for name in steps}
         rows = [
-            {"label": pair.prompt, "images": [f"pictures/{column}/{i}.png" for column in columns]}
+            {"label": f"{pair.prompt} · {pair.name}", "images": [f"pictures/{column}/{i}.png" for column in columns]}
             for i, pair in enumerate(self.shown)
         ]
-        self.run.write("gallery.json", {"columns": list(columns.values()), "rows": rows})
+        self.run.write("gallery.json", {"columns": list(columns.values()), "rows": rows, "shared": 3})
 
     def draw_base(self) -> None:
         """pictures/hint, pictures/target, and what the base alone makes of the prompts, in pictures/base."""
