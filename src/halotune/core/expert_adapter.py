@@ -18,9 +18,9 @@ from .adapter import Adapted, Adapter, usable
 from .config import AdapterConfig
 from .errors import HalotuneError
 from .kinds import LowRank, Rotation
-from .operator import Operator, WeightShape
+from .operator import Matrix, Operator, WeightShape
 from .prepared import Tensors, is_transformed
-from .sharding import is_sharded, local
+from .sharded_parameters import is_sharded, local
 
 PART = 256 * 2**20  # bytes of the W' that exist at once where a method has no form but W'
 
@@ -41,7 +41,6 @@ class ExpertAdapter(Adapter):
         vars(self)["one"] = one  # no submodule: its parameters are not among ours
         self.experts, self.shared = experts, shared
         self.dropout, self.scale_free, self.makes_weight = one.dropout, one.scale_free, one.makes_weight  # type: ignore[misc]
-        self.factors_exist = one.factors_exist  # type: ignore[misc]
 
     @classmethod
     def create(cls, shape: WeightShape, config: AdapterConfig) -> Self:
@@ -142,7 +141,7 @@ class ExpertAdapter(Adapter):
         W = op.weight()
         for e in range(self.experts):
             adapter = self.expert(e)
-            adapter.start_from(_Matrix(W[e]))  # type: ignore[arg-type]
+            adapter.start_from(Matrix(W[e]))
             for own, p in zip(self.parameters(), adapter.parameters(), strict=True):
                 own[e] = p
 
@@ -153,6 +152,10 @@ class ExpertAdapter(Adapter):
             return None
         B, A = zip(*cast("list[tuple[Tensor, Tensor]]", found), strict=True)
         return torch.stack(B), torch.stack(A)
+
+    @property
+    def factors_exist(self) -> bool:
+        return self.one.factors_exist
 
     def reads_weight(self, op: Operator) -> bool:
         return self.one.reads_weight(op)
@@ -270,16 +273,6 @@ class _Penalty(nn.Module):
 
     def forward(self) -> Tensor | None:
         return self.one.penalty()
-
-
-class _Matrix:
-    """One expert's weight, for an adapter that starts from it."""
-
-    def __init__(self, W: Tensor) -> None:
-        self.W = W
-
-    def weight(self) -> Tensor:
-        return self.W
 
 
 class _Replicated(torch.autograd.Function):
