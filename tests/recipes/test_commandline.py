@@ -68,7 +68,7 @@ def test_flags_win_over_files_wherever_they_stand_and_later_files_over_earlier_o
         ([*NEEDED, "--apply-GS", "--method", "lora"], "--apply-GS is an option of hra"),
         ([*NEEDED, "--adapter.rr", "4"], "there is no option --adapter.rr. Did you mean --adapter.r?"),
         ([*NEEDED, "--seed", "u"], "--seed: expected int; got u"),
-        ([*NEEDED, "--seed", "-1"], "seed: must not be negative; got -1"),
+        ([*NEEDED, "--seed", "-1"], "seed: must be from 0 to below 2³²; got -1"),
         ([*NEEDED, "--quant", "nf5"], "--quant: expected one of 'nf4', 'int8'; got nf5"),
         ([*NEEDED, "--method", "hrra"], "there is no method 'hrra'. Did you mean hra?"),
         ([*NEEDED, "--epochs", "0"], "epochs: must be above 0"),

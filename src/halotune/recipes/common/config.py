@@ -32,7 +32,8 @@ class RunConfig:
         seed: of the adapters, the order of the data and dropout.
         epochs: how often the data are gone through; may be a fraction. By default the preset's, else the recipe's.
         max_steps: end after so many optimizer steps, whatever `epochs` says.
-        learning_rate: the peak; by default the preset's, else the method's in `halotune.DEFAULT_LEARNING_RATES`.
+        learning_rate: the peak; by default the preset's, else the method's in `halotune.DEFAULT_LEARNING_RATES`, of which
+            recipes for pictures take a tenth.
         batch_size: examples of an optimizer step, over all processes.
         micro_batch_size: examples that a process takes at once; by default its whole share of `batch_size`.
         schedule: of the learning rate after the warmup, as transformers names them (linear, cosine, constant …).
@@ -84,6 +85,7 @@ class RunConfig:
     TARGETS: ClassVar[str] = "all-linear"  # of adapters that name none
     METHOD: ClassVar[str] = "hra"
     EPOCHS: ClassVar[float] = 3.0
+    RATE: ClassVar[float] = 1.0  # times the method's default learning rate
     WARMUP: ClassVar[float] = 0.06
 
     def __post_init__(self) -> None:
@@ -91,7 +93,8 @@ class RunConfig:
         preset = self.preset_fields(vars(self).get("preset"))
         self.method, self.adapter = resolve_adapter(self.method or None, self.adapter, self.TARGETS, self.METHOD, preset)
         self.fill()
-        self.fill_in(epochs=self.EPOCHS, warmup=self.WARMUP, learning_rate=find_method(self.method)[1].learning_rate)
+        rate = find_method(self.method)[1].learning_rate * self.RATE
+        self.fill_in(epochs=self.EPOCHS, warmup=self.WARMUP, learning_rate=rate)
         self.label = self.label or f"{self.method.upper()} {'='.join(map(str, self.adapter.size))}"
         for name in ("batch_size", "log_every", "keep_checkpoints"):
             self.require(name, getattr(self, name) >= 1, "must be at least 1", "Use a whole number such as 8.")
@@ -100,8 +103,9 @@ class RunConfig:
             self.require(name, value is None or value >= 1, "must be at least 1", "Leave it out for the default.")
         for name in ("epochs", "learning_rate"):
             self.require(name, 0 < getattr(self, name) < math.inf, "must be above 0, and finite", "Use a positive number.")
-        for name in ("warmup", "weight_decay", "max_grad_norm", "seed"):
+        for name in ("warmup", "weight_decay", "max_grad_norm"):
             self.require(name, getattr(self, name) >= 0, "must not be negative", "Use 0 for none.")
+        self.require("seed", 0 <= self.seed < 2**32, "must be from 0 to below 2³²", "Use a whole number such as 0.")
         schedules = [s.value for s in SchedulerType]
         if self.schedule not in schedules:
             raise HalotuneError(f"schedule: {unknown(self.schedule, schedules, f'there is no schedule {self.schedule!r}')}")

@@ -187,6 +187,9 @@ class RunTrainerMixin(AdapterTrainerMixin):
     def save_adapter(self, name: str = "adapter") -> None:
         """The adapter as it is now, into a folder of the run that is replaced as a whole."""
         staging = self.run.folder / f".{name}.incomplete"
+        if self.args.should_save:  # what a killed process left
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         if self.is_fsdp_enabled:  # where checkpoints are in parts, the Trainer writes no adapter
             state: Any = self.accelerator.get_state_dict(self.model)
             self._save(str(staging), state_dict=state)
