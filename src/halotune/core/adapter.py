@@ -196,10 +196,10 @@ class Adapter(nn.Module, ABC):
         """
         return None
 
-    penalized: bool = False  # whether it has a penalty
+    penalized: Hashable = None  # what tells its penalty from another; None where there is none
 
     def penalty(self, *parameters: Tensor) -> Tensor:
-        """A term to be added to the loss: of these parameters, in the order of `parameters()`; pure."""
+        """A term to be added to the loss: of one or, stacked, the sum over several alike, in the order of `parameters()`."""
         raise NotImplementedError
 
     def loading_warning(self) -> str | None:

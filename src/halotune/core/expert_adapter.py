@@ -181,7 +181,7 @@ class ExpertAdapter(Adapter):
         return None if None in made else cls.stacked(cast("list[Adapter]", made), adapters[0].experts, shared)
 
     def penalty(self, *parameters: Tensor) -> Tensor:
-        return self.one.penalty(*parameters) if self.shared else torch.vmap(self.one.penalty)(*parameters).sum()
+        return self.one.penalty(*parameters)
 
     def loading_warning(self) -> str | None:
         if type(self.one).loading_warning is Adapter.loading_warning or next(self.parameters()).is_meta:

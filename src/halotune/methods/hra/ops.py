@@ -139,8 +139,8 @@ def reflected_linear(x: Tensor, W: Tensor, bias: Tensor | None, Ût: Tensor, N: 
 
 
 def orthogonality(U: Tensor, squared: bool) -> Tensor:
-    """`‖I − ÛᵀÛ‖_F²`, or its root: how far the reflections are from orthogonal ones."""
+    """`‖I − ÛᵀÛ‖_F²`, or its root, summed over `(…, in, r)`: how far the reflections are from orthogonal ones."""
     with exact(U):
         Û = normalize(U)
         gap = torch.eye(U.shape[-1], dtype=Û.dtype, device=U.device) - Û.mT @ Û
-        return gap.square().sum() if squared else torch.linalg.matrix_norm(gap)
+        return (gap.square() if squared else torch.linalg.matrix_norm(gap)).sum()
