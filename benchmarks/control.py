@@ -1,23 +1,27 @@
 """Controllable generation with every method at about equal parameters: `docs/results/control/`, in sittings.
 
     python benchmarks/control.py data --classes tiny_imagenet.tar --faces faces/ --streets camvid.tar --output control-data
-    python examples/tiny_latent_diffusion.py --images … --output base --minutes 8     # the base; until it is finished
+    python examples/tiny_latent_diffusion.py --images control-data --output base --minutes 8 --compile  # until "finished": true
     python benchmarks/control.py segmenter --data control-data --minutes 8            # judges the streets
-    python benchmarks/control.py train --model base/pipeline --data control-data --minutes 8
+    python benchmarks/control.py train --model base/pipeline --data control-data --minutes 7  # again until 0 are to be started
     python benchmarks/control.py table
+
+The base is trained on what the tasks learn from, never on what they are evaluated with; it serves benchmarks/subject.py, too.
 
 Three tasks: edges on the classes of Tiny-ImageNet, landmarks on faces, label maps on streets (CamVid); every method, two seeds.
 Figures are those of `halotune eval control --base`: of the run, of the base alone, and of the originals. All methods
-have the same encoder of hints at first, the same learning rate for it, and their own default times `--rate`.
+have the same encoder of hints at first, the same learning rate for it, and the recipe's default of their own times `--rate`.
 
-A sitting starts nothing that would not end in `--minutes`, leaves the JSON and a small picture of each finished run in
-`--results`, and goes on from what it finds there; a run that is cut off goes on at its checkpoint.
+`train` has several runs side by side on a GPU (`--workers`), so their seconds are comparable within a sitting alone. A sitting
+starts nothing that would not end in `--minutes`, leaves the JSON and a small picture of each finished run in `--results`, and
+goes on from what it finds there; a run that is cut off goes on at its checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -28,7 +32,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from subject import CLASSES, METHODS, spread
+from sittings import sitting
+from subject import CLASSES, METHODS, spread, write_result
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("canny", "landmark", "segm")
@@ -47,6 +52,7 @@ FIGURES = {
 
 
 def make_data(args: argparse.Namespace) -> None:
+    """OUTPUT/classes, faces, streets: pictures, train.jsonl, val.jsonl; OUTPUT/metadata.jsonl, what the base learns from."""
     out = Path(args.output)
     if args.classes:
         with tarfile.open(args.classes) as archive:
@@ -79,6 +85,14 @@ def make_data(args: argparse.Namespace) -> None:
                 own = {"target": f"{split}/{target.name}", "source": f"{labels.parent.name}/{labels.name}"}
                 rows[split].append(own | {"prompt": "a photo of a street"})
         _write(out / "streets", rows)
+
+    captions = [
+        json.dumps({"file_name": f"{name}/{row['target']}", "text": row["prompt"]}) + "\n"
+        for name in FOLDERS.values()
+        if (out / name / "train.jsonl").is_file()
+        for row in map(json.loads, (out / name / "train.jsonl").read_text(encoding="utf-8").splitlines())
+    ]
+    (out / "metadata.jsonl").write_text("".join(captions), encoding="utf-8")
 
 
 def _write(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
@@ -141,8 +155,11 @@ def make_segmenter(args: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad()
         done += 1
+        if done % 200 == 0:
+            print(f"segmenter step {done}/{args.segmenter_steps}  loss {loss.item():.4f}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, state)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, folder / ".state.pt")
+    os.replace(folder / ".state.pt", state)
     model.eval().save_pretrained(folder)
     shape = {"height": size, "width": size}
     SegformerImageProcessor(size=shape, image_mean=mean, image_std=std).save_pretrained(folder)
@@ -169,29 +186,21 @@ def name_of(task: str, method: str, seed: int) -> str:
     return f"{task}-{method.replace(' ', '_')}-{seed}"
 
 
+def missing(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
+    return (j for j in jobs(args.tasks, args.methods) if not (Path(args.results) / f"{name_of(*j)}.json").is_file())
+
+
 def train(args: argparse.Namespace) -> None:
-    end = time.monotonic() + 60 * args.minutes
-    results, longest = Path(args.results), 0.0
-    open_jobs = [job for job in jobs(args.tasks, args.methods) if not (results / f"{name_of(*job)}.json").is_file()]
-    for job in open_jobs:
-        begun = time.monotonic()
-        if begun + longest > end:
-            break
-        try:
-            train_one(args, *job)
-        except Exception as e:  # the sitting goes on without it
-            print(f"{name_of(*job)}: {type(e).__name__}: {e}", flush=True)
-        longest = max(longest, time.monotonic() - begun)
-        print(f"{name_of(*job)}: {time.monotonic() - begun:.0f} s", flush=True)
-    left = sum(not (results / f"{name_of(*job)}.json").is_file() for job in open_jobs)
-    print(f"{left} runs are left" if left else "all runs are finished")
+    sitting(lambda: missing(args), train_one, args, kind=lambda job: job[0])
 
 
-def train_one(args: argparse.Namespace, task: str, method: str, seed: int) -> None:
+def train_one(job: tuple[str, str, int], args: argparse.Namespace) -> str:
+    task, method, seed = job
     from diffusers.utils import make_image_grid
     from PIL import Image
 
     from halotune.recipes import ControlConfig, ControlEvaluation, evaluate_control, train_control
+    from halotune.recipes.control_data import evenly
 
     kind, adapter = METHODS[method]
     run = Path(args.runs) / name_of(task, method, seed)
@@ -222,7 +231,13 @@ def train_one(args: argparse.Namespace, task: str, method: str, seed: int) -> No
     begun = time.monotonic()
     figures = evaluate_control(
         ControlEvaluation(
-            str(run), limit=args.limit, base=True, segmentation_model=args.segmenter, void_label=VOID, device=config.device
+            str(run),
+            limit=args.limit,
+            batch_size=args.limit,
+            base=True,
+            segmentation_model=args.segmenter,
+            void_label=VOID,
+            device=config.device,
         )
     )
     kept = {k: record[k] for k in ("config", "parameters", "seconds", "memory", "results", "versions", "hardware")}
@@ -232,14 +247,13 @@ def train_one(args: argparse.Namespace, task: str, method: str, seed: int) -> No
     results = Path(args.results)
     results.mkdir(parents=True, exist_ok=True)
     drawn = run / "drawn" / "val"
-    names = sorted(f.name for f in (drawn / "results").iterdir())[:6]
+    names = evenly(sorted(f.name for f in (drawn / "results").glob("[!.]*")), 6)
     shown = [Image.open(drawn / kind / n).convert("RGB") for kind in ("hints", "source", "base", "results") for n in names]
-    make_image_grid(shown, 4, len(names)).save(results / f"{name_of(task, method, seed)}.png")
-    entries = {"task": task, "method": method, "seed": seed, "figures": figures, **seconds, **kept}
-    part = results / f".{name_of(task, method, seed)}"
-    part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    part.rename(results / f"{name_of(task, method, seed)}.json")
+    make_image_grid(shown, 4, len(names)).save(results / f"{run.name}.png")
+    entries = {"task": task, "method": method, "seed": seed, "workers": args.workers, "figures": figures, **seconds, **kept}
+    write_result(results / f"{run.name}.json", entries)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return run.name
 
 
 # -- the table
@@ -300,10 +314,12 @@ def main(given: list[str] | None = None) -> None:
     flag("--limit", type=int, default=128, help="pictures of an evaluation")
     flag("--inference-steps", type=int, default=50)
     flag("--guidance", type=float, default=3.0)
-    flag("--rate", type=float, default=0.1, help="times the library's default learning rate of the method")
+    flag("--rate", type=float, default=1.0, help="times the recipe's default learning rate of the method")
     flag("--encoder-rate", type=float, default=1e-3)
     flag("--precision", default="fp32", choices=["fp32", "bf16"])
-    flag("--minutes", type=float, default=8.0)
+    flag("--workers", type=int, default=4, help="runs side by side on a GPU")
+    flag("--minutes", type=float, default=7.0)
+    flag("--grace", type=float, default=60.0, help="seconds more for what is running")
     flag("--device", default="cuda")
     args = parser.parse_args(given)
     {"data": make_data, "segmenter": make_segmenter, "train": train, "table": table}[args.what](args)

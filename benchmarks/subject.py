@@ -10,7 +10,7 @@ base, `base/carried` (bf16, files of at most 16 MiB, 60 MB together); `base/stat
 
     python examples/tiny_latent_diffusion.py --images images --output base --minutes 8 --compile # again until "finished": true
     python examples/tiny_latent_diffusion.py --images images --output base --minutes 0  # base/pipeline again, from base/carried
-    python benchmarks/subject.py train --model base/pipeline --data dreambooth --minutes 7          # again until none is left
+    python benchmarks/subject.py train --model base/pipeline --data dreambooth --minutes 7    # again until 0 are to be started
     python benchmarks/subject.py cost --minutes 7                                 # again; less memory: --blocks 10
     python benchmarks/subject.py table
     python benchmarks/subject.py picture --subject dog6 --output docs/subject.png
@@ -19,18 +19,22 @@ Without any download, at toy size, on a CPU (with scikit-learn's photographs; to
 
     python benchmarks/subject.py images --output images --data photographs
     python examples/tiny_latent_diffusion.py --images images --output base --minutes 4 --size 32 --vae-channels 16 32 32 \\
-        --channels 32 64 --groups 8 --batch-size 16 --vae-steps 350 --unet-steps 1500 --learning-rate 1e-3 --device cpu
+        --channels 32 64 --groups 8 --vae-batch-size 16 --unet-batch-size 16 --vae-steps 350 --unet-steps 1500 \\
+        --learning-rate 1e-3 --device cpu
     python benchmarks/subject.py train --model base/pipeline --data photographs --subjects blue_flower --others temple \\
-        --steps 40 --class-images 4 --inference-steps 8 --guidance 2 --results toy --minutes 20
+        --steps 40 --class-images 4 --inference-steps 8 --guidance 2 --results toy --minutes 20 --workers 1
     python benchmarks/subject.py cost --toy --device cpu --cost-steps 2 --results toy
     python benchmarks/subject.py picture --subject blue_flower --results toy --output docs/subject.png
 
 `train` adapts the base to three subjects: all methods at the first, with three seeds; HRA and LoRA at the others. Figures are
 those of `halotune eval subject`; the drift is that of prompts of the base's other classes. `cost` times a training step on
-Stable Diffusion 1.5's UNet and on a FLUX-class transformer, with random weights at the released sizes, beside peft's HRA.
+Stable Diffusion 1.5's UNet and on a FLUX-class transformer, with random weights at the released sizes, beside peft's HRA: on
+the clock, and what the GPU spends in kernels, since with one picture a slow host is what the GPU waits for.
 
-A sitting starts nothing after `--minutes`, leaves the JSON and a small picture of each finished run in `--results`, and goes on
-from what it finds there. The learning rate of each method is the library's default times `--rate`.
+`train` has several runs side by side on a GPU (`--workers`), so their seconds are comparable within a sitting alone. A sitting
+starts nothing that would not end in `--minutes`, leaves the JSON and a small picture of each finished run in `--results`, and
+goes on from what it finds there; a run that is cut off goes on at its checkpoint. The learning rate of each method is the
+recipe's default times `--rate`.
 """
 
 from __future__ import annotations
@@ -43,9 +47,12 @@ import statistics
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sittings import sitting
 
 ROOT = Path(__file__).parent.parent
 # name -> method and configuration; of square layers of n each has 8 n parameters.
@@ -139,31 +146,36 @@ def jobs(subjects: list[str]) -> Iterator[tuple[str, str, int]]:
             yield subjects[0], method, seed
 
 
+Job = tuple[str, str, int]
+
+
+def missing(args: argparse.Namespace) -> Iterator[Job]:
+    return (job for job in jobs(args.subjects) if not (Path(args.results) / f"{name_of(*job)}.json").is_file())
+
+
 def train(args: argparse.Namespace) -> None:
-    end = time.monotonic() + 60 * args.minutes
     import torch
 
     from halotune.recipes.scorers import load_scorers
 
     load_scorers(args.scorers, torch.device("cpu"))  # what is missing is said before minutes are spent
-    results, longest = Path(args.results), 0.0
-    open_jobs = [job for job in jobs(args.subjects) if not (results / f"{name_of(*job)}.json").is_file()]
-    for job in open_jobs:
-        begun = time.monotonic()
-        if begun + longest > end:
-            break
-        train_one(args, *job)
-        longest = max(longest, time.monotonic() - begun)
-        print(f"{name_of(*job)}: {time.monotonic() - begun:.0f} s", flush=True)
-    left = sum(not (results / f"{name_of(*job)}.json").is_file() for job in open_jobs)
-    print(f"{left} runs are left" if left else "all runs are finished")
+    sitting(lambda: missing(args), train_one, args)
 
 
 def name_of(subject: str, method: str, seed: int) -> str:
     return f"{subject}-{method.replace(' ', '_')}-{seed}"
 
 
-def train_one(args: argparse.Namespace, subject: str, method: str, seed: int) -> None:
+def write_result(file: Path, entries: Mapping[str, Any]) -> None:
+    """Under another name first: where it is, it is complete."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.stem}")
+    part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def train_one(job: Job, args: argparse.Namespace) -> str:
+    subject, method, seed = job
     from diffusers.utils import make_image_grid
     from PIL import Image
 
@@ -206,13 +218,14 @@ def train_one(args: argparse.Namespace, subject: str, method: str, seed: int) ->
     kept["config"]["model"], kept["config"]["subject"] = "tiny_latent_diffusion", subject
     for place in ("output", "cache", "class_folder"):
         kept["config"].pop(place)
-    entries = {"subject": subject, "method": method, "seed": seed, "figures": figures, **kept}
-    (results / f"{name_of(subject, method, seed)}.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     real = sorted(f for f in found.folder.iterdir() if f.suffix == ".jpg")[:4]
     drawn = [sorted((run / "evaluation" / kind).glob("a_photo_of_a_qwe*.png"))[:4] for kind in ("base", "run")]
     shown = [Image.open(f).convert("RGB").resize((64, 64)) for row in (real, *drawn) for f in row]
-    make_image_grid(shown, 3, 4).save(results / f"{name_of(subject, method, seed)}.png")
+    make_image_grid(shown, 3, 4).save(results / f"{run.name}.png")
+    entries = {"subject": subject, "method": method, "seed": seed, "workers": args.workers, "figures": figures, **kept}
+    write_result(results / f"{run.name}.json", entries)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return run.name
 
 
 # -- the cost of a step
@@ -257,7 +270,6 @@ def cost(args: argparse.Namespace) -> None:
 
     end = time.monotonic() + 60 * args.minutes
     results = Path(args.results)
-    results.mkdir(parents=True, exist_ok=True)
     models = {"sd15": lambda: sd15(args.toy), f"flux-{args.blocks}": lambda: flux(args.blocks, args.toy)}
     for name, make in models.items():
         for method in ("LoRA", "HRA", "LoHa", "Bone", "BAT", "peft HRA"):
@@ -269,7 +281,7 @@ def cost(args: argparse.Namespace) -> None:
                 model, inputs = make()
                 torch.set_default_dtype(torch.float32)
             entries = {"model": name, "method": method, **measure(model, inputs, method, args)}
-            file.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+            write_result(file, entries)
             print(entries, flush=True)
             del model, inputs
             gc.collect()  # models with adapters refer to themselves
@@ -280,6 +292,7 @@ def measure(model: Any, inputs: dict[str, Any], method: str, args: argparse.Name
     import torch
 
     import halotune
+    from halotune.bench.timing import Clock
     from halotune.recipes.diffusion import TARGETS
 
     model.requires_grad_(False)
@@ -300,28 +313,30 @@ def measure(model: Any, inputs: dict[str, Any], method: str, args: argparse.Name
     adapted.train()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    cuda = args.device == "cuda"
-    torch.cuda.reset_peak_memory_stats() if cuda else None
-    seconds = []
+    clock = Clock(torch.device(args.device))
+
+    def step() -> None:
+        with torch.autocast(args.device, torch.bfloat16):
+            adapted(**inputs).sample.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
     try:
-        for step in range(WARM_UP + args.cost_steps):
-            torch.cuda.synchronize() if cuda else None
-            begun = time.perf_counter()
-            with torch.autocast(args.device, torch.bfloat16):
-                adapted(**inputs).sample.float().square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            torch.cuda.synchronize() if cuda else None
-            if step >= WARM_UP:
-                seconds.append(time.perf_counter() - begun)
+        for _ in range(WARM_UP):
+            step()
+        clock.forget_peak()
+        seconds = [clock.laps(step)[0] / 1e3 for _ in range(args.cost_steps)]
+        peak = clock.peak()
+        kernels = clock.busy(step) / 1e3 if clock.cuda else None
     except torch.OutOfMemoryError as e:
         return {"error": str(e).split(".")[0], "parameters": sum(p.numel() for p in trained)}
     return {
         "seconds": statistics.median(seconds),
+        "kernel_seconds": kernels,
         "steps": len(seconds),
-        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "peak_bytes": peak,
         "parameters": sum(p.numel() for p in trained),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": torch.cuda.get_device_name() if clock.cuda else "cpu",
         "torch": torch.__version__,
     }
 
@@ -355,13 +370,15 @@ def table(args: argparse.Namespace) -> None:
     costs = [r for name, r in found.items() if name.startswith("cost-")]
     lines = []
     for entry in costs:
-        reference = next((r for r in costs if r["model"] == entry["model"] and r["method"] == "LoRA" and "seconds" in r), None)
-        ratio = f"{entry['seconds'] / reference['seconds']:.2f}" if reference and "seconds" in entry else "–"
-        memory = f"{entry['peak_bytes'] / 2**30:.2f}" if entry.get("peak_bytes") else "–"
-        step = f"{entry['seconds']:.3f}" if "seconds" in entry else entry["error"]
-        lines.append([entry["model"], entry["method"], f"{entry['parameters']:,}", step, ratio, memory])
+        reference: dict[str, Any] = next((r for r in costs if (r["model"], r["method"]) == (entry["model"], "LoRA")), {})
+        cells = [f"{entry['parameters']:,}"]
+        for field, scale in (("seconds", 1.0), ("kernel_seconds", 1.0), ("peak_bytes", 2.0**30)):
+            own, other = entry.get(field), reference.get(field)
+            cells += [f"{own / scale:.3f}" if own else "–", f"{own / other:.2f}" if own and other else "–"]
+        lines.append([entry["model"], entry["method"], *cells, entry.get("error", "")])
     if lines:
-        print(text_table(["model", "method", "parameters", "s/step", "× LoRA", "peak GiB"], lines, left=["model", "method"]))
+        heads = ["model", "method", "parameters", "s/step", "× LoRA", "in kernels", "× LoRA", "peak GiB", "× LoRA", "note"]
+        print(text_table(heads, lines, left=["model", "method", "note"]))
 
 
 def picture(args: argparse.Namespace) -> None:
@@ -414,11 +431,13 @@ def main(given: list[str] | None = None) -> None:
     flag("--class-images", type=int, default=100)
     flag("--inference-steps", type=int, default=25)
     flag("--guidance", type=float, default=3.0)
-    flag("--rate", type=float, default=1.0)
+    flag("--rate", type=float, default=3.0, help="times the recipe's default learning rate of the method")
     flag("--rank", type=int, default=8)
     flag("--blocks", type=int, default=19, help="of the FLUX-class transformer; 19 is FLUX.1's")
     flag("--cost-steps", type=int, default=STEPS)
-    flag("--minutes", type=float, default=9.0)
+    flag("--workers", type=int, default=4, help="runs side by side on a GPU")
+    flag("--minutes", type=float, default=7.0)
+    flag("--grace", type=float, default=60.0, help="seconds more for what is running")
     flag("--device", default="cuda")
     args = parser.parse_args(given)
     {"images": make_images, "train": train, "cost": cost, "table": table, "picture": picture}[args.what](args)

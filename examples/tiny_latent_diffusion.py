@@ -4,10 +4,11 @@ An AutoencoderKL, a UNet2DConditionModel and a frozen MiniLM as text encoder, sa
 `DiffusionPipeline.from_pretrained` loads. The images lie in folders named as what they show (`dog/…`, `a photo of a dog`), or
 beside a metadata.jsonl with lines such as {"file_name": "0001.jpg", "text": "a photo of a face"}.
 
-python examples/tiny_latent_diffusion.py --images faces --output base --minutes 8
+python examples/tiny_latent_diffusion.py --images faces --output base --minutes 8 --compile
 
 The same command goes on where it ended, until all steps are done: exactly, from OUTPUT/state.pt; or, where OUTPUT/carried is
-all that was kept, from its averaged weights with a fresh optimizer. The files there are in bf16, none above 16 MiB.
+all that was kept, from its averaged weights with a fresh optimizer. The files there are in bf16, none above 16 MiB. Both are
+written every two minutes, so that what is cut off loses no more.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 PHASES = ("vae", "unet")
 HELD_OUT = 20  # every so many-th image is for the judgement alone
 UNCONDITIONAL = 0.1  # the share of captions that are left out, for classifier-free guidance
+MIN_SNR = 5.0  # γ of the loss's weights: few noise levels would else have most of the gradient
+HEAD = 32  # channels of an attention head, which fast kernels want to be a multiple of 8
 TOKENS = 16
+SAVE_EVERY = 120.0  # seconds
 
 
 # -- the images
@@ -106,7 +110,7 @@ def new_models(args: argparse.Namespace, text_width: int) -> nn.ModuleDict:
         down_block_types=("CrossAttnDownBlock2D",) * blocks,
         up_block_types=("CrossAttnUpBlock2D",) * blocks,
         cross_attention_dim=text_width,
-        attention_head_dim=8,
+        attention_head_dim=tuple(max(c // HEAD, 1) for c in args.channels),  # the number of heads, whatever its name
         norm_num_groups=args.groups,
     )
     return nn.ModuleDict({"vae": vae, "unet": unet})
@@ -152,11 +156,18 @@ def vae_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> 
     return error.abs().mean() + edges + 1e-6 * found.kl().mean()
 
 
-def unet_loss(unet: nn.Module, scheduler: Any, latents: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
-    device = latents.device
-    noise = torch.randn(latents.shape, generator=generator, device=device)
-    t = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator, device=device)
-    return F.mse_loss(unet(scheduler.add_noise(latents, noise, t), t, text).sample.float(), noise)
+def unet_loss(unet: nn.Module, alphas: Tensor, latents: Tensor, text: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean of min(SNR, γ) / SNR · |ε̂ − ε|², at `√ᾱ_t z + √(1 − ᾱ_t) ε`.
+
+    Args:
+        alphas: ᾱ of all times.
+    """
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+    t = torch.randint(len(alphas), (len(latents),), generator=generator, device=latents.device)
+    a = alphas[t]
+    noisy = a.sqrt().view(-1, 1, 1, 1) * latents + (1 - a).sqrt().view(-1, 1, 1, 1) * noise
+    error = (unet(noisy, t, text).sample.float() - noise).square().mean((1, 2, 3))
+    return ((MIN_SNR * (1 - a) / a).clamp(max=1.0) * error).mean()
 
 
 @torch.no_grad()
@@ -209,18 +220,21 @@ class Progress:
 Loss = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
 
 
-def train(phase: str, model: nn.Module, loss_of: Loss, count: int, args: argparse.Namespace, progress: Progress) -> None:
+def train(phase: str, models: nn.ModuleDict, loss_of: Loss, count: int, args: argparse.Namespace, progress: Progress) -> None:
     """Train one model until its steps or the minutes are over; then it holds the averaged weights.
 
-    Every step draws from a generator of its own number, so a run that goes on repeats what one run would have done.
+    Every step draws from the seed of its own number, so a run that goes on repeats what one run would have done.
 
     Args:
         loss_of: (model, numbers of the examples, generator) -> loss.
         count: how many examples there are.
     """
+    model: nn.Module = models[phase]
     device, total, since = args.device, getattr(args, f"{phase}_steps"), 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=1e-2)
-    average = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    cuda = torch.device(device).type == "cuda"
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=1e-2, fused=cuda)
+    average = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
     if progress.training is not None and progress.training["phase"] == phase:
         kept = progress.training
         model.load_state_dict(kept["raw"])
@@ -228,63 +242,78 @@ def train(phase: str, model: nn.Module, loss_of: Loss, count: int, args: argpars
         average.load_state_dict(kept["average"])
         since = kept["since"]  # steps of this optimizer
     average.to(device)
+
+    def leave() -> None:
+        """Into `progress` what goes on exactly, into the model the averaged weights."""
+        raw = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        own = {"optimizer": optimizer.state_dict(), "average": average.state_dict()}
+        progress.training = {"phase": phase, "since": since, "raw": raw, **own}
+        average.copy_to(parameters)
+
     model.train()
-    called = torch.compile(model) if args.compile else model
+    called = torch.compile(model, mode=args.compile) if args.compile else model
+    generator = torch.Generator(device)
     losses: list[Tensor] = []
-    begun = time.monotonic()
+    logged = saved = time.monotonic()
     while progress.steps[phase] < total and time.monotonic() < args.end:
         step = progress.steps[phase]
-        generator = torch.Generator(device).manual_seed(args.seed + 1_000_003 * step)
-        chosen = torch.randint(count, (args.batch_size,), generator=generator, device=device)
+        generator.manual_seed(args.seed + 1_000_003 * step)
+        chosen = torch.randint(count, (getattr(args, f"{phase}_batch_size"),), generator=generator, device=device)
         for group in optimizer.param_groups:  # the last tenth of the steps ends at 0
             group["lr"] = args.learning_rate * min(1.0, (since + 1) / 200, 10 * (total - step) / total)
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda):
             loss = loss_of(called, chosen, generator)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        average.step(model.parameters())
+        average.step(parameters)
         losses.append(loss.detach())
         progress.steps[phase], since = step + 1, since + 1
         if (step + 1) % args.log_every == 0:
-            rate = len(losses) / (time.monotonic() - begun)
-            recent = torch.stack(losses[-args.log_every :]).mean()
+            recent = torch.stack(losses).mean().item()  # waits for the device, so the rate is true
+            rate, logged = len(losses) / (time.monotonic() - logged), time.monotonic()
+            losses.clear()
             print(f"{phase} step {step + 1}/{total}  loss {recent:.4f}  {rate:.1f} steps/s", flush=True)
+        if time.monotonic() - saved > SAVE_EVERY:
+            leave()
+            progress.save(models)
+            model.load_state_dict(progress.training["raw"])  # type: ignore[index]
+            saved = time.monotonic()
     model.eval()
-    raw = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    own = {"optimizer": optimizer.state_dict(), "average": average.state_dict()}
-    progress.training = {"phase": phase, "since": since, "raw": raw, **own}
-    average.copy_to(model.parameters())
+    leave()
 
 
 def train_both(models: nn.ModuleDict, pipe: Any, images: Tensor, captions: list[str], args: Any, progress: Progress) -> None:
-    """The autoencoder, then the UNet on its latents."""
+    """The autoencoder, then the UNet on its latents, which are computed once."""
     vae: Any = models["vae"]
 
-    def of_vae(model: nn.Module, chosen: Tensor, generator: torch.Generator) -> Tensor:
+    def of_vae(_: nn.Module, chosen: Tensor, generator: torch.Generator) -> Tensor:
         flipped = torch.rand((len(chosen), 1, 1, 1), generator=generator, device=images.device) < 0.5
         batch = pixels(images[chosen])
         return vae_loss(vae, torch.where(flipped, batch.flip(-1), batch), generator)
 
     if progress.steps["vae"] < args.vae_steps:
-        train("vae", vae, of_vae, len(images), args, progress)
+        train("vae", models, of_vae, len(images), args, progress)
         if progress.steps["vae"] == args.vae_steps:
             progress.scaling = 1 / encode(vae, images[:2048]).std().item()
             vae.register_to_config(scaling_factor=progress.scaling)
+            progress.save(models)
     if progress.steps["vae"] < args.vae_steps or time.monotonic() >= args.end or progress.steps["unet"] >= args.unet_steps:
         return
     latents = encode(vae, images) * progress.scaling
     distinct = sorted(set(captions))
     table = embed(pipe, ["", *distinct]).to(images.device)
-    numbers = torch.tensor([1 + distinct.index(c) for c in captions] * 2, device=images.device)
+    places = {caption: 1 + i for i, caption in enumerate(distinct)}
+    alphas = pipe.scheduler.alphas_cumprod.to(images.device)
+    numbers = torch.tensor([places[c] for c in captions] * 2, device=images.device)
 
     def of_unet(model: nn.Module, chosen: Tensor, generator: torch.Generator) -> Tensor:
         empty = torch.rand(len(chosen), generator=generator, device=images.device) < UNCONDITIONAL
         text = table[torch.where(empty, 0, numbers[chosen])]
-        return unet_loss(model, pipe.scheduler, latents[chosen], text, generator)
+        return unet_loss(model, alphas, latents[chosen], text, generator)
 
-    train("unet", models["unet"], of_unet, len(latents), args, progress)
+    train("unet", models, of_unet, len(latents), args, progress)
 
 
 # -- the judgement
@@ -299,15 +328,17 @@ def judge(folder: Path, images: Tensor, captions: list[str], held_out: Tensor, a
         mse = (pipe.vae(kept).sample.clamp(-1, 1) - kept).square().mean((1, 2, 3))
     found: dict[str, Any] = {"reconstruction_db": round((10 * torch.log10(4 / mse)).mean().item(), 2)}
     names = sorted(set(captions))
-    sheet, drawn = [], []
-    for number, name in enumerate(names):
-        generator = torch.Generator(args.device).manual_seed(args.seed + number)
-        pictures = pipe(
-            [name] * args.samples, num_inference_steps=args.inference_steps, guidance_scale=args.guidance, generator=generator
-        ).images
-        sheet += pictures[:8]
-        drawn += [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).reshape(*p.size, 3) for p in pictures]
-    make_image_grid(sheet, len(names), min(args.samples, 8)).save(folder.parent / "samples.png")
+    prompts = [name for name in names for _ in range(args.samples)]
+    pictures: list[Any] = []
+    for first in range(0, len(prompts), 256):
+        part = prompts[first : first + 256]
+        seeds = [torch.Generator(args.device).manual_seed(args.seed + first + i) for i in range(len(part))]
+        options = {"num_inference_steps": args.inference_steps, "guidance_scale": args.guidance, "generator": seeds}
+        pictures += pipe(part, **options).images
+    drawn = [torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).reshape(*p.size, 3) for p in pictures]
+    shown = min(args.samples, 8)
+    sheet = [picture for i, picture in enumerate(pictures) if i % args.samples < shown]
+    make_image_grid(sheet, len(names), shown).save(folder.parent / "samples.png")
     if len(names) > 1:
         labels = torch.tensor([names.index(c) for c in captions])
         classify = train_classifier(images[~held_out], labels[~held_out], len(names), args)
@@ -389,16 +420,23 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     flag("--minutes", type=float, default=8.0, help="train so long, then save; the same command goes on (default: %(default)s)")
     flag("--size", type=int, default=64, help="of the images, in pixels (default: %(default)s)")
     flag("--vae-steps", type=int, default=6000)
-    flag("--unet-steps", type=int, default=30000)
+    flag("--unet-steps", type=int, default=20000)
     flag("--vae-channels", type=int, nargs=3, default=[64, 128, 128])
     flag("--channels", type=int, nargs="+", default=[96, 192, 288], help="of the UNet, level by level")
     flag("--layers", type=int, default=1, help="of a level of the UNet")
     flag("--groups", type=int, default=16, help="of group normalization")
     flag("--text-encoder", default="", help="a folder or hub id (default: MiniLM, from PyPI's package or the hub)")
-    flag("--batch-size", type=int, default=128)
-    flag("--learning-rate", type=float, default=3e-4)
+    flag("--vae-batch-size", type=int, default=64)
+    flag("--unet-batch-size", type=int, default=256)
+    flag("--learning-rate", type=float, default=4e-4)
     flag("--seed", type=int, default=0)
-    flag("--compile", action="store_true", help="compile the UNet; worth it in parts of minutes")
+    flag(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=["default", "reduce-overhead"],
+        help="compile the UNet, which takes a minute; reduce-overhead also captures its launches, where the host is slow",
+    )
     flag("--samples", type=int, default=16, help="pictures of each caption, for the judgement")
     flag("--inference-steps", type=int, default=30)
     flag("--guidance", type=float, default=3.0)

@@ -158,9 +158,7 @@ NAMED: dict[str, set[str]] = {
     "recipes/language/evaluated.py": {"lora"},
     "recipes/math.py": {"hra"},  # whose paper the presets are of
     "demo/report.py": {"hra", "loha", "bone", "bat", "lora"},
-    "engine/adapted.py": {"lora"},  # export("lora")
-    "engine/model.py": {"bone", "miss"},  # save_pretrained(bone_as_miss=True)
-    "engine/tuner.py": {"bone", "miss"},
+    "engine/adapted.py": {"lora", "bone", "miss"},  # export("lora"), save_pretrained(bone_as_miss=True)
     "integrations/diffusers/pipeline.py": {"bone", "miss"},
     "integrations/diffusers/models.py": {"lora"},  # diffusers' own methods
     "engine/weights/combine.py": {"lora"},

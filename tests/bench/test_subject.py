@@ -65,8 +65,8 @@ def test_the_table_says_what_is_missing(script: dict[str, Any], tmp_path: Path, 
         own = entry | {"figures": {"dino": dino, "base": {"dino": 0.25}}}
         (tmp_path / f"dog6-HRA-{seed}.json").write_text(json.dumps(own))
     costs = {
-        "LoRA": {"seconds": 2.0, "peak_bytes": 2**30},
-        "HRA": {"seconds": 3.0, "peak_bytes": 2**31},
+        "LoRA": {"seconds": 2.0, "kernel_seconds": 1.0, "peak_bytes": 2**30},
+        "HRA": {"seconds": 3.0, "kernel_seconds": 1.25, "peak_bytes": 2**31},
         "BAT": {"error": "no memory"},
     }
     for method, own in costs.items():
@@ -93,5 +93,5 @@ def test_the_table_says_what_is_missing(script: dict[str, Any], tmp_path: Path, 
         "0.000)",
     ] in rows
     assert ["dog6", "LoRA", "0", "–", "–", "–"] in rows
-    assert ["sd15", "HRA", "8", "3.000", "1.50", "2.00"] in rows
-    assert ["sd15", "BAT", "8", "no", "memory", "–", "–"] in rows
+    assert ["sd15", "HRA", "8", "3.000", "1.50", "1.250", "1.25", "2.000", "2.00"] in rows
+    assert ["sd15", "BAT", "8", *"––––––", "no", "memory"] in rows

@@ -111,7 +111,7 @@ BAD_FILES = {
     "broken JSON": (lambda f: (f / CONFIG).write_text("{"), CONFIG, None, "as JSON.*get it again"),
     "JSON list": (lambda f: (f / CONFIG).write_text("[1]"), CONFIG, None, "found a list.*configuration"),
     "binary config": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), CONFIG, None, "as JSON.*get it again"),
-    "unknown peft_type": (edit_config(peft_type="HRRA"), CONFIG, None, "peft_type.*'HRRA'. Did you mean HRA"),
+    "unknown peft_type": (edit_config(peft_type="HRRA"), CONFIG, None, "peft_type.*'HRRA'. Did you mean 'HRA'"),
     "peft_type of peft's other methods": (
         edit_config(peft_type="VERA"),
         CONFIG,

@@ -135,7 +135,7 @@ def test_bone_written_as_miss_is_the_same_adapter(tmp_path) -> None:
         model.save_pretrained(tmp_path / "named", peft_type="MISS")
         assert (tmp_path / "named" / CONFIG).read_text() == (tmp_path / CONFIG).read_text()
         assert (tmp_path / "named" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
-    with pytest.raises(HalotuneError, match=r"expected one of .*got 'MISSS'. Did you mean MISS"):
+    with pytest.raises(HalotuneError, match=r"expected one of .*got 'MISSS'. Did you mean 'MISS'"):
         wrap().save_pretrained(tmp_path / "no", peft_type="MISSS")
     wrap().save_pretrained(tmp_path / "hra", bone_as_miss=True)
     assert json.loads((tmp_path / "hra" / CONFIG).read_text())["peft_type"] == "HRA"

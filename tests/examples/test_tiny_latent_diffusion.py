@@ -18,7 +18,8 @@ from .models import example
 pytest.importorskip("diffusers")
 Image = pytest.importorskip("PIL.Image")
 
-TOY = ["--size", "16", "--vae-channels", "8", "8", "8", "--channels", "16", "16", "--groups", "8", "--batch-size", "4"]
+TOY = ["--size", "16", "--vae-channels", "8", "8", "8", "--channels", "16", "16", "--groups", "8"]
+TOY += ["--vae-batch-size", "4", "--unet-batch-size", "4"]
 TOY += ["--vae-steps", "5", "--unet-steps", "6", "--samples", "1", "--inference-steps", "2", "--classifier-steps", "2"]
 TOY += ["--device", "cpu", "--log-every", "100"]
 
@@ -68,16 +69,36 @@ def test_parts_are_one_training(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "whole" / "samples.png").is_file()
     steps = []
     for _ in range(20):
-        steps.append(run(folder, tmp_path / "parts", 7)["steps"])
+        steps.append(run(folder, tmp_path / "parts", 12)["steps"])
         if steps[-1] == whole["steps"]:
             break
     assert len(steps) > 2
-    for name, p in weights(tmp_path / "parts").items():
-        torch.testing.assert_close(p, weights(tmp_path / "whole")[name], atol=0, rtol=0)
+    torch.testing.assert_close(weights(tmp_path / "parts"), weights(tmp_path / "whole"), atol=0, rtol=0)
 
     pipe_files = list((tmp_path / "whole" / "carried").glob("*.safetensors"))
     assert pipe_files
     assert max(f.stat().st_size for f in pipe_files) <= 16 * 2**20
+
+
+def test_what_is_cut_off_goes_on_where_it_was_saved(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here it is saved after every step, and cut off in the UNet's fourth."""
+    whole = run(folder, tmp_path / "whole")
+    script = example("tiny_latent_diffusion")
+    usual, calls = script["unet_loss"], []
+
+    def failing(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return usual(*given)
+
+    script["run"].__globals__.update(unet_loss=failing, SAVE_EVERY=-1.0)
+    given = ["--images", str(folder / "images"), "--text-encoder", str(folder / "encoder"), "--output", str(tmp_path / "cut")]
+    with pytest.raises(KeyboardInterrupt):
+        script["run"](script["arguments"]([*given, *TOY]))
+    assert not (tmp_path / "cut" / "pipeline").exists()
+    assert run(folder, tmp_path / "cut")["steps"] == whole["steps"]
+    torch.testing.assert_close(weights(tmp_path / "cut"), weights(tmp_path / "whole"), atol=0, rtol=0)
 
 
 def test_a_new_sitting_begins_at_the_averaged_weights(folder: Path, tmp_path: Path) -> None:
@@ -86,8 +107,8 @@ def test_a_new_sitting_begins_at_the_averaged_weights(folder: Path, tmp_path: Pa
     before = weights(tmp_path / "out")
     found = run(folder, tmp_path / "out", 0)
     assert found["steps"] == {"vae": 5, "unet": 6}
-    for name, p in weights(tmp_path / "out").items():
-        torch.testing.assert_close(p, before[name].bfloat16().float(), atol=0, rtol=0)
+    rounded = {name: p.bfloat16().float() for name, p in before.items()}
+    torch.testing.assert_close(weights(tmp_path / "out"), rounded, atol=0, rtol=0)
 
 
 def test_the_files_are_split(folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .programs import check
+from .programs.checking import check
 
 
 @pytest.mark.parametrize("first", range(0, 200, 10), ids=lambda first: f"seeds {first} to {first + 9}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cases import adapted, adapter_parameters, assert_same, every_method, every_method_and_sped_up, inner, sample, trained
-from .programs import eager_switching
+from .programs.checking import eager_switching
 
 WAIT = 5.0  # seconds until a thread that should have moved is given up; a lock may keep one out for good
 

@@ -67,59 +67,12 @@ def near(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, atol=2e-5)
 
 
-def flux() -> Any:
-    """A Flux pipeline, with a T5 as its second text encoder; prompts are given as embeddings."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-    from transformers import T5Config, T5EncoderModel
-
-    transformer = FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-    )
-    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, latent_channels=1, shift_factor=0.1)
-    t5 = T5EncoderModel(T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=37, num_heads=4, num_layers=1))
-    pipe = FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(), vae, None, None, text_encoder_2=t5.eval(), tokenizer_2=None, transformer=transformer
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @torch.no_grad()
 def flux_image(pipe: Any) -> Tensor:
     prompts = {"prompt_embeds": pipe.text_encoder_2(torch.arange(12)[None])[0], "pooled_prompt_embeds": torch.ones(1, 32)}
     generator = torch.Generator().manual_seed(0)
     size = {"height": 8, "width": 8, "num_inference_steps": 2, "max_sequence_length": 12}
     return torch.from_numpy(pipe(**prompts, **size, generator=generator, output_type="np").images)
-
-
-def pixart() -> Any:
-    """A PixArt pipeline without a text encoder."""
-    from diffusers import AutoencoderKL, DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
-
-    transformer = PixArtTransformer2DModel(
-        sample_size=8,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=3,
-        caption_channels=32,
-        in_channels=4,
-        out_channels=8,
-        cross_attention_dim=24,
-        use_additional_conditions=False,
-    )
-    with torch.no_grad():  # these start at zero
-        nn.init.normal_(transformer.proj_out.weight, std=0.1)
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
-    pipe = PixArtAlphaPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=DDIMScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def pixart_image(pipe: Any) -> Tensor:

@@ -17,18 +17,17 @@ from halotune.core.layer import AdaptedLayer
 from halotune.engine.injection.modules import adapted_layers
 from halotune.integrations.diffusers import INDEX_NAME, PipelineAdapters
 
+from .. import toy_pipelines
 from .pipelines import (
     CONFIGS,
     CONVOLUTIONS,
     add,
     configs,
     differ,
-    flux,
     flux_image,
     image,
     load,
     near,
-    pixart,
     pixart_image,
     randomize,
 )
@@ -572,9 +571,9 @@ def test_a_wrapped_model_is_refused(pipe: Any):
 
 @every_method
 @pytest.mark.parametrize("kind", ["flux", "pixart"])
-def test_transformers(kind: str, method: str, tmp_path: Path):
-    build, paint = {"flux": (flux, flux_image), "pixart": (pixart, pixart_image)}[kind]
-    pipe = build()
+def test_transformers(kind: str, method: str, folder: Path, tmp_path: Path):
+    pipe, paint = (toy_pipelines.flux(folder), flux_image) if kind == "flux" else (toy_pipelines.pixart(), pixart_image)
+    pipe.set_progress_bar_config(disable=True)
     base, other = paint(pipe), copy.deepcopy(pipe)
     parts = {"transformer": CONFIGS[method]} | ({"text_encoder_2": CONFIGS[method]} if kind == "flux" else {})
     adapters = PipelineAdapters(pipe)

@@ -24,7 +24,7 @@ from halotune.methods.registry import Kind, Method, kinds, method_of, methods, r
 def test_names():
     assert {m.peft_type for m in methods()} == {t.value for t in PeftType}
     assert method_of("HRA") is method_of(PeftType.HRA)
-    with pytest.raises(HalotuneError, match=r"expected one of .*HRA, LOHA, LORA, OFT; got 'bonne'\. Did you mean BONE"):
+    with pytest.raises(HalotuneError, match=r"expected one of .*HRA, LOHA, LORA, OFT; got 'bonne'\. Did you mean 'BONE'"):
         method_of("bonne")
 
 

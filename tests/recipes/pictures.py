@@ -1,4 +1,4 @@
-"""Pictures of a subject, cut from scikit-learn's photograph of a flower, and toy pipelines on disk."""
+"""What the tests of both image recipes share: crops of scikit-learn's photograph of a flower, and options at toy size."""
 
 from __future__ import annotations
 
@@ -8,6 +8,34 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+
+
+def toy_options(root: Path, output: Path, **also: Any) -> dict[str, Any]:
+    """Fields of a run that takes a second, on the Stable Diffusion below `root`."""
+    values: dict[str, Any] = {
+        "model": str(root / "sd" / "pipeline"),
+        "resolution": 16,
+        "cache": str(root / "cache"),
+        "max_steps": 4,
+        "inference_steps": 2,
+        "log_every": 1,
+        "device": "cpu",
+        "tracker": "none",
+        "adapter": {"r": 4},
+        "output": str(output),
+    }
+    return values | also
+
+
+def flags(values: dict[str, Any]) -> list[str]:
+    """The same, as a user types them."""
+    return [*(f"--{k.replace('_', '-')}={v}" for k, v in values.items() if k != "adapter"), "--r=4"]
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    """What a run has trained in the UNet."""
+    return load_file(run / "adapter" / "unet" / "adapter_model.safetensors")
 
 
 def photograph() -> Image.Image:
@@ -22,114 +50,6 @@ def save_subject(folder: Path, count: int = 3) -> Path:
     whole = photograph()
     for i in range(count):
         whole.crop((180 + 20 * i, 60, 480 + 20 * i, 360)).resize((32, 32)).save(folder / f"{i:02}.png")
-    return folder
-
-
-def _clip(folder: Path) -> tuple[Any, Any, Any]:
-    """The toy Stable Diffusion's text encoder and tokenizer, and an encoder with a projection."""
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    sd = folder.parent / "sd" / "pipeline"
-    clip: Any = CLIPTextModel.from_pretrained(sd / "text_encoder")
-    clip.config.projection_dim = 32
-    return clip, CLIPTextModelWithProjection(clip.config), CLIPTokenizer.from_pretrained(sd / "tokenizer")
-
-
-def _vae(**also: Any) -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        **also,
-    )
-
-
-def _t5(width: int) -> Any:
-    from transformers import T5Config, T5EncoderModel
-
-    return T5EncoderModel(T5Config(vocab_size=60, d_model=width, d_kv=8, d_ff=37, num_heads=4, num_layers=1))
-
-
-def save_sdxl(folder: Path) -> Path:
-    from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        clip, projected, tokenizer = _clip(folder)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=64,
-            attention_head_dim=4,
-            norm_num_groups=4,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=4,
-            projection_class_embeddings_input_dim=6 * 4 + 32,
-            use_linear_projection=True,
-        )
-        pipe = StableDiffusionXLPipeline(
-            _vae(), clip, projected, tokenizer, tokenizer, unet, DDIMScheduler(), add_watermarker=False
-        )
-    pipe.save_pretrained(folder)
-    return folder
-
-
-def save_sd3(folder: Path) -> Path:
-    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        _, projected, tokenizer = _clip(folder)
-        transformer = SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=2,
-            in_channels=4,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=64,
-            caption_projection_dim=16,
-            pooled_projection_dim=64,
-            out_channels=4,
-            pos_embed_max_size=8,
-        )
-        scheduler = FlowMatchEulerDiscreteScheduler()
-        text = (projected, tokenizer, projected, tokenizer, _t5(64), tokenizer)
-        pipe = StableDiffusion3Pipeline(transformer, scheduler, _vae(shift_factor=0.1), *text)
-    pipe.save_pretrained(folder)
-    return folder
-
-
-def save_flux(folder: Path) -> Path:
-    """A Flux pipeline of one block of each kind, whose text encoders know letters alone."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-
-    clip, _, tokenizer = _clip(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        transformer = FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            pooled_projection_dim=32,
-            axes_dims_rope=(4, 4, 8),
-            guidance_embeds=True,
-        )
-        t5 = _t5(32)
-    # Any tokenizer serves the toy T5.
-    FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(), _vae(shift_factor=0.1), clip, tokenizer, t5, tokenizer, transformer
-    ).save_pretrained(folder)
     return folder
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from halotune import HalotuneError
 from halotune.cli.main import main
@@ -23,9 +24,10 @@ from halotune.recipes.control_pictures import ControlPictures, draw_control
 from halotune.recipes.diffusion import TARGETS, load_family
 from halotune.recipes.pictures import read_picture
 
+from .. import toy_pipelines
 from ..examples.models import save_stable_diffusion
 from .control_pairs import save_labels, save_pairs
-from .pictures import save_sd3, save_sdxl
+from .pictures import adapter, flags, toy_options
 
 
 @pytest.fixture(scope="session")
@@ -39,39 +41,23 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(root: Path, output: Path, **also: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "model": str(root / "sd" / "pipeline"),
         "control": "canny",
         "data": str(root / "flowers"),
-        "resolution": 16,
-        "cache": str(root / "cache"),
-        "max_steps": 4,
         "batch_size": 2,
-        "inference_steps": 2,
         "validation_count": 1,
         "evaluation_count": 2,
         "evaluate_every": 4,
-        "log_every": 1,
-        "device": "cpu",
-        "tracker": "none",
-        "adapter": {"r": 4},
-        "output": str(output),
     }
-    return values | also
+    return toy_options(root, output, **values | also)
 
 
 def opened(file: str | Path) -> Any:
     return read_picture(Path(file))
 
 
-def flags(values: dict[str, Any]) -> list[str]:
-    return [*(f"--{k.replace('_', '-')}={v}" for k, v in values.items() if k != "adapter"), "--r=4"]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    files = [folder / "adapter" / "unet" / "adapter_model.safetensors", *(folder / "adapter" / ENCODER).glob("*.safetensors")]
-    return {f"{file.parent.name} {k}": v for file in files for k, v in load_file(file).items()}
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    encoder = load_file(run / "adapter" / ENCODER / "diffusion_pytorch_model.safetensors")
+    return {f"unet {k}": v for k, v in adapter(run).items()} | {f"{ENCODER} {k}": v for k, v in encoder.items()}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +78,8 @@ def test_train_and_report(trained: Path) -> None:
     assert record["parameters"]["trainable"] == adapter + encoder
     gallery = json.loads((trained / "gallery.json").read_text())
     assert gallery["columns"] == ["hint", "target", "base", "step 6", "step 12"]
-    assert gallery["rows"][0]["label"] == "a yellow flower"
+    assert gallery["shared"] == 3  # so that a report of several runs has them side by side
+    assert gallery["rows"][0]["label"] == "a yellow flower · 0"
     assert (trained / "index.html").read_text().count("data:image/png;base64") == 5
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     losses = [line["evaluation"]["loss"] for line in lines if "evaluation" in line]
@@ -137,12 +124,12 @@ def test_a_split_is_drawn_in_shares_that_go_on(trained: Path, root: Path, monkey
     def failing(*args: Any, **kwargs: Any) -> Any:
         if len(drawn) == 1:
             raise KeyboardInterrupt
-        drawn.append(kwargs["seed"])
+        drawn.append(args)
         return usual(*args, **kwargs)
 
     def part(shard: str, **also: Any) -> ControlPictures:
         return ControlPictures(
-            str(trained), split="val", device="cpu", output=str(root / "parts"), **{"count": 2, "shard": shard, **also}
+            str(trained), split="val", device="cpu", **{"output": str(root / "parts"), "count": 2, "shard": shard, **also}
         )
 
     monkeypatch.setattr(control_pictures, "draw_controlled", failing)
@@ -159,6 +146,9 @@ def test_a_split_is_drawn_in_shares_that_go_on(trained: Path, root: Path, monkey
         assert len(names) == count
         for name in names:
             assert opened(root / "parts" / kind / name).tobytes() == opened(root / "whole" / kind / name).tobytes()
+    for file in draw_control(part("0/1", output=str(root / "at once"), batch_size=4)):
+        alone = np.array(opened(root / "whole" / "results" / file.name)).astype(int)
+        assert np.abs(np.array(opened(file)) - alone).max() <= 1
     assert draw_control(part("7/8")) == []  # an empty share has nothing to do
     with pytest.raises(HalotuneError, match=r"drawn otherwise \(seed: 0 there, 1 here"):
         draw_control(part("0/2", seed=1))
@@ -266,13 +256,15 @@ def test_hints_are_added_once_and_to_both_halves(root: Path, tmp_path: Path) -> 
 
 
 def test_sdxl_learns_and_a_transformer_is_refused(root: Path, tmp_path: Path) -> None:
-    values = {"model": str(save_sdxl(root / "sdxl")), "max_steps": 6, "evaluate_every": 3, "learning_rate": 0.02}
+    for kind in ("sdxl", "sd3"):
+        getattr(toy_pipelines, kind)(root / "sd" / "pipeline").save_pretrained(root / kind)
+    values = {"model": str(root / "sdxl"), "max_steps": 6, "evaluate_every": 3, "learning_rate": 0.02}
     run = tmp_path / "run"
     train_control(ControlConfig(**options(root, run, **values, gradient_checkpointing=True, precision="bf16")))
     assert (run / "pictures" / "000006" / "0.png").is_file()
     assert all(p.dtype == torch.float32 for p in weights(run).values())
     with pytest.raises(HalotuneError, match="a StableDiffusion3Pipeline has no UNet"):
-        train_control(ControlConfig(**options(root, tmp_path / "sd3", model=str(save_sd3(root / "sd3")))))
+        train_control(ControlConfig(**options(root, tmp_path / "sd3", model=str(root / "sd3"))))
 
 
 def test_another_bases_encoder_is_refused(trained: Path, root: Path, tmp_path: Path) -> None:

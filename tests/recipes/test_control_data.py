@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from halotune import HalotuneError
 pytest.importorskip("diffusers")
 pytest.importorskip("cv2")
 
-from halotune.recipes.control_data import Pair, Preparation, read_pairs
+from halotune.recipes.control_data import Pair, Preparation, evenly, read_pairs
 from halotune.recipes.control_eval import judge_faces, judge_labels
 from halotune.recipes.control_hints import (
     MESH_TO_68,
@@ -263,6 +264,11 @@ def test_a_picture_without_a_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(HalotuneError, match=r"a\.png: no face is found in it"):
         own.hint(Pair(target, "a face"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    with monkeypatch.context() as later:
+        later.setattr("sys.version_info", (3, 13))
+        with pytest.raises(HalotuneError, match=r"no release with a face mesh for Python 3\.13"):
+            FaceMesh()
+    monkeypatch.setattr("sys.version_info", (3, 12))
     with pytest.raises(HalotuneError, match=r'mediapipe not installed. Install with: pip install "halotune\[landmark\]"'):
         FaceMesh()
 
@@ -313,16 +319,39 @@ def test_rows_that_are_refused(tmp_path: Path) -> None:
             reading(*rows)
     with pytest.raises(HalotuneError, match="has no labels, which segm needs"):
         reading({"target": "a.png", "prompt": "a"}, control="segm")
-    (tmp_path / "prompts.jsonl").write_text("{broken\n")
+    with pytest.raises(HalotuneError, match=r"line 1: landmark_size is a width in pixels; got '8'"):
+        reading({"target": "a.png", "prompt": "a", "landmark_size": "8"}, control="landmark")
+    table = tmp_path / "prompts.jsonl"
+    table.write_bytes('{"target": "a.png", "prompt": "ä"}'.encode("latin-1"))
+    with pytest.raises(HalotuneError, match=r"prompts\.jsonl: cannot be read as UTF-8"):
+        read_pairs(tmp_path, "train", "canny")
+    table.write_text('\ufeff{"target": "a.png", "prompt": "one\u2028line"}\r\n', encoding="utf-8")
+    assert read_pairs(tmp_path, "train", "canny")[0].prompt == "one\u2028line"
+    table.write_text("{broken\n[1]\n" + json.dumps({"target": "b.png", "prompt": "a"}) + "\n")
     with pytest.raises(HalotuneError, match="line 1: is no JSON"):
         read_pairs(tmp_path, "train", "canny")
+    with pytest.raises(HalotuneError, match=r"has no row that can be used, such as: .*line 1: is no JSON"):
+        read_pairs(tmp_path, "train", "canny", [])
+    with table.open("a") as file:
+        file.write('{"target": "a.png", "prompt": "a"}\n')
+    left_out: list[str] = []
+    assert [pair.name for pair in read_pairs(tmp_path, "train", "canny", left_out)] == ["a"]
+    assert ["line 1" in left_out[0], "line 2" in left_out[1], "line 3" in left_out[2]] == [True] * 3
 
 
+def test_a_few_are_taken_at_even_distances() -> None:
+    assert evenly(range(10), 4) == [0, 2, 5, 7]
+    assert evenly(range(3), 8) == evenly(range(3), None) == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:SymbolDatabase.GetPrototype:UserWarning")  # mediapipe's, of protobuf
 def test_a_real_face_is_found() -> None:
-    """scikit-image's astronaut, by MediaPipe: the eyes lie above the mouth, and the left one left of the right one."""
+    """Grace Hopper's, whom matplotlib ships: the eyes lie above the mouth, and the left one left of the right one."""
     pytest.importorskip("mediapipe")
-    data = pytest.importorskip("skimage.data")
-    points = FaceMesh()(Image.fromarray(data.astronaut()))
+    from matplotlib.cbook import get_sample_data
+
+    with get_sample_data("grace_hopper.jpg") as file, Image.open(file) as image:  # type: ignore[arg-type]
+        points = FaceMesh()(image)
     assert points is not None
     left, right, mouth = points[36:42].mean(0), points[42:48].mean(0), points[48:60].mean(0)
     assert left[0] < right[0]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from halotune import HalotuneError
 from halotune.cli.main import main
@@ -23,52 +24,32 @@ from halotune.recipes.diffusion import family_class, load_family
 from halotune.recipes.pictures import Cache, buckets, read_picture
 from halotune.recipes.subject import Denoiser, SubjectConfig, adapt, train_subject
 from halotune.recipes.subject_data import Encoder, class_pictures, collate, find_pictures
+from halotune.recipes.subject_pictures import SubjectPictures
 
+from .. import toy_pipelines
 from ..examples.models import save_stable_diffusion
-from .pictures import save_flux, save_sd3, save_sdxl, save_subject, single_file
+from .pictures import adapter, flags, save_subject, single_file, toy_options
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("image")
-    save_stable_diffusion(folder / "sd")
-    save_sdxl(folder / "sdxl")
-    save_sd3(folder / "sd3")
-    save_flux(folder / "flux")
+    stable_diffusion = save_stable_diffusion(folder / "sd")
+    for kind in ("sdxl", "sd3", "flux"):
+        getattr(toy_pipelines, kind)(stable_diffusion).save_pretrained(folder / kind)
     save_subject(folder / "flower")
     return folder
 
 
 def options(root: Path, output: Path, **also: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "model": str(root / "sd" / "pipeline"),
         "subject": str(root / "flower"),
         "class_word": "flower",
-        "resolution": 16,
         "class_images": 2,
         "class_folder": str(root / "class_images"),
-        "cache": str(root / "cache"),
-        "max_steps": 4,
-        "inference_steps": 2,
         "validation_seeds": 1,
-        "log_every": 1,
-        "device": "cpu",
-        "tracker": "none",
-        "adapter": {"r": 4},
-        "output": str(output),
     }
-    return values | also
-
-
-def flags(values: dict[str, Any]) -> list[str]:
-    plain = {k: v for k, v in values.items() if k != "adapter"}
-    return [*(f"--{k.replace('_', '-')}={v}" for k, v in plain.items()), "--r=4"]
-
-
-def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "adapter" / "unet" / "adapter_model.safetensors")
+    return toy_options(root, output, **values | also)
 
 
 def test_train_report_generate_and_load_elsewhere(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,10 +59,13 @@ def test_train_report_generate_and_load_elsewhere(root: Path, tmp_path: Path, ca
 
     run = tmp_path / "run"
     given = flags(options(root, run, learning_rate=0.02, ema=0.5, min_snr=5, also="lora,kohya", evaluate_every=2))
+    (run / ".adapter.incomplete").mkdir(parents=True)
+    (run / ".adapter.incomplete" / "half.tmp").touch()  # as a process that was killed while saving leaves
     assert main(["train", "subject", *given]) == 0
     record = read_run(run)
     assert record is not None
     assert record["status"] == FINISHED
+    assert not list((run / "adapter").rglob("*.tmp"))
     assert record["pictures"] == {"subject": 3, "class": 2}
     assert record["parameters"]["trainable"] > 0
     gallery = json.loads((run / "gallery.json").read_text())
@@ -106,6 +90,8 @@ def test_train_report_generate_and_load_elsewhere(root: Path, tmp_path: Path, ca
 
     plain = drawn()
     assert base.tobytes() == plain
+    assert main(["generate", "subject", str(run), *common, "--resolution", "18"]) == 2
+    assert "resolution: this model needs a multiple of 4; got 18. Use 16." in capsys.readouterr().err
     PipelineAdapters(pipe).load(run / "adapter")
     assert drawn() == trained.tobytes() != plain
     PipelineAdapters(pipe).unload()
@@ -243,10 +229,10 @@ def test_class_pictures_go_on(root: Path, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="No space left"):
         class_pictures(config, family, cpu)
     monkeypatch.undo()
-    assert sorted(f.name for f in (tmp_path / "class").iterdir()) == ["00000.png", "00001.png"]
-    kept = (tmp_path / "class" / "00000.png").stat().st_mtime_ns
+    kept = {f: f.stat().st_mtime_ns for f in (tmp_path / "class").iterdir()}
+    assert len(kept) == 2
     assert len(class_pictures(config, family, cpu)) == 3
-    assert (tmp_path / "class" / "00000.png").stat().st_mtime_ns == kept
+    assert {f: f.stat().st_mtime_ns for f in kept} == kept
 
 
 def test_pictures_as_cameras_save_them(tmp_path: Path) -> None:
@@ -298,6 +284,11 @@ def test_configurations_that_are_refused(root: Path, tmp_path: Path) -> None:
         config(also="gguf")
     with pytest.raises(HalotuneError, match="shard: expected i/n"):
         config(shard="2/2")
+    with pytest.raises(HalotuneError, match="resolution: must be at least 1; got 0"):
+        config(resolution=0)
+    with pytest.raises(HalotuneError, match="--count: must be at least 1; got 0"):
+        SubjectPictures(str(tmp_path), prompt="a qwe flower", count=0)
+    assert config().learning_rate == pytest.approx(1e-3)  # a tenth of HRA's usual one
     with pytest.raises(HalotuneError, match="of no known type"):
         family_class("KandinskyPipeline", "a/b")
     with pytest.raises(HalotuneError, match=r"multiple of 4; got 18. Use 16"):
@@ -390,6 +381,7 @@ def test_what_users_folders_hold(root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "собака 犬"
     folder.mkdir()
     (folder / "._00.jpg").write_bytes(b"of the system")
+    (folder / "thumbnails.png").mkdir()
     Image.new("RGB", (1, 1), "red").save(folder / "один.png")
     (folder / "один.txt").write_text("фото qwe собаки", encoding="utf-8")
     Image.fromarray(np.full((8, 8), 128 << 8, dtype=np.uint16)).save(folder / "deep.png")
@@ -425,12 +417,14 @@ def test_a_full_disk_ends_a_run_that_then_goes_on(
 ) -> None:
     values = options(root, tmp_path / "run", prior_weight=0.0, save_every=2)
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    for error in (OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")):
 
-    monkeypatch.setattr("halotune.integrations.diffusers.PipelineAdapters.save", full)
-    assert main(["train", "subject", *flags(values)]) == 1
-    assert "No space left on device" in capsys.readouterr().err
+        def full(*_: Any, error: Exception = error, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("halotune.integrations.diffusers.PipelineAdapters.save", full)
+        assert main(["train", "subject", *flags(values)]) == 1
+        assert "No space left on device" in capsys.readouterr().err
     record = read_run(tmp_path / "run")
     assert record
     assert record["status"] == "failed"
@@ -444,4 +438,4 @@ def test_a_pipeline_of_another_kind(root: Path, tmp_path: Path, capsys: pytest.C
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "Flux2Pipeline"}')
     assert main(["train", "subject", *flags(options(root, tmp_path / "run", model=str(tmp_path / "other")))]) == 2
-    assert "a Flux2Pipeline is of no known type. Use one of StableDiffusionPipeline" in capsys.readouterr().err
+    assert "a Flux2Pipeline is of no known type. Use a model of one of StableDiffusionPipeline" in capsys.readouterr().err

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from halotune import HalotuneError
@@ -139,13 +142,36 @@ def test_efficientnet_knows_its_subjects() -> None:
     assert min(cosines[0, 1], cosines[2, 3]) > cosines[:2, 2:].max() + 0.1
 
 
+class SmallLPIPS(nn.Module):
+    """`lpips.LPIPS` with features of random weights: pictures `(n, 3, h, w)` in [−1, 1] -> `(n, 1, 1, 1)`."""
+
+    def __init__(self, net: str, verbose: bool) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        assert a.abs().max() <= 1 and b.abs().max() <= 1
+        a, b = (F.normalize(self.features(x), dim=1) for x in (a, b))
+        return (a - b).square().mean((1, 2, 3), keepdim=True)
+
+
+@pytest.fixture(params=["package", "stand-in"])
+def lpips(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The package, with its published weights of layers on a backbone of random ones, which need no network; and one alike,
+    since the package needs a torchvision that fits torch."""
+    if request.param == "package":
+        module = pytest.importorskip("lpips")
+        monkeypatch.setattr(module, "LPIPS", partial(module.LPIPS, pnet_rand=True))
+        return module
+    module = SimpleNamespace(LPIPS=SmallLPIPS)
+    monkeypatch.setitem(sys.modules, "lpips", module)  # type: ignore[arg-type]
+    monkeypatch.setattr("halotune.recipes.scorers.require", lambda *_: None)
+    return module
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torchvision's, of how lpips calls it
-def test_lpips_through_its_own_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its published weights of layers on a backbone of random weights, as the pretrained one needs a network."""
-    lpips = pytest.importorskip("lpips")
-    torch.manual_seed(0)
-    usual = lpips.LPIPS
-    monkeypatch.setattr(lpips, "LPIPS", lambda **given: usual(**given, pnet_rand=True))
+def test_lpips(lpips: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 between equal pictures, symmetric; fidelity of real and drawn ones, diversity among those of one prompt."""
     scorer: Any = load_scorers("lpips=squeeze", CPU)["lpips"]
     scorer.SIZE = 64
     distances = scorer.distance([RED, BLUE], [RED, GREEN, photograph()])
@@ -153,8 +179,8 @@ def test_lpips_through_its_own_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distances[0, 0] == pytest.approx(0, abs=1e-6)
     assert distances.flatten()[1:].min() > 1e-4
     torch.testing.assert_close(scorer.distance([GREEN], [RED])[0, 0], distances[0, 1])
-    found = figures({"lpips": scorer}, [RED], [[RED, GREEN]], ["red"])
-    assert found["lpips_fidelity"] == pytest.approx(distances[0, :2].mean().item(), abs=1e-6)
+    found = figures({"lpips": scorer}, [RED], [[RED, GREEN], [RED]], ["red", "red too"])
+    assert found["lpips_fidelity"] == pytest.approx(distances[0, 1].item() / 3, abs=1e-6)
     assert found["lpips_diversity"] == pytest.approx(distances[0, 1].item(), abs=1e-6)
 
     def unreachable(**_: Any) -> None:

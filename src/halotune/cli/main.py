@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
+from safetensors import SafetensorError
+
 from .. import __version__
 from ..core.errors import HalotuneError
 from .options import BAD_INPUT, Parser
@@ -81,7 +83,8 @@ def _run(argv: Sequence[str]) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         raise
-    except (HalotuneError, OSError, RuntimeError) as e:  # a full disk, a file that is gone: no traceback would explain it
+    # A full disk, a file that is gone: no traceback would explain it. safetensors has a class of its own for all that it meets.
+    except (HalotuneError, OSError, RuntimeError, SafetensorError) as e:
         if isinstance(e, RuntimeError) and type(e).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         print(f"{prog}: error: {' '.join(str(e).split())}", file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..core.errors import AdapterFileError, HalotuneError, warn
+from ..core.errors import AdapterFileError, HalotuneError, few, warn
 from ..engine.files.keys import config_of
 from ..engine.files.load import AdapterSource
 from ..engine.files.state_dict import get_peft_model_state_dict, read_metadata, read_tensors, write_tensors
@@ -46,8 +46,7 @@ def left_out(source: LycorisFile, used: Sequence[Resolved], *, others: bool = Tr
     """What of a file some adapters do not hold, in words: modules that matched nothing, and other prefixes' modules."""
     out = []
     for names in (found.unmatched for found in used if found.unmatched):
-        shown = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-        out.append(f"{len(names)} modules that the base has no layer for ({shown})")
+        out.append(f"{len(names)} modules that the base has no layer for ({few(names)})")
     prefixes = {p for found in used for p in found.prefixes}
     if others:
         out += [f"{len(m)} modules under {p or 'no prefix'}" for p, m in source.groups.items() if p not in prefixes]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..ops.rounding import DROPPED, Dither, rounded
+from .base import has_hooks
 from .operator import Operator, WeightShape
 from .prepared import (
     Form,
@@ -30,9 +31,9 @@ from .prepared import (
     pass_of,
     prepare,
 )
-from .shard import Axis, Shard
-from .sharding import let_gather_inside
+from .sharded_parameters import let_gather_inside
 from .weight_form import Defined
+from .weight_shard import Axis, Shard
 
 if TYPE_CHECKING:
     from .config import AdapterConfig
@@ -102,9 +103,16 @@ class Adapter(nn.Module, ABC):
         if not self.paths:
             names = [name.split(".") for name, _ in self.named_parameters()]
             self.paths = tuple([(name[:-1], name[-1]) for name in names])
-        return tuple([_tensor(self, modules, name) for modules, name in self.paths])
+        found = []
+        for modules, name in self.paths:
+            owner: Any = self
+            for module in modules:
+                owner = owner._modules[module]
+            own = owner._parameters.get(name)
+            found.append(getattr(owner, name) if own is None else own)  # a replica's, a flat parameter's view: no parameter
+        return tuple(found)
 
-    # -- a shard of it (`core/shard.py`)
+    # -- a shard of it (`core/weight_shard.py`)
 
     shard: Shard | None = None  # of the layer, where others lie in other processes
     whole: Adapter | None = None  # what a `here` is the shard of
@@ -156,7 +164,9 @@ class Adapter(nn.Module, ABC):
         """`B (out, k)`, `A (k, in)` with `weight(W) − W == B A` exactly; None where only a full-rank delta is."""
         return None
 
-    factors_exist: ClassVar[bool] = True
+    @property
+    def factors_exist(self) -> bool:
+        return type(self).factors is not Adapter.factors
 
     def delta_rows(self, W: Tensor) -> Iterator[Tensor]:
         """`weight(W) − W`, some rows at a time, top to bottom, in the dtype of the parameters."""
@@ -186,10 +196,10 @@ class Adapter(nn.Module, ABC):
         """
         return None
 
-    penalized: bool = False  # whether it has a penalty
+    penalized: Hashable = None  # what tells its penalty from another; None where there is none
 
     def penalty(self, *parameters: Tensor) -> Tensor:
-        """A term to be added to the loss: of these parameters, in the order of `parameters()`; pure."""
+        """A term to be added to the loss: of one or, stacked, the sum over several alike, in the order of `parameters()`."""
         raise NotImplementedError
 
     def loading_warning(self) -> str | None:
@@ -223,24 +233,25 @@ class Adapter(nn.Module, ABC):
 
         What the running pass has prepared for this adapter, if nothing has changed since; else made now.
         """
-        dtype, whole = x.dtype, self.whole or self
+        dtype, slot = x.dtype, self.slot
         if torch.compiler.is_compiling():  # the graph is guarded by what is in the slot; the compiler arranges the rest
-            ready = self.slot.prepared
+            ready = slot.prepared
             if ready is None or ready.dtype is not dtype or ready.adapted is not None or not ready.recorded:
-                ready = Prepared(usable(self.factors_now(), dtype), None, dtype, True, 0, ())
+                ready = Prepared(usable(self.factors_now(), dtype), None, dtype, True)
             return ready
-        tensors, slot = self.tensors(), self.slot
+        tensors, ready = self.tensors(), slot.prepared
         as_weight = W is not None and is_weight(self.form, self.makes_weight, x, self.whole_shape)
-        if (ready := slot.prepared) is not None and ready.serves(dtype, tensors, W, as_weight):
+        if ready is not None and ready.serves(dtype, tensors, W, as_weight):
             return ready
+        whole = self.whole or self
         if (running := pass_of(whole)) is not None:
             running.prepare_for(whole, dtype, as_weight)
             if (ready := slot.prepared) is not None and ready.serves(dtype, tensors, W, as_weight):
                 return ready
         if as_weight and W is not None:
             made = prepare(Weights(self, dtype, [W], self.dither(dtype)), [tensors])[0]
-            return Prepared((), made[0], dtype, True, 0, ())
-        return Prepared(prepare(self.prepares(dtype), [tensors])[0], None, dtype, True, 0, ())
+            return Prepared((), made[0], dtype, True)
+        return Prepared(prepare(self.prepares(dtype), [tensors])[0], None, dtype, True)
 
     def prepares(self, dtype: torch.dtype) -> Factors:
         """What makes the factors of all adapters like this one."""
@@ -267,13 +278,6 @@ class Adapter(nn.Module, ABC):
         """`x W'ᵀ + b` for a frozen layer, with nothing dropped, in one autograd node."""
 
     makes_weight: ClassVar[bool] = False  # W' is made for every call where it is not prepared
-
-
-def _tensor(owner: Any, modules: list[str], name: str) -> Tensor:
-    for module in modules:
-        owner = owner._modules[module]
-    own = owner._parameters.get(name)
-    return getattr(owner, name) if own is None else own  # a replica's, a flat parameter's view: no parameter
 
 
 def usable(tensors: Tensors, dtype: torch.dtype) -> Tensors:
@@ -334,17 +338,21 @@ class Weights(Preparation):
 class Adapted(Operator):
     """An operator with one adapter on it. Chains of these are several adapters: `W -> F2(F1(W))`."""
 
+    parameters: Tensors = ()  # that the weight was made of first: in backward the adapter may hold others
+
     def __init__(self, inner: Operator, adapter: Adapter, scale: float = 1.0) -> None:
         self.inner, self.adapter, self.scale = inner, adapter, scale
-        self.parameters: Tensors = ()  # that the weight was made of first: in backward the adapter may hold others
 
     @property
     def shape(self) -> WeightShape:  # type: ignore[override]
         return self.inner.shape
 
     def __call__(self, x: Tensor) -> Tensor:
-        let_gather_inside(self.adapter)
-        return self.adapter(x, self.inner, self.scale)  # as a module: ZeRO-3's hooks gather its parameters
+        adapter = self.adapter
+        if not has_hooks(adapter):
+            return adapter.forward(x, self.inner, self.scale)
+        let_gather_inside(adapter)
+        return adapter(x, self.inner, self.scale)  # ZeRO-3's hooks gather the parameters of a module that is called
 
     def weight(self) -> Tensor:
         W = self.inner.weight().to(next(self.adapter.parameters()).device)  # offloaded weights may be elsewhere

@@ -16,32 +16,13 @@ from .base import LinearLike, register_base
 from .errors import HalotuneError
 from .layer import AdaptedLayer
 from .operator import WeightShape
-from .wrapper import Wrapper
+from .wrapper import ParameterView, Wrapper
 
 
-class Projection(nn.Module):
-    """One input projection of an attention module, whose parameter stays where it is."""
+class Projection(ParameterView):
+    """One input projection of an attention module."""
 
-    def __init__(self, owner: AdaptedAttention, weight_name: str) -> None:
-        super().__init__()
-        self.__dict__["owner"] = owner  # no submodule: the parameter keeps one name in the state dict
-        self.weight_name = weight_name
-
-    @property
-    def attention(self) -> nn.MultiheadAttention:
-        return self.__dict__["owner"].base_layer
-
-    @property
-    def weight(self) -> nn.Parameter:
-        return getattr(self.attention, self.weight_name)
-
-    @weight.setter
-    def weight(self, value: nn.Parameter) -> None:
-        setattr(self.attention, self.weight_name, value)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return None  # the attention module adds it
+    bias = None  # the attention module adds it
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight)

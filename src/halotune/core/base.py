@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
 from .errors import HalotuneError
 from .offload import Overlay, is_offloaded, offload_hook, only_places
-from .operator import OnRows, Operator, WeightShape
-from .prepared import exact_dtype
-from .sharding import is_sharded, is_unit, only_shards, store, whole, whole_size
+from .operator import Operator, WeightShape
+from .sharded_parameters import is_sharded, is_unit, only_shards, store, whole, whole_size
+from .trial import agrees, drawn
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -62,8 +62,13 @@ class Base(Operator):
     @property
     def device(self) -> torch.device:
         """Where the layer runs."""
-        hook = offload_hook(self.module) if self.parameter.is_meta else None
+        hook = self._offloaded
         return self.parameter.device if hook is None else torch.device(hook.execution_device)
+
+    @property
+    def _offloaded(self) -> Any | None:
+        """accelerate's hook, where it keeps the weight elsewhere."""
+        return offload_hook(self.module) if self.parameter.is_meta else None
 
     @abstractmethod
     def stored(self, W: Tensor) -> Tensor:
@@ -72,8 +77,7 @@ class Base(Operator):
     @torch.no_grad()
     def write(self, W: Tensor) -> None:
         """Store the matrix `W` `(out, in)`, rounded to the layer's dtype."""
-        hook = offload_hook(self.module) if self.parameter.is_meta else None
-        if hook is None:
+        if (hook := self._offloaded) is None:
             store(self.parameter, self.stored(W))
         else:
             hook.weights_map = Overlay({"weight": self.stored(W).to("cpu", self.dtype)}, hook.weights_map)
@@ -91,22 +95,18 @@ class Base(Operator):
         return not (flat or (self.quantization and is_sharded(weight)))
 
     def as_float(self, W: Tensor, dtype: torch.dtype) -> nn.Module:
-        """The plain layer with the weight `W (out, in)`, instead of a quantized one."""
-        raise HalotuneError(
-            f"{type(self.module).__name__} {self.shape} cannot be merged into floats: it holds no weight that is quantized and "
-            "readable. Keep the adapter beside it."
-        )
+        """The plain layer with the weight `W (out, in)`, instead of a quantized one that can be read."""
+        raise NotImplementedError
 
     def snapshot(self) -> Any:
         """What `restore` needs to undo a `write` bit for bit."""
-        hook = offload_hook(self.module) if self.parameter.is_meta else None
+        hook = self._offloaded
         return self.parameter.detach().clone() if hook is None else hook.weights_map
 
     @torch.no_grad()
     def restore(self, snapshot: Any) -> None:
         """Put back what `snapshot` gave, also where the module was offloaded, or brought back, in between."""
-        hook = offload_hook(self.module) if self.parameter.is_meta else None
-        if hook is None:
+        if (hook := self._offloaded) is None:
             store(self.parameter, snapshot if isinstance(snapshot, Tensor) else snapshot["weight"])
         elif isinstance(snapshot, Tensor):
             hook.weights_map = Overlay({"weight": snapshot.to("cpu")}, hook.weights_map)
@@ -141,58 +141,7 @@ class Base(Operator):
         """
         if not self.opaque and runs_as_written(self.module):
             return True
-        return not self.opaque and (self.parameter.is_meta or any(self._agrees(x, written) for x in self.samples()))
-
-    def _agrees(self, x: Tensor, written: bool) -> bool:
-        """Two calls, on two inputs and with two weights: their difference is `W1 x1 − W2 x2`, whatever c is."""
-        try:
-            with self._trial():
-                x1, x2 = (t.to(self.device, self.trial_dtype) for t in (x, x.flip(-1) / 2))
-                y2 = self.module(x2)  # a weight that is computed in a call is fresh after it
-                W1 = W2 = self.weight()
-                if written and not self.quantization:
-                    W1 = (W2 + _drawn(W2.shape).to(W2.device) * (W2.float().std(correction=0) or 1)).to(W2.dtype)
-                y1 = self.module(x1) if W1 is W2 else self._called_with(x1, W1)
-                x1, x2, W1, W2, y1, y2 = (t.to(exact_dtype(t.dtype)) for t in (x1, x2, W1, W2, y1, y2))
-                expected = self.contract(self.pad(x1), W1) - self.contract(self.pad(x2), W2)
-                if y1.shape != expected.shape or y2.shape != expected.shape:
-                    return False
-                rounding = 4 * torch.finfo(self.dtype).eps * y1.norm()
-                error = 0.1 if self.quantization else 0.01  # of formats that round the input too
-                return bool((y1 - y2 - expected).norm() <= error * expected.norm() + rounding)
-        except Exception:  # a forward of its own, or a hook, may ask for anything
-            return False
-
-    def unusual_output(self) -> str | None:
-        """What a call on a sample gives that no layer of this shape would; None where it is usual, or cannot be tried."""
-        x = self.samples()[0]
-        try:
-            with self._trial():
-                y = self.module(x.to(self.device, self.trial_dtype))
-        except Exception:
-            return None
-        if not isinstance(y, Tensor):
-            return f"a {type(y).__name__}"
-        due = self.contract(self.pad(x), torch.zeros(self.shape.out_features, self.shape.in_features)).shape
-        return None if y.shape == due else f"an output {tuple(y.shape)}, where {tuple(due)} is due"
-
-    @contextmanager
-    def _trial(self) -> Iterator[None]:
-        """Inside, calls leave no trace: not in autograd, in buffers or in torch's generators."""
-        buffers = [(m._buffers, dict(m._buffers)) for m in self.module.modules()]
-        rng = [self.device] if self.device.type == "cuda" else []
-        try:
-            with torch.no_grad(), torch.random.fork_rng(rng), torch.autocast(self.device.type, enabled=False):
-                for own, before in buffers:
-                    own.update({n: None if b is None else b.clone() for n, b in before.items()})
-                yield
-        finally:
-            for own, before in buffers:
-                own.update(before)
-
-    @property
-    def trial_dtype(self) -> torch.dtype:
-        return self.dtype if self.dtype.itemsize > 1 else torch.bfloat16
+        return not self.opaque and (self.parameter.is_meta or agrees(self, written))
 
     @abstractmethod
     def samples(self) -> list[Tensor]:
@@ -274,9 +223,9 @@ class Base(Operator):
         return not runs_as_written(self.module)
 
     def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
-        return self._called_with(x, W) if self.hooked else super().with_weight(x, W)
+        return self.called_with(x, W) if self.hooked else super().with_weight(x, W)
 
-    def _called_with(self, x: Tensor, W: Tensor) -> Tensor:
+    def called_with(self, x: Tensor, W: Tensor) -> Tensor:
         """Call the module, its hooks and a forward of its own included, with W in the place of its weight."""
         away = "is offloaded" if is_offloaded(self.module) else "is sharded by itself" if is_unit(self.module) else ""
         if is_parametrized(self.module) or computes_weight(self.module) or away:
@@ -295,11 +244,11 @@ class Base(Operator):
         return bias
 
 
-class LinearLike(OnRows, Base):
+class LinearLike(Base):
     """Bases that act on the last dimension of `x`."""
 
     def samples(self) -> list[Tensor]:
-        x = _drawn((1, self.shape.in_features))
+        x = drawn((1, self.shape.in_features))
         return [x, x[None]]  # a forward of its own may want a batch of sequences
 
     def stored(self, W: Tensor) -> Tensor:
@@ -320,11 +269,6 @@ _FORWARDS = frozenset(
 )
 
 
-def _drawn(size: Sequence[int]) -> Tensor:
-    """Normal numbers, the same each time."""
-    return torch.randn(size, generator=torch.Generator().manual_seed(0))
-
-
 def is_parametrized(module: nn.Module) -> bool:
     """Whether reading the module's weight computes it (`torch.nn.utils.parametrize`)."""
     return "weight" in getattr(module, "parametrizations", ())
@@ -343,13 +287,8 @@ def has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or nn.modules.module._has_any_global_hook()
+        or _has_any_global_hook()
     )
-
-
-def is_bare(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's `forward` and nothing else."""
-    return "forward" not in module.__dict__ and not has_hooks(module)
 
 
 def runs_as_written(module: nn.Module) -> bool:
@@ -392,11 +331,11 @@ class Linear(LinearLike):
         module = self.module
         W, b = module._parameters.get("weight"), module._parameters.get("bias")
         frozen = type(W) is nn.Parameter and not W.requires_grad and (b is None or not b.requires_grad)
-        if not frozen or W.dtype is not dtype or W.is_meta:
+        if not frozen or W.dtype is not dtype or W.is_meta or "forward" in module.__dict__ or has_hooks(module):
             return None
         kind = type(module)
         usual = kind.forward is nn.Linear.forward and kind.__call__ is nn.Module.__call__
-        return (W, b) if usual and is_bare(module) else None
+        return (W, b) if usual else None
 
 
 class TransposedLinear(LinearLike):
@@ -444,7 +383,7 @@ class Convolution(Base):
     def samples(self) -> list[Tensor]:
         m = self.module
         size = [m.in_channels, *(2 * d * k for d, k in zip(m.dilation, m.kernel_size, strict=True))]
-        return [_drawn((1, *size))]
+        return [drawn((1, *size))]
 
     def _pads_first(self) -> bool:
         return self.module.padding_mode != "zeros" or isinstance(self.module.padding, str)

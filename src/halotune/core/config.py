@@ -12,14 +12,12 @@ from enum import Enum
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from typing_extensions import Self
 
-from .errors import AdapterFileError, HalotuneError, closest
+from .errors import AdapterFileError, HalotuneError, did_you_mean, look_up
 from .files import CONFIG_NAME, locate, read_json, write_atomically
-
-T = TypeVar("T")
 
 
 class TaskType(str, Enum):
@@ -158,8 +156,7 @@ class AdapterConfig(BaseConfig):
         value = getattr(self, name)
         if not any(value is c or (isinstance(c, str) and value == c) for c in choices):
             listed = ", ".join(repr(c) for c in choices)
-            near = closest(str(value), [c for c in choices if isinstance(c, str)], n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(str(value), [c for c in choices if isinstance(c, str)])
             raise self.error(name, f"expected one of {listed}; got {value!r}", f"Use one of these, spelled exactly so.{hint}")
 
     def require_share(self, name: str) -> None:
@@ -238,11 +235,9 @@ class AdapterConfig(BaseConfig):
             if name in known:
                 kept[name] = value
             elif not (value in (None, False) or value == {} or value == [] or value in cls.INERT.get(key, ())):
-                near = closest(key, sorted(known), n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise HalotuneError(
-                    f"{cls.__name__}.{key}: not supported, and set to {value!r}.{hint} Remove it if the adapter does "
-                    "not depend on it."
+                    f"{cls.__name__}.{key}: not supported, and set to {value!r}.{did_you_mean(key, known)} Remove it if the "
+                    "adapter does not depend on it."
                 )
         return cls(**kept)
 
@@ -270,7 +265,7 @@ class AdapterConfig(BaseConfig):
                 remedy=f"Give an adapter's folder; peft_type names the method, one of {', '.join(CLASSES)}.",
             )
         try:
-            kind = look_up(CLASSES, entries["peft_type"])
+            kind = look_up(CLASSES, str(_value(entries["peft_type"])), "peft_type")
             foreign = kind.foreign(entries)
             if foreign is not None:
                 raise AdapterFileError(file, foreign[0], remedy=foreign[1])
@@ -318,20 +313,6 @@ def _enumeration(names: tuple[str, ...]) -> Any:
 def peft_type_of(name: str) -> Any:
     """The member of `PeftType` of this name; the name itself for a method that is not registered."""
     return peft_types()[name] if name in CLASSES else name
-
-
-def look_up(known: Mapping[str, T], peft_type: object) -> T:
-    """The entry of a method's name.
-
-    Raises:
-        HalotuneError: there is no method of this name.
-    """
-    name = str(_value(peft_type))
-    if name in known:
-        return known[name]
-    near = closest(name.upper(), list(known))
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise HalotuneError(f"peft_type: expected one of {', '.join(known)}; got {name!r}.{hint}")
 
 
 def _value(value: Any) -> Any:

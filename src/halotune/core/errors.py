@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Collection, Iterable, Mapping
 from os import PathLike
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class HalotuneError(ValueError):
@@ -42,8 +46,32 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-def closest(name: str, known: list[str], n: int = 3) -> list[str]:
-    """The known names that a user who wrote `name` may have meant, best first."""
+def closest(name: str, known: Collection[str], n: int = 3) -> list[str]:
+    """The known names that a user who wrote `name`, in whatever case, may have meant, best first."""
     import difflib
 
-    return difflib.get_close_matches(name, known, n=n, cutoff=0.5)
+    folded = {k.casefold(): k for k in known}
+    return [folded[k] for k in difflib.get_close_matches(name.casefold(), folded, n=n, cutoff=0.5)]
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """A question for the end of an error; empty where no known name is near."""
+    near = closest(name, known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def look_up(known: Mapping[str, T], name: str, what: str) -> T:
+    """The entry of this name.
+
+    Raises:
+        HalotuneError: there is none.
+    """
+    if name in known:
+        return known[name]
+    raise HalotuneError(f"{what}: expected one of {', '.join(known)}; got {name!r}.{did_you_mean(name, known)}")
+
+
+def few(names: Iterable[str]) -> str:
+    """The first three, and how many there are."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" … ({len(names)} in all)" if len(names) > 3 else "")

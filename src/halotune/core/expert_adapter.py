@@ -18,9 +18,9 @@ from .adapter import Adapted, Adapter, usable
 from .config import AdapterConfig
 from .errors import HalotuneError
 from .kinds import LowRank, Rotation
-from .operator import Operator, WeightShape
+from .operator import Matrix, Operator, WeightShape
 from .prepared import Tensors, is_transformed
-from .sharding import is_sharded, local
+from .sharded_parameters import is_sharded, local
 
 PART = 256 * 2**20  # bytes of the W' that exist at once where a method has no form but W'
 
@@ -41,7 +41,7 @@ class ExpertAdapter(Adapter):
         vars(self)["one"] = one  # no submodule: its parameters are not among ours
         self.experts, self.shared = experts, shared
         self.dropout, self.scale_free, self.makes_weight = one.dropout, one.scale_free, one.makes_weight  # type: ignore[misc]
-        self.factors_exist, self.penalized = one.factors_exist, one.penalized  # type: ignore[misc]
+        self.penalized = one.penalized
 
     @classmethod
     def create(cls, shape: WeightShape, config: AdapterConfig) -> Self:
@@ -142,7 +142,7 @@ class ExpertAdapter(Adapter):
         W = op.weight()
         for e in range(self.experts):
             adapter = self.expert(e)
-            adapter.start_from(_Matrix(W[e]))  # type: ignore[arg-type]
+            adapter.start_from(Matrix(W[e]))
             for own, p in zip(self.parameters(), adapter.parameters(), strict=True):
                 own[e] = p
 
@@ -153,6 +153,10 @@ class ExpertAdapter(Adapter):
             return None
         B, A = zip(*cast("list[tuple[Tensor, Tensor]]", found), strict=True)
         return torch.stack(B), torch.stack(A)
+
+    @property
+    def factors_exist(self) -> bool:
+        return self.one.factors_exist
 
     def reads_weight(self, op: Operator) -> bool:
         return self.one.reads_weight(op)
@@ -177,7 +181,7 @@ class ExpertAdapter(Adapter):
         return None if None in made else cls.stacked(cast("list[Adapter]", made), adapters[0].experts, shared)
 
     def penalty(self, *parameters: Tensor) -> Tensor:
-        return self.one.penalty(*parameters) if self.shared else torch.vmap(self.one.penalty)(*parameters).sum()
+        return self.one.penalty(*parameters)
 
     def loading_warning(self) -> str | None:
         if type(self.one).loading_warning is Adapter.loading_warning or next(self.parameters()).is_meta:
@@ -251,16 +255,6 @@ class _Part(ExpertAdapter):
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
         return self.run(x, op, usable(self.factors_now(), x.dtype), scale)
-
-
-class _Matrix:
-    """One expert's weight, for an adapter that starts from it."""
-
-    def __init__(self, W: Tensor) -> None:
-        self.W = W
-
-    def weight(self) -> Tensor:
-        return self.W
 
 
 class _Replicated(torch.autograd.Function):

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.grouped import grouped_outer, grouped_product
-from .adapter import Adapted
 from .base import LinearLike, register_base
 from .errors import HalotuneError
 from .grouped_linear import grouped_low_rank
@@ -24,8 +23,8 @@ from .layer import AdaptedLayer
 from .offload import offload_hook
 from .operator import Operator, WeightShape
 from .prepared import exact
-from .sharding import is_sharded, local
-from .wrapper import Wrapper
+from .sharded_parameters import is_sharded, local
+from .wrapper import ParameterView, Wrapper
 
 IMPLEMENTATION = "halotune"  # in transformers' registry
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -46,25 +45,8 @@ def _is_float(p: Tensor | None) -> bool:
     return p is not None and p.dim() == 3 and p.is_floating_point() and p.dtype.itemsize > 1
 
 
-class ExpertWeights(nn.Module):
-    """One projection of all experts, whose parameter stays where it is."""
-
-    def __init__(self, owner: AdaptedExperts, weight_name: str) -> None:
-        super().__init__()
-        self.__dict__["owner"] = owner  # no submodule: the parameter keeps one name in the state dict
-        self.weight_name = weight_name
-
-    @property
-    def module(self) -> Any:
-        return self.__dict__["owner"].base_layer
-
-    @property
-    def weight(self) -> nn.Parameter:
-        return getattr(self.module, self.weight_name)
-
-    @weight.setter
-    def weight(self, value: nn.Parameter) -> None:
-        setattr(self.module, self.weight_name, value)
+class ExpertWeights(ParameterView):
+    """One projection of all experts."""
 
     @property
     def bias(self) -> Tensor | None:
@@ -218,9 +200,6 @@ class GroupedOperator(Operator):
     def transient(self) -> bool:
         return True
 
-    def pad(self, x: Tensor) -> Tensor:
-        return x
-
     def contract(self, x: Tensor, W: Tensor) -> Tensor:
         return self.groups.product(x, W.mT)
 
@@ -234,10 +213,6 @@ class GroupedOperator(Operator):
     def add_bias(self, y: Tensor) -> Tensor:
         bias = self.base.bias
         return y if bias is None else y + local(bias)[self.groups.ids].to(y.dtype)
-
-    @property
-    def hooked(self) -> bool:
-        return False
 
 
 class _Computed(torch.autograd.Function):
@@ -263,10 +238,7 @@ class AdaptedExpertWeights(AdaptedLayer):
                 "adapter_names: experts get the tokens of all samples together, sorted by expert, so that samples cannot be "
                 "told apart there. Run the adapters one at a time."
             )
-        op: Operator = GroupedOperator(cast(ExpertsBase, self.base), groups)
-        for name in self._running_names():
-            op = Adapted(op, cast(Any, self.adapters[name]), self.scales[name])
-        return op(x)
+        return self._on(GroupedOperator(cast(ExpertsBase, self.base), groups), self._running_names())(x)
 
 
 class AdaptedExperts(Wrapper):

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .errors import AdapterFileError, HalotuneError, closest
+from .errors import AdapterFileError, HalotuneError, did_you_mean
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -50,9 +50,7 @@ def check_keywords(kwargs: Iterable[str], also: Iterable[str] = ()) -> None:
     known = [*also, "subfolder", *_HUB_ARGUMENTS]
     for name in kwargs:
         if name not in known:
-            near = closest(name, known, 1)
-            remedy = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(known)}."
-            raise HalotuneError(f"there is no keyword {name!r}. {remedy}")
+            raise HalotuneError(f"there is no keyword {name!r}.{did_you_mean(name, known) or ' Known are ' + ', '.join(known)}")
 
 
 def _remedy(file: Path) -> str:

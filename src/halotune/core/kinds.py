@@ -105,8 +105,7 @@ class LowRank(Adapter):
         return add_low_rank(x, self.drop(x), op, self.low_rank(*factors), scale)
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        Q, *A = factors
-        return low_rank_linear(x, W, bias, Q, A[0] if A else None)
+        return low_rank_linear(x, W, bias, *factors)
 
 
 class Dense(Adapter):

@@ -65,11 +65,10 @@ class AdaptedLayer(Wrapper):
         return self._original is not None and self._original[0] is not self.base_layer
 
     def _running_names(self) -> list[str]:
-        own = self.__dict__
-        if not own["enabled"] or self.rows is not None:
+        if not self.enabled or MIXED.rows.get(self) is not None:
             return []
-        merged, scales = own["merged_adapters"], own["scales"]
-        return [n for n in own["active_adapters"] if n not in merged and scales.get(n, 0.0) != 0.0]
+        merged, scales = self.merged_adapters, self.scales
+        return [n for n in self.active_adapters if n not in merged and scales.get(n)]
 
     def running(self) -> list[Adapter]:
         """The adapters that are active and not merged yet."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .weight_form import Matrix
+from ..ops.product import linear_backward
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class WeightShape:
 
 
 class Operator(ABC):
-    """`x -> W x + bias`: a base layer, or a base layer with adapters on it."""
+    """`x -> W x + bias`: a base layer, or a base layer with adapters on it. Unless it says otherwise, on x's last dimension."""
 
     shape: WeightShape
 
@@ -52,9 +52,9 @@ class Operator(ABC):
         """The weight as a matrix `(out, in)`."""
 
     @property
-    @abstractmethod
     def transient(self) -> bool:
         """Whether `weight()` makes a new tensor, to be recomputed rather than kept."""
+        return False
 
     @property
     def opaque(self) -> bool:
@@ -66,53 +66,58 @@ class Operator(ABC):
         """Whether it can be run with another weight: not where the layer computes its own, or does more than multiply by it."""
         return not self.opaque
 
+    @property
+    def hooked(self) -> bool:
+        """Whether somebody's hooks want to see the base layer called."""
+        return False
+
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
         """`W (out, in)` and the bias, where `x Wᵀ + b` is all that a call on this dtype does and neither is trained."""
         return None
 
-    @abstractmethod
     def pad(self, x: Tensor) -> Tensor:
         """`x` with the padding that `contract` does not add itself (a convolution's reflect, circular, 'same')."""
+        return x
 
-    @abstractmethod
     def contract(self, x: Tensor, W: Tensor) -> Tensor:
         """`W x` for a padded `x`: no bias, no hooks."""
+        return F.linear(x, W)
 
-    @abstractmethod
     def contract_backward(self, x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
         """Gradients of `contract`: `dx` (where needed) and `dW` `(out, in)`."""
+        return linear_backward(x, W, dy, need_x)
 
-    @abstractmethod
     def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
         """`y + (B A) x`, with `B` `(out, r)` and `A` `(r, in)`, never forming `B A`."""
+        return add_to(y, F.linear(x, A), B.t())
 
     @abstractmethod
     def add_bias(self, y: Tensor) -> Tensor: ...
-
-    @property
-    @abstractmethod
-    def hooked(self) -> bool:
-        """Whether somebody's hooks want to see the base layer called."""
 
     def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
         """Apply the operator with `W` `(out, in)` instead of its weight; its own bias is added."""
         return self.add_bias(self.contract(self.pad(x), W))
 
 
-class OnRows:
-    """Operators on the last dimension of `x`."""
+class Matrix(Operator):
+    """`x Wᵀ + b` of plain tensors."""
 
-    def pad(self, x: Tensor) -> Tensor:
-        return x
+    def __init__(self, W: Tensor, bias: Tensor | None = None) -> None:
+        n_out, n_in = W.shape
+        self.W, self.bias, self.shape = W, bias, WeightShape(n_out, n_in)
 
-    def contract(self, x: Tensor, W: Tensor) -> Tensor:
-        return F.linear(x, W)
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.W, self.bias)
 
-    def contract_backward(self, x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
-        return Matrix.contract_backward(x, W, dy, need_x)
+    def weight(self) -> Tensor:
+        return self.W
 
-    def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        return add_to(y, F.linear(x, A), B.t())
+    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+        frozen = not (self.W.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        return (self.W, self.bias) if frozen and self.W.dtype is dtype else None
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias.to(y)
 
 
 def add_to(y: Tensor, z: Tensor, Bt: Tensor) -> Tensor:
@@ -120,4 +125,4 @@ def add_to(y: Tensor, z: Tensor, Bt: Tensor) -> Tensor:
     if y.dtype != z.dtype:  # a base that answers in a dtype of its own
         return y + (z @ Bt).to(y.dtype)
     n = z.numel() // max(1, z.shape[-1])  # y may be empty; tracing follows numbers of elements
-    return torch.addmm(y.reshape(n, y.shape[-1]), z.reshape(n, z.shape[-1]), Bt).view(y.shape)
+    return torch.addmm(y.reshape(n, y.shape[-1]), z.reshape(n, z.shape[-1]), Bt).view_as(y)

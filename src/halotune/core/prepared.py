@@ -20,6 +20,8 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack  # pyright: ignore[reportMissingImports]
 from torch.autograd import forward_ad
 
+from ..ops.product import apply
+
 if TYPE_CHECKING:
     from .operator import WeightShape
 
@@ -150,14 +152,12 @@ class _Prepare(torch.autograd.Function):
         stacked, ctx.kept = _stacked(parameters, range(n), n), None
         small = sum([t.numel() for t in stacked]) <= KEPT
         if preparation.keeps and small and not _saved_tensors_are_hooked():
-            trained = [
-                any(ctx.needs_input_grad[2 + k : 2 + k + n]) for k in range(0, len(parameters), n)
-            ]  # some of them at least
-            leaves = [t.detach().requires_grad_(needed) for t, needed in zip(stacked, trained, strict=True)]
+            needed = ctx.needs_input_grad[2:]
+            leaves = [t.detach().requires_grad_(any(needed[k * n : k * n + n])) for k, t in enumerate(stacked)]
             with torch.enable_grad():
                 made = preparation.make(*leaves)
             ctx.kept = leaves, made
-            made = tuple([t.detach() for t in made])
+            made = [t.detach() for t in made]
         else:
             made = preparation.make(*stacked)
         return tuple([part for t in made for part in t.unbind()])
@@ -165,15 +165,15 @@ class _Prepare(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         n, parameters = ctx.n, ctx.parameters
-        rows = [i for i in range(n) if any([g is not None for g in grads[i::n]])]
+        known = [[g is not None for g in grads[j : j + n]] for j in range(0, len(grads), n)]
+        rows = [i for i, ran in enumerate(map(any, zip(*known, strict=True))) if ran]
         result: list[Tensor | None] = [None] * len(parameters)
-        for i in rows:
-            for p, version in zip(parameters[i::n], ctx.versions[i::n], strict=True):
-                if p._version != version:
-                    raise RuntimeError(
-                        f"a parameter {tuple(p.shape)} of an adapter was modified in place between the forward pass and its "
-                        f"backward (version {p._version}, expected {version}). Call backward before the optimizer's step."
-                    )
+        for k, (p, version) in enumerate(zip(parameters, ctx.versions, strict=True)):
+            if p._version != version and k % n in rows:
+                raise RuntimeError(
+                    f"a parameter {tuple(p.shape)} of an adapter was modified in place between the forward pass and its "
+                    f"backward (version {p._version}, expected {version}). Call backward before the optimizer's step."
+                )
         if rows:
             stacked_grads = [_stacked_gradients(grads[j : j + n], rows) for j in range(0, len(grads), n)]
             if ctx.kept is not None and len(rows) == n and not torch.is_grad_enabled():
@@ -213,7 +213,7 @@ def prepare(preparation: Preparation, adapters: Sequence[Sequence[Tensor]]) -> l
     n = len(adapters)
     flat = [t for kind in zip(*adapters, strict=True) for t in kind]
     if torch.is_grad_enabled() and any([t.requires_grad for t in flat]):
-        made = _Prepare.apply(preparation, n, *flat)
+        made = apply(_Prepare, preparation, n, *flat)
     else:
         made = [part for t in preparation.make(*_stacked(flat, range(n), n)) for part in t.unbind()]
     return [tuple(made[i::n]) for i in range(n)]
@@ -224,17 +224,15 @@ def prepare(preparation: Preparation, adapters: Sequence[Sequence[Tensor]]) -> l
 Seen = tuple[Tensor, int, int, bool]
 
 
-def seen(tensors: Sequence[Tensor]) -> tuple[Seen, ...]:
+def seen(tensors: Sequence[Tensor]) -> list[Seen]:
     """Identity, address, version, `requires_grad` of each. Writes that torch does not record (`.data`, numpy) are not seen."""
-    return tuple([(t, t.data_ptr(), t._version, t.requires_grad) for t in tensors])
+    return [(t, t.data_ptr(), t._version, t.requires_grad) for t in tensors]
 
 
-def unchanged(before: tuple[Seen, ...], tensors: Sequence[Tensor]) -> bool:
+def unchanged(before: Sequence[Seen], tensors: Sequence[Tensor]) -> bool:
     """Whether these are the tensors that were seen, as they were."""
-    if len(before) != len(tensors):
-        return False
     for (tensor, address, version, grad), t in zip(before, tensors, strict=True):
-        if t is not tensor or t._version != version or t.requires_grad is not grad or t.data_ptr() != address:
+        if t is not tensor or t._version != version or t.data_ptr() != address or t.requires_grad is not grad:
             return False
     return True
 
@@ -257,31 +255,30 @@ class Prepared:
         made_from: the parameters; and W, for W'.
     """
 
-    factors: tuple[Tensor, ...]
+    factors: Tensors
     adapted: Tensor | None
     dtype: torch.dtype | None
     recorded: bool
-    stream: int
-    made_from: tuple[Seen, ...]
+    stream: int = 0
+    made_from: Sequence[Seen] = ()
 
     def release(self) -> None:
         """It serves no more, in whatever thread."""
         self.factors, self.adapted, self.dtype, self.made_from = (), None, None, ()
 
-    def serves(self, dtype: torch.dtype, parameters: Sequence[Tensor], W: Tensor | None, as_weight: bool) -> bool:
+    def serves(self, dtype: torch.dtype, parameters: Tensors, W: Tensor | None, as_weight: bool) -> bool:
         """Whether it is what would be made now, for a layer with the plain matrix W, or with none.
 
         Args:
             as_weight: W' is wanted; where nothing is recorded, either is as good.
         """
-        recording = torch.is_grad_enabled()
-        if self.dtype is not dtype or (recording and not self.recorded):
+        if self.dtype is not dtype:
             return False
-        if (self.adapted is not None) is not as_weight and (recording or as_weight or W is None):
+        recording, is_weight = torch.is_grad_enabled(), self.adapted is not None
+        if (recording and not self.recorded) or (is_weight is not as_weight and (recording or as_weight or W is None)):
             return False
-        if self.adapted is not None and W is not None:
-            parameters = (*parameters, W)
-        return unchanged(self.made_from, parameters) and self.stream == stream_of(parameters[0])
+        made_of = (*parameters, W) if is_weight and W is not None else parameters
+        return unchanged(self.made_from, made_of) and self.stream == stream_of(parameters[0])
 
 
 class Slot(threading.local):

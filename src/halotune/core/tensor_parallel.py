@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from .base import Linear, has_hooks, register_base
 from .errors import HalotuneError
-from .operator import OnRows, Operator, WeightShape
-from .shard import Shard
-from .sharding import local, whole
+from .operator import Matrix, Operator, WeightShape
+from .sharded_parameters import local, whole
+from .weight_shard import Shard
 
 Adapting = Callable[[Operator], Operator]
 
@@ -123,7 +123,7 @@ def run_inside(module: nn.Module, shard: Shard, x: Tensor, adapting: Adapting) -
         runs += 1
         module._parameters["weight"] = weight  # others may look at it
         if not hasattr(x, "placements"):  # no gradients, or a packed layer: its borders have seen to the rest
-            return adapting(Product(local(weight), None if bias is None else local(bias), shard.shape))(x)
+            return adapting(Matrix(local(weight), None if bias is None else local(bias)))(x)
         return _on_dtensor(x, weight, bias, shard, adapting)
 
     def around(*args: Any, **kwargs: Any) -> Any:  # after hooks that gather the weight
@@ -161,7 +161,7 @@ def _on_dtensor(x: Any, weight: Any, bias: Any, shard: Shard, adapting: Adapting
     x = x if list(x.placements) == expected else x.redistribute(placements=expected)
     here = x.to_local(grad_placements=[Partial()] if shard.axis == "out" else expected)
     added = None if is_columns or bias is None else local(bias)
-    y = adapting(Product(local(weight), added, shard.shape))(here)
+    y = adapting(Matrix(local(weight), added))(here)
     shape = torch.Size((*x.shape[:-1], weight.shape[0]))
     placed = Partial() if is_columns else Replicate() if shard.axis is None else Split(x.dim() - 1)
     stride = torch.empty(shape, device="meta").stride()
@@ -184,31 +184,3 @@ class _Standin:
             )
         x, standin, *bias = args
         return standin.product(x, bias[0] if bias else (kwargs or {}).get("bias"))
-
-
-class Product(OnRows, Operator):
-    """`x Wᵀ + b` of tensors in this process."""
-
-    def __init__(self, W: Tensor, bias: Tensor | None, shape: WeightShape) -> None:
-        self.W, self.bias, self.shape = W, bias, shape
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.W, self.bias)
-
-    def weight(self) -> Tensor:
-        return self.W
-
-    @property
-    def transient(self) -> bool:
-        return False
-
-    @property
-    def hooked(self) -> bool:
-        return False
-
-    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-        frozen = not (self.W.requires_grad or (self.bias is not None and self.bias.requires_grad))
-        return (self.W, self.bias) if frozen and self.W.dtype is dtype else None
-
-    def add_bias(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y + self.bias.to(y)

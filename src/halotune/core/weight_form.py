@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.product import flattened, no_view
+from ..ops.product import apply, linear_backward, no_view
 from ..ops.rounding import Dither
 from .prepared import Preparation, Tensors, compute_dtype, is_transformed
 
@@ -64,15 +64,6 @@ class Scaled:
         return self.adapter.pull(G * self.s, W, *θ)
 
 
-class Matrix:
-    """A plain matrix as an operator."""
-
-    @staticmethod
-    def contract_backward(x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
-        rows = flattened(dy)
-        return (torch.mm(rows, W).view(x.shape) if need_x else None), torch.mm(rows.t(), flattened(x))
-
-
 class _WeightForm(torch.autograd.Function):
     """`y = W' x (+ b)`. Backward builds W' again, forms `G = dyᵀ x` and pulls it back to θ (and W)."""
 
@@ -80,11 +71,11 @@ class _WeightForm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, kept: Tensor | None, bias: Tensor | None, given: Any, noise: Tensor | None, *θ: Tensor
     ) -> Tensor:
-        op, W, adapter = given
+        op, W, adapter = given  # without an operator: a plain matrix
         ctx.save_for_backward(x, kept, noise, *θ)
         ctx.op, ctx.adapter = op, adapter
         adapted = adapter.build(W, *θ, noise=noise)
-        return no_view(F.linear(x, adapted, bias) if op is Matrix else op.contract(x, adapted))
+        return no_view(F.linear(x, adapted, bias) if op is None else op.contract(x, adapted))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -96,7 +87,8 @@ class _WeightForm(torch.autograd.Function):
             adapted = ctx.adapter.adapt(W, *θ)
         else:
             adapted = ctx.adapter.build(W, *θ, noise=noise, again=True)
-        dx, G = ctx.op.contract_backward(x, adapted, grad_outputs[0], need_x)
+        backward = linear_backward if ctx.op is None else ctx.op.contract_backward
+        dx, G = backward(x, adapted, grad_outputs[0], need_x)
         dW = None
         if need_W:
             dW, *dθ = Defined(ctx.adapter, None).pull((W, *θ), (G,))
@@ -131,4 +123,4 @@ def weight_form_linear(
     noise = None if dither is None else dither.noise(0, W)
     if not torch.is_grad_enabled():
         return F.linear(x, adapter.build(W, *θ, noise=noise), bias)
-    return _WeightForm.apply(x, W, bias, (Matrix, W, adapter), noise, *θ)  # type: ignore[return-value]
+    return apply(_WeightForm, x, W, bias, (None, W, adapter), noise, *θ)

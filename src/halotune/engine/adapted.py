@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError, warn
 from ..core.prepared import Form
-from ..core.sharding import reshard
+from ..core.sharded_parameters import reshard
 from ..core.wrapper import Wrapper
+from .files.save import save_adapters
+from .gathering import require_no_units, whole_adapters
 from .injection.activation import activate, enable, per_sample
 from .injection.modules import adapted_layers, modules_to_save_wrappers, public_path
 from .injection.offloading import bring_adapters
 from .injection.surgery import remove
-from .sharding import require_no_units, whole_adapters
 from .training import penalty
 from .weights.combine import combine
 from .weights.merge import MergeReport, Requantize, merge, unmerge, untie_copies
@@ -300,6 +301,48 @@ class AdaptedModel(Wrapper):
         return self.tuner.release(trained=False)
 
     # -- files
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        save_function: Any = None,
+        peft_type: str | None = None,
+        bone_as_miss: bool = False,
+    ) -> None:
+        """Write adapters in PEFT's format: `default` into the folder itself, others into subfolders of their names.
+
+        Args:
+            save_directory: the folder; it is made where it is missing.
+            safe_serialization: only True; pickles are never written.
+            selected_adapters: names of adapters; None is all.
+            save_embedding_layers: store the embeddings too; "auto": where they are targets or were resized.
+            is_main_process: others write nothing.
+            state_dict: the model's state dict, where it is at hand already, as a sharded model's must be; an empty one is none.
+            save_function: accepted for accelerate's sake (`accelerator.save`); files are always written atomically.
+            peft_type: write adapters whose method has this other name under it; the others under their own.
+            bone_as_miss: the same as `peft_type="MISS"`: Bone adapters as MiSS, which peft 0.19 and later can read.
+
+        Raises:
+            HalotuneError: our own reader would refuse the file; nothing is written then.
+        """
+        if state_dict is None:
+            reshard(self)
+        save_adapters(
+            self.tuner,
+            save_directory,
+            safe_serialization=safe_serialization,
+            selected_adapters=selected_adapters,
+            save_embedding_layers=save_embedding_layers,
+            is_main_process=is_main_process,
+            state_dict=state_dict,
+            peft_type="MISS" if bone_as_miss else peft_type,
+        )
 
     def export(
         self,

@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FunctionType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from ..core.config import CLASSES, AdapterConfig, TaskType
 from ..core.errors import HalotuneError
-from ..core.sharding import is_unit, reshard
+from ..core.sharded_parameters import is_unit
 from ..methods.registry import method_of
 from .adapted import AdaptedModel
 from .external_types import register_external_types
@@ -188,48 +188,6 @@ class PeftModel(AdaptedModel):
         return model_status(self)
 
     # -- files
-
-    def save_pretrained(
-        self,
-        save_directory: str | PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        save_embedding_layers: bool | Literal["auto"] = "auto",
-        is_main_process: bool = True,
-        *,
-        state_dict: Mapping[str, Tensor] | None = None,
-        save_function: Any = None,
-        peft_type: str | None = None,
-        bone_as_miss: bool = False,
-    ) -> None:
-        """Write adapters in PEFT's format: `default` into the folder itself, others into subfolders of their names.
-
-        Args:
-            save_directory: the folder; it is made where it is missing.
-            safe_serialization: only True; pickles are never written.
-            selected_adapters: names of adapters; None is all.
-            save_embedding_layers: store the embeddings too; "auto": where they are targets or were resized.
-            is_main_process: others write nothing.
-            state_dict: the model's state dict, where it is at hand already, as a sharded model's must be; an empty one is none.
-            save_function: accepted for accelerate's sake (`accelerator.save`); files are always written atomically.
-            peft_type: write adapters whose method has this other name under it; the others under their own.
-            bone_as_miss: the same as `peft_type="MISS"`: Bone adapters as MiSS, which peft 0.19 and later can read.
-
-        Raises:
-            HalotuneError: our own reader would refuse the file; nothing is written then.
-        """
-        if state_dict is None:
-            reshard(self)
-        self.base_model.save_pretrained(
-            save_directory,
-            safe_serialization=safe_serialization,
-            selected_adapters=selected_adapters,
-            save_embedding_layers=save_embedding_layers,
-            is_main_process=is_main_process,
-            state_dict=state_dict,
-            peft_type=peft_type,
-            bone_as_miss=bone_as_miss,
-        )
 
     def push_to_hub(
         self,

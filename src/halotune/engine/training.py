@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import warn
-from ..core.sharding import gathered
+from ..core.sharded_parameters import gathered
 from .injection.modules import adapted_layers
 
 
@@ -61,14 +63,21 @@ def penalty(model: nn.Module) -> Tensor | float:
     Args:
         model: a `PeftModel`, or any module with adapters somewhere in it.
     """
-    total: Tensor | float = 0.0
+    alike: dict[Hashable, list[list[Tensor]]] = defaultdict(list)
+    one: dict[Hashable, Any] = {}
     for layer in adapted_layers(model).values():
         for name in layer.active_adapters:
             adapter: Any = layer.adapters[name]
-            if adapter.penalized:
+            if adapter.penalized is not None:
                 layer.penalty_taken = True
-                term = adapter.penalty(*[gathered(p) for p in adapter.parameters()])
-                total = total.to(term.device) + term if isinstance(total, Tensor) else term
+                parameters = [gathered(p) for p in adapter.parameters()]
+                key = type(adapter), adapter.penalized, *[(p.shape, p.dtype, p.device) for p in parameters]
+                one[key] = adapter
+                alike[key].append(parameters)
+    total: Tensor | float = 0.0
+    for key, all_ in alike.items():  # a few launches for all of them, instead of a few for each
+        term = one[key].penalty(*[torch.stack(each) for each in zip(*all_, strict=True)])
+        total = total.to(term.device) + term if isinstance(total, Tensor) else term
     return total
 
 
@@ -76,7 +85,7 @@ def warn_if_penalty_unused(model: nn.Module) -> None:
     """Warn where active adapters have a penalty that nothing has asked for: in training it would be left out silently."""
     for layer in adapted_layers(model).values():
         adapters = [layer.adapters[name] for name in layer.active_adapters]
-        if not layer.penalty_taken and any(a.penalized for a in adapters):
+        if not layer.penalty_taken and any(a.penalized is not None for a in adapters):
             warn(
                 "the configuration asks for a penalty (orthogonality_weight), but nothing has added it to the loss so far. Add "
                 "model.penalty() once per optimizer step, or train with halotune.integrations.transformers.AdapterTrainer "

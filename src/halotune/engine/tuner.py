@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import lru_cache
-from os import PathLike
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,15 +17,14 @@ from ..core.layer import AdaptedLayer
 from ..methods.registry import method_of
 from .adapted import AdaptedModel
 from .external_types import register_external_types
-from .files.save import save_adapters
 from .forward.prepare import Scope
+from .gathering import is_divided
 from .injection.activation import activate, check_bias, freeze, train_biases
 from .injection.default_targets import DEFAULT_TARGETS
 from .injection.first_pass import FirstPass
 from .injection.inject import inject
 from .injection.modules import paths_in_state_dict
 from .injection.surgery import eject, remove
-from .sharding import is_divided
 from .weights.merge import MergeReport
 
 
@@ -130,12 +128,6 @@ class AdapterModel(AdaptedModel):
         activate(self.model, active, trainable=not any(self.configs[n].inference_mode for n in active))
         if not config.inference_mode:
             train_biases(self.model, config, adapter_name)
-
-    def save_pretrained(self, save_directory: str | PathLike[str], *, bone_as_miss: bool = False, **kwargs: Any) -> None:
-        """Write the adapters in PEFT's format; the arguments of `PeftModel.save_pretrained`."""
-        if bone_as_miss:
-            kwargs["peft_type"] = "MISS"
-        save_adapters(self, save_directory, **kwargs)
 
     def release(self, *, trained: bool) -> nn.Module:
         eject(self.model, trained=trained)

@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
+from ..core.errors import few
 from .header import METADATA_KEY, Header
 
 Condition = Callable[[Header], "str | None"]
 
 
 def _shown(keys: Iterable[str]) -> str | None:
-    keys = list(keys)
-    more = f" … ({len(keys)} in all)" if len(keys) > 3 else ""
-    return ", ".join(keys[:3]) + more if keys else None
+    return few(keys) or None
 
 
 def entries_set(*entries: str, harmless: Iterable[object] = ()) -> Condition:

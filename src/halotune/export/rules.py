@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
+from ..core.errors import look_up
 from .conditions import (
     Condition,
     alone,
@@ -40,7 +41,7 @@ from .conditions import (
     two_scales,
 )
 from .header import Header
-from .runtimes import RUNTIMES, named
+from .runtimes import RUNTIMES
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def check(adapter: str | PathLike[str] | Header, runtimes: str | Sequence[str]) 
     header = adapter if isinstance(adapter, Header) else Header.read(adapter)
     problems = []
     for name in [runtimes] if isinstance(runtimes, str) else runtimes:
-        for rule in named(RULES, name, "check"):
+        for rule in look_up(RULES, name, "check"):
             found = rule.broken(header)
             if found is not None:
                 problems.append(Problem(name, rule, found))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 from ..core.attention import ProjectionBase
 from ..core.base import Convolution, TransposedLinear
-from ..core.errors import HalotuneError, closest
+from ..core.errors import HalotuneError
 from ..core.experts import ExpertsBase
 from ..core.files import WEIGHTS_NAME
 from ..core.layer import AdaptedLayer
 from .components import Component
 
-T = TypeVar("T")
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 
 
@@ -128,16 +126,3 @@ RUNTIMES: dict[str, Runtime] = {
         Runtime("comfyui", convolutions="any", folder=False),
     )
 }
-
-
-def named(known: Mapping[str, T], name: str, what: str) -> T:
-    """The entry of this name.
-
-    Raises:
-        HalotuneError: there is none; it names the nearest.
-    """
-    if name in known:
-        return known[name]
-    near = closest(name.lower(), list(known), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise HalotuneError(f"{what}: expected one of {', '.join(known)}; got {name!r}.{hint}")

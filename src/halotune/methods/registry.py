@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..core.base import Base
-from ..core.config import CLASSES, AdapterConfig, look_up
-from ..core.errors import HalotuneError
+from ..core.config import CLASSES, AdapterConfig
+from ..core.errors import HalotuneError, look_up
 from ..core.operator import WeightShape
 from .lycoris_form import LycorisForm
 from .measures import Measures
@@ -87,7 +87,7 @@ def method_of(peft_type: object) -> Method:
     Raises:
         HalotuneError: there is no method of this name.
     """
-    return look_up(_METHODS, peft_type)
+    return look_up(_METHODS, str(getattr(peft_type, "value", peft_type)), "peft_type")
 
 
 def kinds() -> dict[str, tuple[Method, Kind]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import Op, triton_kernel
+from .dispatch import Kernel, Op
 from .rounding import rounded
 
 
@@ -50,5 +50,5 @@ build_low_rank = Op(
     "build_low_rank",
     _build_low_rank,
     like=lambda W, *_: W.new_empty(W.shape),
-    kernels=[triton_kernel("halotune.ops.kernels", "build_low_rank", _refuses, _wins)],
+    kernel=Kernel("halotune.ops.kernels", "build_low_rank", _refuses, _wins),
 )

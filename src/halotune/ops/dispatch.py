@@ -1,4 +1,4 @@
-"""One operation, several implementations: a reference that defines it, and kernels chosen at run time."""
+"""One operation, two implementations: a reference that defines it, and a kernel, chosen at run time."""
 
 from __future__ import annotations
 
@@ -22,26 +22,35 @@ MOST = 4096  # prepared calls of one op: sequence lengths vary, so not every one
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation; each field takes the arguments of the reference."""
+    """A Triton kernel. Each function takes the arguments of the reference."""
 
-    backend: str  # its name
-    prepare: Callable[..., Callable[..., Any]]  # -> what runs on these arguments and on all that are `alike`
-    refuses: Callable[..., str | None]  # -> why it cannot run on these
-    wins: Callable[..., bool]  # -> whether it can, and is faster there than the reference
+    module: str  # imported where the kernel is first needed
+    function: str  # in it: -> what runs on these arguments and on all that are `alike`
+    cannot: Callable[..., str | None]  # -> why it cannot run on these, on whatever device
+    faster: Callable[..., bool]  # -> whether it is faster there than the reference
+
+    def prepare(self, *args: Any) -> Callable[..., Any]:
+        return getattr(importlib.import_module(self.module), self.function)(*args)
+
+    def refuses(self, *args: Any) -> str | None:
+        return _triton_refuses(args[0]) or self.cannot(*args)
+
+    def wins(self, *args: Any) -> bool:
+        return self.faster(*args) and _triton_is_installed() and self.cannot(*args) is None
 
 
 @dataclass
 class Op:
-    """A callable: the first kernel that can run on the arguments and wins there, else the reference.
+    """A callable: the kernel where it can run on the arguments and wins, else the reference.
 
-    Kernels know no derivatives, so with gradients enabled it is the reference: inside an autograd function they are not.
+    The kernel knows no derivatives, so with gradients enabled it is the reference: inside an autograd function they are not.
     Under `torch.compile` the compiler sees into it, and launches kernels itself.
     """
 
     name: str  # for messages, and in `torch.ops.halotune`
     reference: Callable[..., Any]  # plain torch; an argument `inplace` comes last, and is False in compiled graphs
     like: Callable[..., Any]  # from the arguments, empty tensors like the result
-    kernels: list[Kernel] = field(default_factory=list)  # tried in order
+    kernel: Kernel
     # Called `again` in backward: the compiler, which sees both calls, then must not see into plain torch, or it would keep the
     # first result for the second call.
     repeats: bool = False
@@ -101,18 +110,15 @@ class Op:
         return self.reference if kernel is None else kernel.prepare(*args)
 
     def choice(self, *args: Any) -> Kernel | None:
-        """The kernel that a call with these arguments runs; None for the reference."""
-        if _forced:
-            return self._forced(_forced[-1], *args)
-        return next((kernel for kernel in self.kernels if kernel.wins(*args)), None)
-
-    def _forced(self, backend: str, *args: Any) -> Kernel | None:
-        for kernel in self.kernels:
-            if kernel.backend == backend:
-                reason = kernel.refuses(*args)
-                if reason is None:
-                    return kernel
-                warnings.warn(f"{self.name}: the {backend} kernel cannot run here: {reason}. Using plain torch.", stacklevel=5)
+        """The kernel, if a call with these arguments runs it; None for the reference."""
+        kernel = self.kernel
+        if not _forced:
+            return kernel if kernel.wins(*args) else None
+        if _forced[-1] != "triton":
+            return None
+        if (reason := kernel.refuses(*args)) is None:
+            return kernel
+        warnings.warn(f"{self.name}: the triton kernel cannot run here: {reason}. Using plain torch.", stacklevel=4)
         return None
 
 
@@ -149,22 +155,6 @@ def traced() -> Iterator[None]:
 
 def is_traced() -> bool:
     return bool(_traced)
-
-
-def triton_kernel(module: str, function: str, refuses: Callable[..., str | None], wins: Callable[..., bool]) -> Kernel:
-    """The kernel that `function` of `module` prepares, imported when it is first needed. Triton must be installed, and the
-    device suit it."""
-
-    def prepare(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*args)
-
-    def refusal(*args: Any) -> str | None:
-        return _triton_refuses(args[0]) or refuses(*args)
-
-    def winning(*args: Any) -> bool:
-        return wins(*args) and _triton_is_installed() and refuses(*args) is None
-
-    return Kernel("triton", prepare, refusal, winning)
 
 
 def _triton_refuses(x: Any) -> str | None:

@@ -32,6 +32,20 @@ def grouped_outer(x: Tensor, d: Tensor, ends: Tensor) -> Tensor:
     return _Outer.apply(x, d, ends)  # type: ignore[return-value]
 
 
+def _product_gradients(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    (dy,), (x, W, ends) = grad_outputs, ctx.saved_tensors
+    need_x, need_W, *_ = ctx.needs_input_grad
+    dx = grouped_product(dy, W.mT, ends, ctx.whole) if need_x else None
+    return dx, (grouped_outer(x, dy, ends).to(W.dtype) if need_W else None), None, None
+
+
+def _outer_gradients(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    (G,), (x, d, ends) = grad_outputs, ctx.saved_tensors
+    need_x, need_d, _ = ctx.needs_input_grad
+    dx = grouped_product(d, G.mT, ends, False) if need_x else None
+    return dx, (grouped_product(x, G, ends, False) if need_d else None), None
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, ends: Tensor, whole: bool) -> Tensor:
@@ -39,13 +53,7 @@ class _Product(torch.autograd.Function):
         ctx.whole = whole
         return _product(x, W, ends, whole)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, ends = ctx.saved_tensors
-        dy = grad_outputs[0]
-        dx = grouped_product(dy, W.mT, ends, ctx.whole) if ctx.needs_input_grad[0] else None
-        dW = grouped_outer(x, dy, ends).to(W.dtype) if ctx.needs_input_grad[1] else None
-        return dx, dW, None, None
+    backward = staticmethod(_product_gradients)
 
 
 class _Outer(torch.autograd.Function):
@@ -54,12 +62,7 @@ class _Outer(torch.autograd.Function):
         ctx.save_for_backward(x, d, ends)
         return _outer(x, d, ends)
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, d, ends = ctx.saved_tensors
-        G = grad_outputs[0]
-        dx = grouped_product(d, G.mT, ends, False) if ctx.needs_input_grad[0] else None
-        return dx, (grouped_product(x, G, ends, False) if ctx.needs_input_grad[1] else None), None
+    backward = staticmethod(_outer_gradients)
 
 
 # -- without gradients
@@ -117,22 +120,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.whole = inputs[3:] != (False,)
 
 
-def _product_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, W, ends = ctx.saved_tensors
-    need_x, need_W, *_ = ctx.needs_input_grad
-    dx = product_node(dy, W.mT, ends, ctx.whole) if need_x else None
-    return dx, (outer_node(x, dy, ends).to(W.dtype) if need_W else None), None, None
-
-
-def _outer_backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
-    x, d, ends = ctx.saved_tensors
-    need_x, need_d, _ = ctx.needs_input_grad
-    dx = product_node(d, G.mT, ends, False) if need_x else None
-    return dx, (product_node(x, G, ends, False) if need_d else None), None
-
-
-product_node.register_autograd(_product_backward, setup_context=_keep)
-outer_node.register_autograd(_outer_backward, setup_context=_keep)
+product_node.register_autograd(_product_gradients, setup_context=_keep)
+outer_node.register_autograd(_outer_gradients, setup_context=_keep)
 
 
 def _in_one_launch(x: Tensor, other: Tensor) -> bool:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Op, triton_kernel
+from .dispatch import Kernel, Op
 
 
 def flattened(x: Tensor) -> Tensor:
@@ -27,10 +27,23 @@ def no_view(y: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(y, y.shape)
 
 
+def apply(node: type[torch.autograd.Function], *args: Any) -> Any:
+    """`node.apply`, where no transform of functorch is at work: looking for its wrappers takes as long as a launch."""
+    if torch.compiler.is_compiling():
+        return node.apply(*args)
+    return super(torch.autograd.Function, node).apply(*args)  # type: ignore[misc]
+
+
 def gradients_of(grad_outputs: Any) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of y and z: that of z is a second derivative's. A compiler, which records none, makes up zeros for it."""
     dy, dz = grad_outputs
     return dy, None if torch.compiler.is_compiling() else dz
+
+
+def linear_backward(x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
+    """The gradients of `x Wᵀ`: that of x where it is needed, and that of W."""
+    rows = flattened(dy)
+    return (torch.mm(rows, W).view_as(x) if need_x else None), torch.mm(rows.t(), flattened(x))
 
 
 def fold(x: Tensor, r: int) -> Tensor:
@@ -57,7 +70,7 @@ def _add_product(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inpla
         assert Q is not None
         z = fold(a, Q.shape[0])
     else:
-        z = torch.mm(a, A.t())
+        z = F.linear(a, A)
     if Q is None:
         return add_unfolded(b, z, inplace), z
     if inplace and b.dtype is z.dtype is Q.dtype:  # autocast around a backward changes the products, and no operation in place
@@ -66,7 +79,7 @@ def _add_product(b: Tensor, a: Tensor, A: Tensor | None, Q: Tensor | None, inpla
 
 
 def _transposed_products(z: Tensor, d: Tensor, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    return z.t() @ d, w.t() @ x
+    return torch.mm(z.t(), d), torch.mm(w.t(), x)
 
 
 MOST = 64  # a kernel's r
@@ -102,11 +115,7 @@ add_product = Op(
     "add_product",
     _add_product,
     like=lambda b, a, A, Q, inplace: (b.new_empty(b.shape), b.new_empty(b.shape[0], (Q if A is None else A).shape[0])),
-    kernels=[
-        triton_kernel(
-            _KERNELS, "add_product", lambda b, a, A, Q, _: _refusal((Q if A is None else A).shape[0], b, a, A, Q), _wins
-        )
-    ],
+    kernel=Kernel(_KERNELS, "add_product", lambda b, a, A, Q, _: _refusal((Q if A is None else A).shape[0], b, a, A, Q), _wins),
 )
 
 # `zᵀ d` and `wᵀ x`: z, w `(n, r)`, d `(n, p)`, x `(n, q)`.
@@ -114,7 +123,5 @@ transposed_products = Op(
     "transposed_products",
     _transposed_products,
     like=lambda z, d, w, x: (d.new_empty(z.shape[1], d.shape[1]), x.new_empty(w.shape[1], x.shape[1])),
-    kernels=[
-        triton_kernel(_KERNELS, "transposed_products", lambda z, *others: _refusal(z.shape[-1], z, *others), _transposed_wins)
-    ],
+    kernel=Kernel(_KERNELS, "transposed_products", lambda z, *others: _refusal(z.shape[-1], z, *others), _transposed_wins),
 )

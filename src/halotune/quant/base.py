@@ -54,7 +54,7 @@ class Quantized(LinearLike):
     def hooked(self) -> bool:
         return has_hooks(self.module)
 
-    def _called_with(self, x: Tensor, W: Tensor) -> Tensor:
+    def called_with(self, x: Tensor, W: Tensor) -> Tensor:
         """A float layer with the hooks of this one."""
         layer = nn.Linear.__new__(nn.Linear)
         layer.__dict__.update({k: v for k, v in vars(self.module).items() if k != "forward"})

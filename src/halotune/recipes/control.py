@@ -23,7 +23,7 @@ from .common.config import RunConfig
 from .common.dry_run import dry_run as show_dry_run
 from .common.run import Run, said
 from .common.trainer import arguments
-from .control_data import Pair, Preparation, Preparer, as_text, collate, has_split, read_pairs
+from .control_data import Pair, Preparation, Preparer, as_text, collate, evenly, has_split, read_pairs
 from .control_model import ENCODER, ControlEncoder, Controlled, new_control
 from .diffusion import TARGETS, load_family
 from .pipeline_trainer import Denoiser, PipelineTrainer, adapt
@@ -86,6 +86,7 @@ class ControlConfig(RunConfig):
     RECIPE: ClassVar[str] = "control"
     TARGETS: ClassVar[str] = TARGETS["geglu"]
     WARMUP: ClassVar[float] = 0.0
+    RATE: ClassVar[float] = 0.1
 
     @property
     def name(self) -> str:
@@ -105,6 +106,9 @@ class ControlConfig(RunConfig):
             self.require(name, getattr(self, name) >= 1, "must be at least 1", "Use a whole number such as 4.")
         for name in ("min_snr", "guidance_scale"):
             self.require(name, getattr(self, name) >= 0, "must not be negative", "Use 0 for none.")
+        self.require(
+            "resolution", self.resolution is None or self.resolution >= 1, "must be at least 1", "Use for example 512."
+        )
         self.require(
             "encoder_learning_rate", (self.encoder_learning_rate or 0) > 0, "must be above 0", "Use a positive number."
         )
@@ -182,10 +186,10 @@ class ControlTrainer(PipelineTrainer):
         steps = sorted(f.name for f in (self.run.folder / "pictures").iterdir() if f.name.isdigit() and int(f.name) <= step)
         columns = {"hint": "hint", "target": "target", "base": "base"} | {name: f"step {int(name)}" for name in steps}
         rows = [
-            {"label": pair.prompt, "images": [f"pictures/{column}/{i}.png" for column in columns]}
+            {"label": f"{pair.prompt} · {pair.name}", "images": [f"pictures/{column}/{i}.png" for column in columns]}
             for i, pair in enumerate(self.shown)
         ]
-        self.run.write("gallery.json", {"columns": list(columns.values()), "rows": rows})
+        self.run.write("gallery.json", {"columns": list(columns.values()), "rows": rows, "shared": 3})
 
     def draw_base(self) -> None:
         """pictures/hint, pictures/target, and what the base alone makes of the prompts, in pictures/base."""
@@ -201,11 +205,11 @@ class ControlTrainer(PipelineTrainer):
         from .control_pictures import draw_controlled
 
         for i, pair in enumerate(self.shown):
-            image = draw_controlled(
+            (image,) = draw_controlled(
                 self.model.controlled,
-                pair.prompt,
-                self.preparation.hint(pair),
-                seed=i,
+                [pair.prompt],
+                [self.preparation.hint(pair)],
+                [i],
                 conditioning_scale=conditioning_scale,
                 inference_steps=self.config.inference_steps,
                 guidance_scale=self.config.guidance_scale,
@@ -231,9 +235,10 @@ def train_control(config: ControlConfig, *, dry_run: bool = False, command: str 
     if run.finished and not dry_run:
         said(f"{run.folder}: finished already; nothing was done. Give another --output for a new run.")
         return run.record
-    pairs = read_pairs(config.data, "train", config.control)
+    left_out: list[str] | None = [] if config.skip_bad_rows else None
+    pairs = read_pairs(config.data, "train", config.control, left_out)
     held_out = has_split(config.data, "val")
-    validation = read_pairs(config.data, "val", config.control) if held_out else pairs
+    validation = read_pairs(config.data, "val", config.control, left_out) if held_out else pairs
     if not held_out:
         said(f"{config.data}: has no val split, so evaluations are on pictures of the training.")
     family = load_family(config)
@@ -243,7 +248,7 @@ def train_control(config: ControlConfig, *, dry_run: bool = False, command: str 
         family.model.to(args.device)
     preparer = Preparer(family, config, args.device)
     train, problems = preparer.examples(pairs, "training")
-    evaluation, more = preparer.examples(validation[: config.evaluation_count], "validation")
+    evaluation, more = preparer.examples(evenly(validation, config.evaluation_count), "validation")
     set_seed(config.seed)  # of the adapter
     adapters = adapt(family, config)
     model = ControlledDenoiser(controlled, family, config, preparer.text(""))
@@ -255,7 +260,7 @@ def train_control(config: ControlConfig, *, dry_run: bool = False, command: str 
         data_collator=collate,
         run=run,
         adapters=adapters,
-        shown=[entry[0] for entry in evaluation.entries[: config.validation_count]],
+        shown=[entry[0] for entry in evenly(evaluation.entries, config.validation_count)],
         preparation=preparer.preparation,
     )
     if dry_run:
@@ -263,7 +268,7 @@ def train_control(config: ControlConfig, *, dry_run: bool = False, command: str 
         return run.record
     with run.open():
         run.update(pictures={"train": len(train), "validation": len(evaluation)}, pipeline=type(family.pipe).__name__)
-        run.update(skipped=problems + more)
+        run.update(skipped=[*(left_out or []), *problems, *more])
         if run.last_checkpoint()[0] is None:
             with torch.random.fork_rng():
                 trainer.draw_base()

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,11 +29,14 @@ from ..core.errors import HalotuneError
 from .common.run import said
 from .control_hints import FaceMesh, draw_edges, draw_landmarks, find_palette, read_depth, read_labels, read_points
 from .diffusion import Family
+from .image_sets.layout import read_lines
 from .latents import LatentEncoder
 from .pictures import Cache, fitted, pixels, read_picture, sha256
 
 if TYPE_CHECKING:
     from .control import ControlConfig
+
+T = TypeVar("T")
 
 NAMES = {
     "target": ("target", "image", "file_name"),
@@ -59,8 +63,11 @@ class Pair:
     name: str = ""  # unique in its split; the file name of what is drawn for it
 
 
-def read_pairs(folder: str | Path, split: str, control: str) -> list[Pair]:
+def read_pairs(folder: str | Path, split: str, control: str, left_out: list[str] | None = None) -> list[Pair]:
     """The rows of a split, checked: every file is there, no picture twice.
+
+    Args:
+        left_out: where it is given, rows that cannot be used are left out, and why is added to it.
 
     Raises:
         HalotuneError: there is no such folder or table, it is empty, or a row is not as expected.
@@ -69,15 +76,30 @@ def read_pairs(folder: str | Path, split: str, control: str) -> list[Pair]:
     if not folder.is_dir():
         raise HalotuneError(f"{folder}: there is no such folder. Give --data the folder of a data set.")
     table = find_table(folder, split)
-    pairs = [_pair(values, table, f"{table} line {number}", control) for number, values in _lines(table)]
+    pairs = []
+    for number, line in enumerate(read_lines(table), 1):
+        try:
+            if line.strip():
+                pairs.append(_pair(line, table, f"{table} line {number}", control))
+        except HalotuneError as e:
+            if left_out is None:
+                raise
+            left_out.append(str(e))
     if not pairs:
-        raise HalotuneError(f"{table}: has no row. Add pictures, or give another --data.")
+        why = f" that can be used, such as: {left_out[0]}" if left_out else ". Add pictures, or give another --data."
+        raise HalotuneError(f"{table}: has no row{why}")
     seen: dict[str, Path] = {}
     for pair in pairs:
         if pair.name in seen:
             raise HalotuneError(f"{table}: has two rows for {pair.target}, whose results would have one name. Take one out.")
         seen[pair.name] = pair.target
     return pairs
+
+
+def evenly(items: Sequence[T], count: int | None) -> list[T]:
+    """So many of them, at even distances: what lies side by side in a table is often alike. All, where there are no more."""
+    count = min(count or len(items), len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def find_table(folder: Path, split: str) -> Path:
@@ -104,20 +126,13 @@ def has_split(folder: str | Path, split: str) -> bool:
     return True
 
 
-def _lines(table: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError as e:
-            raise HalotuneError(f"{table} line {number}: is no JSON: {e}. Write one object a line.") from e
-        if not isinstance(values, dict):
-            raise HalotuneError(f"{table} line {number}: is no object: {line[:60]!r}. Write one object a line.")
-        yield number, values
-
-
-def _pair(values: Mapping[str, Any], table: Path, where: str, control: str) -> Pair:
+def _pair(line: str, table: Path, where: str, control: str) -> Pair:
+    try:
+        values = json.loads(line)
+    except ValueError as e:
+        raise HalotuneError(f"{where}: is no JSON: {e}. Write one object a line.") from e
+    if not isinstance(values, dict):
+        raise HalotuneError(f"{where}: is no object: {line[:60]!r}. Write one object a line.")
     keys = NAMES | {"source": (control, *NAMES["source"])}  # a table may have a column for each kind of hint
     found = {name: next((values[k] for k in own if values.get(k) is not None), None) for name, own in keys.items()}
     for name in ("target", "prompt"):
@@ -136,7 +151,9 @@ def _pair(values: Mapping[str, Any], table: Path, where: str, control: str) -> P
     inside = target.relative_to(table.parent) if target.is_relative_to(table.parent) else Path(target.name)
     name = "_".join(inside.with_suffix("").parts)
     size = values.get("landmark_size")
-    return Pair(target, str(found["prompt"]).strip(), source, labels, landmarks, float(size) if size else None, name)
+    if size is not None and not (isinstance(size, (int, float)) and size > 0):
+        raise HalotuneError(f"{where}: landmark_size is a width in pixels; got {size!r}. Write a number, or leave it out.")
+    return Pair(target, str(found["prompt"]).strip(), source, labels, landmarks, size, name)
 
 
 def _file(table: Path, name: str, folders: Sequence[str], where: str) -> Path:
@@ -287,11 +304,12 @@ class Preparer(LatentEncoder):
         if missing:
             said(f"{self.config.cache}: preparing {missing} {what} pictures")
         problems: dict[int, str] = {}
-        for i in share:
+        for i in random.Random().sample(share, len(share)):  # in any order: other runs may be preparing the same ones
             self._make(keys[i], i, problems)
         state.wait_for_everyone()
         for i in range(len(keys)):  # what others could not make is told here, too; all else is there
             self._make(keys[i], i, problems)
+        problems = dict(sorted(problems.items()))
         good = [key for i, key in enumerate(keys) if i not in problems]
         if not good:
             raise HalotuneError(f"none of {len(keys)} {what} pictures can be used, such as: {next(iter(problems.values()))}")

@@ -41,12 +41,12 @@ class ControlEvaluation:
         run: the run's folder.
         split: of the data.
         data: the folder of the data; by default the run's.
-        limit: only so many of the split.
+        limit: only so many of the split, at even distances.
         output: where the pictures are, as `halotune generate control` wrote them; by default the run's folder drawn/SPLIT.
         base: also measure what the base alone makes of the prompts.
         segmentation_model: for segm: any of transformers' semantic segmentation, by id or folder.
         void_label: for segm: the label of pixels that do not count.
-        count, seed, scale, conditioning_scale, inference_steps, guidance_scale: of the pictures that are drawn.
+        count, seed, scale, conditioning_scale, inference_steps, guidance_scale, batch_size: of the pictures that are drawn.
         device: auto takes the accelerator where there is one.
     """
 
@@ -65,6 +65,7 @@ class ControlEvaluation:
     conditioning_scale: float = 1.0
     inference_steps: int | None = None
     guidance_scale: float | None = None
+    batch_size: int = 1
     device: Literal["auto", "cpu"] = "auto"
 
 

@@ -8,7 +8,9 @@ depth       a map of depth; 16-bit ones are stretched from black to white
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,11 @@ class FaceMesh:
     """MediaPipe's face mesh: a picture -> its 68 points in pixels, or None where no face is found."""
 
     def __init__(self) -> None:
+        if sys.version_info >= (3, 13) and importlib.util.find_spec("mediapipe") is None:
+            raise HalotuneError(
+                "landmark: mediapipe has no release with a face mesh for Python 3.13 and later. Give each row its landmarks, "
+                "or use Python 3.12."
+            )
         require("landmark", ["mediapipe"])
         try:
             mesh = import_module("mediapipe.python.solutions.face_mesh")

@@ -10,6 +10,7 @@ OUTPUT/settings.json        how they were drawn
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from ..integrations.diffusers import PipelineAdapters
 from ..report.record import write_record
 from .common.run import read_run, said
 from .control import ControlConfig
-from .control_data import Pair, Preparation, read_pairs
+from .control_data import Pair, Preparation, evenly, read_pairs
 from .control_hints import read_depth, read_labels
 from .control_model import Controlled, load_control
 from .diffusion import Family, load_family
@@ -45,7 +46,7 @@ class ControlPictures:
         split: draw all pictures of the data's train or val.
         data: the folder of the data; by default the run's.
         shard: of the split, the i-th of n shares, as i/n, from 0.
-        limit: of the split, only so many.
+        limit: of the split, only so many, at even distances.
         output: the folder they go to; by default the run's folder drawn/, and of a split drawn/SPLIT.
         count: pictures of each hint.
         seed: of the first one; each next one has the next.
@@ -55,6 +56,7 @@ class ControlPictures:
         inference_steps: of DDIM; by default the run's.
         guidance_scale: by default the run's.
         base: also draw what the base alone makes of the prompts.
+        batch_size: of a split, pictures drawn at once: faster on an accelerator, and the same but for rounding.
         device: auto takes the accelerator where there is one.
     """
 
@@ -76,6 +78,7 @@ class ControlPictures:
     inference_steps: int | None = None
     guidance_scale: float | None = None
     base: bool = False
+    batch_size: int = 1
     device: Literal["auto", "cpu"] = "auto"
 
     def __post_init__(self) -> None:
@@ -88,7 +91,7 @@ class ControlPictures:
             raise HalotuneError(f"--prompt: the rows of a split have their own; got {self.prompt!r}. Leave it out.")
         if share(self.shard) is None:
             raise HalotuneError(f"--shard: expected i/n with 0 ≤ i < n; got {self.shard!r}. Use for example 0/4.")
-        for name in ("count", "limit", "inference_steps"):
+        for name in ("count", "limit", "inference_steps", "resolution", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise HalotuneError(f"--{name.replace('_', '-')}: must be at least 1; got {value}. Use a number such as 4.")
@@ -96,16 +99,16 @@ class ControlPictures:
 
 def draw_controlled(
     controlled: Controlled,
-    prompt: str,
-    hint: Image.Image,
+    prompts: Sequence[str],
+    hints: Sequence[Image.Image],
+    seeds: Sequence[int],
     *,
-    seed: int,
     conditioning_scale: float,
     inference_steps: int,
     guidance_scale: float,
     device: torch.device,
-) -> Image.Image:
-    """A picture of the hint's size; the noise is drawn on the CPU, so that it is the same on every machine."""
+) -> list[Image.Image]:
+    """Pictures of the hints' one size; the noise is drawn on the CPU, so that it is the same on every machine."""
     pipe: Any = controlled.pipe
     for part in pipe.components.values():
         if isinstance(part, nn.Module) and part is not pipe.unet:
@@ -113,13 +116,13 @@ def draw_controlled(
     half = pipe.unet.dtype != torch.float32
     with torch.no_grad(), torch.autocast(device.type, pipe.unet.dtype, enabled=half):
         return controlled(
-            prompt,
-            hint,
+            list(prompts),
+            list(hints),
             conditioning_scale,
             num_inference_steps=inference_steps,
             guidance_scale=guidance_scale,
-            generator=torch.Generator().manual_seed(seed),
-        ).images[0]
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        ).images
 
 
 @dataclass(frozen=True)
@@ -168,10 +171,15 @@ def draw_control(options: ControlPictures) -> list[Path]:
     files = {(kind, job): folder / kind / f"{job.name}.png" for job in jobs for kind in kinds}
     missing = {place: file for place, file in files.items() if not file.is_file()}
     said(f"{folder}: {len(files)} pictures, {len(files) - len(missing)} of them drawn already")
-    trained = load_trained(options.run, config) if missing else None
-    for (kind, job), file in missing.items():
-        assert trained is not None
-        _draw_job(trained, options, job, kind, file)
+    if missing:
+        trained = load_trained(options.run, config)
+        for kind in kinds:
+            for batch in _batches(trained, folder, [job for k, job in missing if k == kind], options.batch_size):
+                images = _drawn(
+                    trained, options, [j.pair.prompt for j, _ in batch], [h for _, h in batch], [j.seed for j, _ in batch], kind
+                )
+                for (job, _), image in zip(batch, images, strict=True):
+                    _save(image, files[kind, job])
     return [file for file in files.values() if file.is_file()]
 
 
@@ -186,7 +194,8 @@ class Job:
 
 def split_jobs(options: ControlPictures, config: ControlConfig) -> list[Job]:
     """This process's share of the split. A picture has the same seed in whatever share it is."""
-    pairs = list(enumerate(read_pairs(config.data, str(options.split), config.control)))[: options.limit]
+    left_out: list[str] | None = [] if config.skip_bad_rows else None
+    pairs = evenly(list(enumerate(read_pairs(config.data, str(options.split), config.control, left_out))), options.limit)
     number, shares = share(options.shard) or (0, 1)
     return [
         Job(f"{pair.name}-{k}" if k else pair.name, pair, options.seed + i * options.count + k)
@@ -195,32 +204,45 @@ def split_jobs(options: ControlPictures, config: ControlConfig) -> list[Job]:
     ]
 
 
-def _draw_job(trained: Trained, options: ControlPictures, job: Job, kind: str, file: Path) -> None:
-    folder, pair = file.parent.parent, job.pair
-    try:
-        hint = trained.preparation.hint(pair)
-    except HalotuneError as e:
-        if not trained.config.skip_bad_rows:
-            raise
-        said(f"left out: {e}")
-        return
-    for name, image in (("hints", hint), ("source", trained.preparation.picture(pair))):
-        if not (folder / name / f"{pair.name}.png").is_file():
-            _save(image, folder / name / f"{pair.name}.png")
-    _save(_drawn(trained, options, pair.prompt, hint, job.seed, base=kind == "base"), file)
+def _batches(trained: Trained, folder: Path, jobs: Sequence[Job], batch_size: int) -> Iterator[list[tuple[Job, Image.Image]]]:
+    """Jobs and their hints, so many of one size at a time; the hints and sources are written on the way."""
+    waiting: dict[tuple[int, int], list[tuple[Job, Image.Image]]] = {}
+    for job in jobs:
+        pair = job.pair
+        try:
+            hint = trained.preparation.hint(pair)
+        except HalotuneError as e:
+            if not trained.config.skip_bad_rows:
+                raise
+            said(f"left out: {e}")
+            continue
+        for name, image in (("hints", hint), ("source", trained.preparation.picture(pair))):
+            if not (folder / name / f"{pair.name}.png").is_file():
+                _save(image, folder / name / f"{pair.name}.png")
+        batch = waiting.setdefault(hint.size, [])
+        batch.append((job, hint))
+        if len(batch) == batch_size:
+            yield waiting.pop(hint.size)
+    yield from waiting.values()
 
 
 def _drawn(
-    trained: Trained, options: ControlPictures, prompt: str, hint: Image.Image, seed: int, base: bool = False
-) -> Image.Image:
+    trained: Trained,
+    options: ControlPictures,
+    prompts: Sequence[str],
+    hints: Sequence[Image.Image],
+    seeds: Sequence[int],
+    kind: str,
+) -> list[Image.Image]:
+    """Pictures with the adapter and the hints; or, where `kind` is base, without both."""
     (name,) = trained.adapters.names
-    trained.adapters.set(name, 0.0 if base else options.scale)
+    trained.adapters.set(name, 0.0 if kind == "base" else options.scale)
     return draw_controlled(
         trained.controlled,
-        prompt,
-        hint,
-        seed=seed,
-        conditioning_scale=0.0 if base else options.conditioning_scale,
+        prompts,
+        hints,
+        seeds,
+        conditioning_scale=0.0 if kind == "base" else options.conditioning_scale,
         inference_steps=trained.config.inference_steps,
         guidance_scale=trained.config.guidance_scale,
         device=trained.device,
@@ -247,7 +269,7 @@ def _draw_one(options: ControlPictures, config: ControlConfig) -> list[Path]:
     for seed in range(options.seed, options.seed + options.count):
         for kind in ("results", "base") if options.base else ("results",):
             file = folder / kind / f"{given.stem}-seed{seed}-scale{options.scale:g}-hint{options.conditioning_scale:g}.png"
-            _save(_drawn(trained, options, prompt, hint, seed, base=kind == "base"), file)
+            _save(_drawn(trained, options, [prompt], [hint], [seed], kind)[0], file)
             written.append(file)
     return written
 

@@ -204,7 +204,10 @@ FAMILIES: dict[str, type[Family]] = {
 
 def family_class(name: str, model: str) -> type[Family]:
     if name not in FAMILIES:
-        raise HalotuneError(f"{model}: a {name} is of no known type. Use one of {', '.join(FAMILIES)}.")
+        raise HalotuneError(
+            f"{model}: a {name} is of no known type. Use a model of one of {', '.join(FAMILIES)}; any other can be trained "
+            "with PipelineAdapters and a loop of your own, as examples/pipeline_adapters.py shows."
+        )
     return FAMILIES[name]
 
 

@@ -106,6 +106,7 @@ class SubjectConfig(RunConfig):
     RECIPE: ClassVar[str] = "subject"
     TARGETS: ClassVar[str] = TARGETS["attention"]
     WARMUP: ClassVar[float] = 0.0
+    RATE: ClassVar[float] = 0.1
 
     @property
     def name(self) -> str:
@@ -129,6 +130,9 @@ class SubjectConfig(RunConfig):
             self.require(name, getattr(self, name) >= 1, "must be at least 1", "Use a whole number such as 4.")
         for name in ("prior_weight", "min_snr", "guidance_scale"):
             self.require(name, getattr(self, name) >= 0, "must not be negative", "Use 0 for none.")
+        self.require(
+            "resolution", self.resolution is None or self.resolution >= 1, "must be at least 1", "Use for example 512."
+        )
         self.require("ema", 0 <= self.ema < 1, "must be from 0 to below 1", "Use a decay such as 0.99.")
         self.require("mask_background", 0 <= self.mask_background <= 1, "must be from 0 to 1", "Use 0 for none.")
         self.require("shard", bool(share(self.shard)), "expected i/n with 0 ≤ i < n", "Use for example 0/4.")

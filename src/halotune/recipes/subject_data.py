@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from ..core.errors import HalotuneError
 from ..core.files import write_atomically
+from .common import processes
 from .common.run import said
 from .diffusion import Family, draw
 from .latents import LatentEncoder
@@ -53,7 +54,7 @@ def find_pictures(folder: str | Path, caption: str, identifier: str | None = Non
     folder = Path(folder)
     if not folder.is_dir():
         raise HalotuneError(f"{folder}: there is no such folder. Give a folder with pictures of the subject.")
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in ENDINGS and not f.name.startswith("."))
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in ENDINGS and f.name[0] != "." and not f.is_dir())
     if not files:
         raise HalotuneError(f"{folder}: holds no picture ({', '.join(ENDINGS)}). Give a folder with pictures of the subject.")
     masks = {f.stem: f for f in sorted((folder / "masks").glob("[!.]*")) if f.suffix.lower() in ENDINGS}
@@ -172,9 +173,12 @@ def class_pictures(config: SubjectConfig, family: Family, device: torch.device, 
         return find_pictures(folder, prompt) if there else []
     if missing:
         said(f"{folder}: making {len(missing)} pictures of {prompt!r}")
-    for i in missing[int(os.environ.get("RANK", "0")) :: int(os.environ.get("WORLD_SIZE", "1"))]:
-        image = draw(family, config, prompt, i, device)
-        write_atomically(folder / f"{i:05}.png", lambda file, image=image: image.save(file, "png"))
+    mine = missing[processes.rank() :: processes.count()]
+    for i in random.Random().sample(mine, len(mine)):  # in any order: other runs may be making the same ones
+        file = folder / f"{i:05}.png"
+        if not file.is_file():
+            image = draw(family, config, prompt, i, device)
+            write_atomically(file, lambda part, image=image: image.save(part, "png"))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # each process made its share
     return find_pictures(folder, prompt)[: config.class_images]

@@ -15,6 +15,7 @@ from ..core.files import write_atomically
 from ..integrations.diffusers import PipelineAdapters
 from .common.run import read_run, said
 from .diffusion import Family, draw, load_family
+from .pictures import buckets
 from .subject import ADAPTER, SubjectConfig
 from .subject_data import has_word
 
@@ -47,6 +48,12 @@ class SubjectPictures:
     guidance_scale: float | None = None
     device: Literal["auto", "cpu"] = "auto"
 
+    def __post_init__(self) -> None:
+        for name in ("count", "resolution", "inference_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise HalotuneError(f"--{name.replace('_', '-')}: must be at least 1; got {value}. Use a number such as 4.")
+
 
 def trained_subject(folder: str | Path, device: str) -> tuple[SubjectConfig, Family, PipelineAdapters, torch.device]:
     """A finished run's configuration, its pipeline with the adapter, and where it runs."""
@@ -72,6 +79,7 @@ def draw_subject(options: SubjectPictures) -> list[Path]:
     for name in ("resolution", "inference_steps", "guidance_scale"):
         if getattr(options, name) is not None:
             setattr(config, name, getattr(options, name))
+    buckets(config.resolution or family.size, family.divisor, aspect=False)  # refuses what the model cannot draw
     folder, written = Path(options.output or f"{options.run}/drawn"), []
     words = re.sub(r"\W+", "_", options.prompt)[:60]  # at most 240 bytes
     for seed in range(options.seed, options.seed + options.count):

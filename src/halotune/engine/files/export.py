@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from ...core.base import TransposedLinear
 from ...core.config import AdapterConfig
-from ...core.errors import HalotuneError
+from ...core.errors import HalotuneError, look_up
 from ...core.layer import AdaptedLayer
-from ...core.sharding import whole
+from ...core.sharded_parameters import whole
 from ...export.components import Component
 from ...export.gguf import GGUF_NAME, gguf_lora, write_gguf
 from ...export.header import METADATA_KEY, Header
 from ...export.lora import ExportReport, as_lora
 from ...export.rules import RULES, check
-from ...export.runtimes import RUNTIMES, Runtime, named
+from ...export.runtimes import RUNTIMES, Runtime
 from ...methods.registry import low_rank_method
+from ..gathering import whole_adapters
 from ..injection.modules import plain_modules, public_path, tied_parameters, visible_modules
 from ..injection.resolve import spelled_out
-from ..sharding import whole_adapters
 from .card import write_card
 from .experts import experts_written, form_of
 from .keys import adapter_keys, check_readable
@@ -54,43 +54,28 @@ def export_adapters(
         raise HalotuneError(f"export: expected the format 'lora'; got {to!r}.")
     if Path(folder).is_file():
         raise HalotuneError(f"export: {folder} is a file. Give a folder.")
-    target = named(RUNTIMES, runtime, "runtime")
+    target = look_up(RUNTIMES, runtime, "runtime")
     if gguf and runtime != "llama.cpp":
         raise HalotuneError(f'export: GGUF is for llama.cpp. Give runtime="llama.cpp" (--for llama.cpp); got {runtime!r}.')
     names = _names(tuner, adapter_name)
     with whole_adapters(tuner.model, "export") as writes:
-        return _export(tuner, names, folder, target, rank, component, dtype, gguf, writes)
-
-
-def _export(
-    tuner: AdapterModel,
-    names: list[str],
-    folder: str | PathLike[str],
-    target: Runtime,
-    rank: int | None,
-    component: str | None,
-    dtype: torch.dtype | None,
-    gguf: bool,
-    writes: bool,
-) -> ExportReport:
-    layers = _exportable(tuner, names, target)
-    beside = _beside_the_adapters(tuner, names, target)
-    part = None if target.folder else Component.of(type(tuner.model).__name__, component)
-    tensors, report = as_lora(layers, names, target, component=part, rank=rank, dtype=dtype)
-    config = _lora_config(tuner, names, layers, report.rank)
-    grouped = target.convolutions == "basic" and any(layer.base.shape.groups > 1 for layer in layers.values())
-    if target.folder and not grouped:  # which peft stores in another form than ours
-        check_readable(tuner.model, config, {**tensors, **beside}, beside)
-    tensors = experts_written(layers, tensors)
-    shared = {name for names in tied_parameters(tuner.model) for name in names}
-    tied = any(f"{path}.base_layer.weight" in shared for path in layers)
-    converted = gguf_lora(tensors, tuner.model) if gguf else None
-    if not writes:
+        layers = _exportable(tuner, names, target)
+        beside = _beside_the_adapters(tuner, names, target)
+        part = None if target.folder else Component.of(type(tuner.model).__name__, component)
+        tensors, report = as_lora(layers, names, target, component=part, rank=rank, dtype=dtype)
+        config = _lora_config(tuner, names, layers, report.rank)
+        grouped = target.convolutions == "basic" and any(layer.base.shape.groups > 1 for layer in layers.values())
+        if target.folder and not grouped:  # which peft stores in another form than ours
+            check_readable(tuner.model, config, {**tensors, **beside}, beside)
+        tensors = experts_written(layers, tensors)
+        shared = {name for names in tied_parameters(tuner.model) for name in names}
+        tied = any(f"{path}.base_layer.weight" in shared for path in layers)
+        converted = gguf_lora(tensors, tuner.model) if gguf else None
+        if writes:
+            _write({**tensors, **beside}, config, Path(folder), target, part, tied)
+            if converted is not None:
+                write_gguf(*converted, alpha=report.rank, file=Path(folder) / GGUF_NAME)
         return report
-    _write({**tensors, **beside}, config, Path(folder), target, part, tied)
-    if converted is not None:
-        write_gguf(*converted, alpha=report.rank, file=Path(folder) / GGUF_NAME)
-    return report
 
 
 def _names(tuner: AdapterModel, wanted: str | Sequence[str] | None) -> list[str]:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ...core.base import base_for
 from ...core.config import AdapterConfig
-from ...core.errors import HalotuneError
+from ...core.errors import HalotuneError, few
 from ...core.layer import AdaptedLayer
-from ...core.sharding import whole_size
+from ...core.sharded_parameters import whole_size
 from ...methods.registry import method_of
 from ..injection.experts import create
 from ..injection.modules import adapted_layers, innermost, is_attention, plain_modules, visible_modules
@@ -171,13 +171,13 @@ def check_readable(
     extra = [k for k in tensors if k not in shapes and k not in beside]
     if missing and not extra:
         raise _refused(
-            f"{_listed(missing)} missing",
+            f"{few(missing)} missing",
             "Pass the state dict of the whole model as state_dict (of all its shards, where it is sharded), or leave it out.",
         )
     if extra:
         raise _refused(
-            f"the configuration asks for other tensors than the adapter has ({_listed(extra)} not asked for, "
-            f"{_listed(missing) if missing else 'none'} missing)",
+            f"the configuration asks for other tensors than the adapter has ({few(extra)} not asked for, "
+            f"{few(missing) if missing else 'none'} missing)",
             "Its target_modules, modules_to_save and ranks must name what was adapted: change none of them after wrapping.",
         )
     present = {key: t for key, t in tensors.items() if t is not None}
@@ -197,7 +197,3 @@ def check_readable(
 
 def _refused(problem: str, remedy: str) -> HalotuneError:
     return HalotuneError(f"nothing was written, since it could not be read back: {problem}. {remedy}")
-
-
-def _listed(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" … ({len(keys)} in all)" if len(keys) > 3 else "")

@@ -14,11 +14,11 @@ from torch import Tensor
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.files import CONFIG_NAME, WEIGHTS_NAME, write_together
-from ...core.sharding import has_partitions, reshard, whole
+from ...core.sharded_parameters import has_partitions, reshard, whole
 from ...methods.registry import method_of, under_alias
+from ..gathering import meet, takes_all
 from ..injection.modules import unwrapped
 from ..injection.offloading import bring_adapters
-from ..sharding import meet, takes_all
 from .card import CARD_NAME, write_card
 from .experts import as_written, form_of
 from .keys import check_readable

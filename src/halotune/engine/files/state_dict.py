@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...core.config import AdapterConfig
-from ...core.errors import AdapterFileError, HalotuneError, warn
+from ...core.errors import AdapterFileError, HalotuneError, few, warn
 from ...core.files import write_atomically
 from ...core.offload import at_rest
-from ...core.sharding import divided_like, is_sharded, reshard, store, whole, whole_size
+from ...core.sharded_parameters import divided_like, is_sharded, reshard, store, whole, whole_size
 from ..injection.modules import adapted_layers, innermost, plain_modules, unwrapped
 from .experts import as_written, from_written
 from .keys import adapter_keys, bias_keys, config_of, embedding_keys, held_tensors, under_own_names, without_sharding
@@ -207,11 +207,11 @@ def _check_keys(
             "halotune.load_lycoris(model, file). Nothing was loaded.",
         )
     if extra or missing:
-        first = (extra or missing)[0]
+        found = {"missing": missing, "not of this adapter": extra}
         raise AdapterFileError(
             file,
-            f"{_listed(missing, 'missing')}{' and ' if extra and missing else ''}{_listed(extra, 'not of this adapter')}.",
-            key=first,
+            " and ".join(f"{what}: {few(keys)}" for what, keys in found.items() if keys) + ".",
+            key=(extra or missing)[0],
             remedy="Use the adapter_config.json of the same adapter, and the base model that it was trained on.",
         )
     absent = [k for k in biases if k not in tensors]
@@ -220,13 +220,6 @@ def _check_keys(
             f"{file}: the configuration trains biases, but the file lacks {len(absent)} of them (peft before 0.16 did "
             f"not store those of all methods): {', '.join(absent)}. The base model's own are used, so outputs may differ."
         )
-
-
-def _listed(keys: list[str], what: str) -> str:
-    if not keys:
-        return ""
-    shown = ", ".join(keys[:3]) + (f" … ({len(keys)} in all)" if len(keys) > 3 else "")
-    return f"{what}: {shown}"
 
 
 def _fits(key: str, tensor: Tensor, target: Tensor, ignore_shape: bool, file: str | PathLike[str]) -> bool:

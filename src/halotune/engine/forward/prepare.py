@@ -8,7 +8,7 @@ adapters' slots until the pass ends; each layer looks for itself whether it may 
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from operator import is_
 from typing import Any, NamedTuple
 from weakref import ref
@@ -32,12 +32,20 @@ PATIENCE = 32  # training passes, of which several may make one optimizer step, 
 BUDGET = 2 * 2**30  # bytes for W' of all layers and its gradients, if nothing else is asked for
 
 
+class Known(NamedTuple):
+    """What was seen of an adapter's parameters; and the number of those that prepare alike."""
+
+    tensors: Tensors
+    looks: list[tuple[torch.Size, torch.dtype, torch.device, bool]]
+    kind: int
+
+
 class Member(NamedTuple):
     """An adapter that runs, its layer, and whether no other runs there."""
 
     layer: AdaptedLayer
     adapter: Adapter
-    tensors: Tensors
+    known: Known
     alone: bool
 
     def plain(self, dtype: torch.dtype) -> Tensor | None:
@@ -45,14 +53,6 @@ class Member(NamedTuple):
         dropped = self.adapter.training and self.adapter.dropout
         plain = None if dropped or not self.alone else self.layer.base.plain(dtype)
         return None if plain is None else plain[0]
-
-
-class Known(NamedTuple):
-    """What was seen of an adapter's parameters; and the number of those that prepare alike."""
-
-    tensors: Tensors
-    looks: list[tuple[torch.Size, torch.dtype, torch.device, bool]]
-    kind: int
 
 
 class _Recomputing(threading.local):
@@ -101,14 +101,16 @@ class Scope:
         """Find the layers, and settle their forms, if that was not done since the last change."""
         if self.layers is not None:
             return
-        self.layers, self.parents = self.find(model), [m for m in model.modules() if m._modules]
+        self.layers = self.find(model)
+        own = {m for layer in self.layers for m in layer.adapters.modules()}
+        self.parents = [m for m in model.modules() if m._modules and m not in own]
         plain = [layer for layer in self.layers if not isinstance(layer, AdaptedExpertWeights)]
         matrices = [p for layer in plain if (p := getattr(layer.base_layer, "weight", None)) is not None]
         fits = 2 * sum([p.numel() * p.itemsize for p in matrices]) <= self.budget  # W', and the gradients that wait for it
         for place, layer in enumerate(self.layers):
             self.parts += [m for m in layer.adapters.modules() if m._parameters]
-            adapters: Any = layer.adapters.values()
-            for adapter in adapters:
+            adapter: Any
+            for adapter in layer.adapters.values():
                 self.places[adapter] = place
                 SCOPES[adapter] = ref(self)
                 self.order[adapter] = len(self.order)
@@ -226,17 +228,16 @@ class ForwardPass:
             return
         self.tried.add(attempt)
         members = self.groups[kind]
-        if members[0].layer.base.dtype is not dtype and not _is_autocast(members[0].tensors[0], dtype):
+        if members[0].layer.base.dtype is not dtype and not _is_autocast(members[0].known.tensors[0], dtype):
             return
         if as_weight:
             self._prepare_weights(members, dtype)
             return
-        adapted = self._kept_weights(kind, members, dtype)
-        rest = [m for m, W in zip(members, adapted, strict=True) if W is None]
+        kept = self._kept_weights(kind, members, dtype)
+        rest = [m for m in members if m.adapter not in kept]
         if len(rest) > 1:
-            made = prepare(rest[0].adapter.prepares(dtype), [m.tensors for m in rest])  # whichever asks, one seed
-            for member, factors in zip(rest, made, strict=True):
-                self._fill(member, factors, None, member.tensors, dtype)
+            made = prepare(rest[0].adapter.prepares(dtype), [m.known.tensors for m in rest])  # whichever asks, one seed
+            self._fill([(m, factors, None, m.known.tensors) for m, factors in zip(rest, made, strict=True)], dtype)
 
     def seed(self, adapter: Adapter) -> int | None:
         if self.first_seed is None or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
@@ -247,8 +248,7 @@ class ForwardPass:
         """For every adapter, in the dtype that its layer runs in."""
         self.groups = self._grouped() if self.groups is None else self.groups
         for members in self.groups.values():
-            t = members[0].tensors[0]
-            kind = t.device.type
+            kind = members[0].known.tensors[0].device.type
             autocast = torch.is_autocast_enabled(kind)
             self.prepare_for(
                 members[0].adapter, torch.get_autocast_dtype(kind) if autocast else members[0].layer.base.dtype, False
@@ -265,8 +265,8 @@ class ForwardPass:
                 self.kinds.clear()
                 self.in_parts = True
                 return {}
-            for kind, member in members:
-                self.kinds[member.adapter] = kind
+            for member in members:
+                self.kinds[member.adapter] = kind = member.known.kind
                 groups.setdefault(kind, []).append(member)
         return groups
 
@@ -277,26 +277,27 @@ class ForwardPass:
         start = self.scope.places.get(adapter, len(layers))
         for layer in layers[start:]:
             members = self._members(layer)
-            if members is None or any(m.adapter in self.kinds for _, m in members):
+            if members is None or any(m.adapter in self.kinds for m in members):
                 return
-            for kind, member in members:
-                self.kinds[member.adapter] = unit = (start, kind)
+            for member in members:
+                self.kinds[member.adapter] = unit = (start, member.known.kind)
                 self.groups.setdefault(unit, []).append(member)
 
-    def _members(self, layer: AdaptedLayer) -> list[tuple[int, Member]] | None:
-        """The adapters that run on a layer, and the number of those that prepare alike; None where one is not at hand."""
-        known, kinds, members = self.scope.known, self.scope.kinds, []
+    def _members(self, layer: AdaptedLayer) -> list[Member] | None:
+        """The adapters that run on a layer; None where the parameters of one are not at hand."""
+        scope, members = self.scope, []
         running = layer.running()
         for adapter in running:
             tensors = adapter.tensors()
             looks = [(t.shape, t.dtype, t.device, t.requires_grad) for t in tensors]
-            seen_before = known.get(adapter)
-            if seen_before is None or seen_before.looks != looks or not all(map(is_, seen_before.tensors, tensors)):
+            known = scope.known.get(adapter)
+            if known is None or known.looks != looks or not all(map(is_, known.tensors, tensors)):
                 if not all([_is_at_hand(t) for t in tensors]):
                     return None
                 alike = type(adapter), adapter.batch_key(), adapter.shard, layer.base.dtype, *looks
-                known[adapter] = seen_before = Known(tensors, looks, kinds.setdefault(alike, len(kinds)))
-            members.append((seen_before.kind, Member(layer, adapter, tensors, len(running) == 1)))
+                known = Known(tensors, looks, scope.kinds.setdefault(alike, len(scope.kinds)))
+                scope.known[adapter] = known
+            members.append(Member(layer, adapter, known, len(running) == 1))
         return members
 
     def _prepare_weights(self, members: list[Member], dtype: torch.dtype) -> None:
@@ -308,30 +309,31 @@ class ForwardPass:
         for pairs in shapes.values():
             adapter = pairs[0][0].adapter
             weights = Weights(adapter, dtype, [W for _, W in pairs], adapter.dither(dtype))
-            for (member, W), (adapted,) in zip(pairs, prepare(weights, [m.tensors for m, _ in pairs]), strict=True):
-                self._fill(member, (), adapted, (*member.tensors, W), dtype)
+            made = prepare(weights, [m.known.tensors for m, _ in pairs])
+            self._fill([(m, (), new, (*m.known.tensors, W)) for (m, W), (new,) in zip(pairs, made, strict=True)], dtype)
 
-    def _kept_weights(self, kind: Hashable, members: list[Member], dtype: torch.dtype) -> list[Tensor | None]:
-        """W' of those members for which there is room in the cache."""
+    def _kept_weights(self, kind: Hashable, members: list[Member], dtype: torch.dtype) -> set[Adapter]:
+        """Serve those members for which there is room in the cache with W'; which they are."""
         cache = self.scope.cache
         if not cache.budget or self.in_parts:  # whole weights are not kept beside parts
-            return [None] * len(members)
+            return set()
         if torch.is_grad_enabled() or any([m.adapter.training for m in members]):
             cache.clear()  # the memory is training's
-            return [None] * len(members)
+            return set()
         matrices = [m.plain(dtype) for m in members]
-        found = cache.weights(kind, [m.adapter for m in members], [m.tensors for m in members], matrices)
-        for member, W, adapted in zip(members, matrices, found, strict=True):
-            if W is not None and adapted is not None:
-                self._fill(member, (), adapted, (*member.tensors, W), dtype)
-        return found
+        found = cache.weights(kind, [m.adapter for m in members], [m.known.tensors for m in members], matrices)
+        there = [(m, W, new) for m, W, new in zip(members, matrices, found, strict=True) if W is not None and new is not None]
+        self._fill([(m, (), new, (*m.known.tensors, W)) for m, W, new in there], dtype)
+        return {m.adapter for m, _, _ in there}
 
-    def _fill(self, member: Member, factors: Tensors, adapted: Tensor | None, made_from: Iterable[Tensor], dtype: Any) -> None:
-        made_from = tuple(made_from)
-        recorded, stream = torch.is_grad_enabled(), stream_of(made_from[0])
-        member.adapter.slot.prepared = made = Prepared(factors, adapted, dtype, recorded, stream, seen(made_from))
-        vars(member.adapter)["alone"] = False
-        self.filled.append(made)
+    def _fill(self, made: list[tuple[Member, Tensors, Tensor | None, Tensors]], dtype: torch.dtype) -> None:
+        """Leave factors, or W', and what they were made from where each adapter looks for them."""
+        recorded = torch.is_grad_enabled()
+        for member, factors, adapted, made_from in made:
+            adapter, stream = member.adapter, stream_of(made_from[0])
+            adapter.slot.prepared = ready = Prepared(factors, adapted, dtype, recorded, stream, seen(made_from))
+            vars(adapter)["alone"] = False
+            self.filled.append(ready)
 
     def clear(self) -> None:
         """The pass is over: what was prepared lives on only in graphs that use it."""

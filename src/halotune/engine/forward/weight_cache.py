@@ -15,7 +15,7 @@ from ...core.prepared import Seen, Tensors, seen, unchanged
 class _Kept(NamedTuple):
     """A `W'`, and the W that it was made from."""
 
-    source: tuple[Seen, ...]
+    source: list[Seen]
     adapted: Tensor
 
 

@@ -15,6 +15,7 @@ from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError, warn
 from ...core.experts import AdaptedExperts, ExpertWeights
 from ...core.layer import AdaptedLayer
+from ...core.trial import unusual_output
 from ...methods.registry import method_of
 from .experts import attach, create, layer_for
 from .modules import adapted_layers, is_attention, is_expert_weights, tied_parameters, visible_modules
@@ -193,7 +194,7 @@ def _check_calls(path: str, base: Base, adapter: Adapter) -> None:
             f"{base.does_more}. Use a method that calls the layer as it is (low-rank deltas and rotations do), or leave the "
             "layer out with exclude_modules."
         )
-    if not base.takes_weight and not base.quantization and (answer := base.unusual_output()):
+    if not base.takes_weight and not base.quantization and (answer := unusual_output(base)):
         raise HalotuneError(
             f"{path}: this {type(base.module).__name__} {base.shape} {base.does_more}: it gives {answer}. Leave it out with "
             "exclude_modules, or train it in full with modules_to_save."

@@ -11,6 +11,7 @@ from ...core.base import LinearLike, base_for, base_kind
 from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError, warn
 from ...core.layer import AdaptedLayer
+from ...core.trial import unusual_output
 from .default_targets import default_targets, known_architectures
 from .modules import is_attention, is_expert_weights, visible_modules
 from .targets import ALL_LINEAR, matches, matches_suffix, select, select_parameters, shortest_suffixes
@@ -174,7 +175,7 @@ def _routers(modules: Mapping[str, nn.Module], experts: Sequence[str]) -> list[s
         kind = base_kind(own)
         if isinstance(own, nn.Embedding) or not any(p.dim() == 2 for p in own.parameters(recurse=False)):
             return False
-        return kind is None or not (kind(own).takes_weight or kind(own).unusual_output() is None)
+        return kind is None or not (kind(own).takes_weight or unusual_output(kind(own)) is None)
 
     return [n for n, m in modules.items() if blocks and n.startswith(blocks) and is_router(m)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,6 @@ from ...methods.registry import low_rank_method, method_of
 from ..injection.experts import create
 from ..injection.modules import adapted_layers, public_path, visible_modules
 from ..injection.resolve import spelled_out
-
-How = Literal["linear", "cat", "lora"]
 
 _EXACT = (
     '"linear" adds deltas that are linear in their parameters, of one kind and r; "cat" applies rotations of weight 1 one '

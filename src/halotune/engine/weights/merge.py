@@ -17,7 +17,7 @@ from ...core.errors import HalotuneError, warn
 from ...core.kinds import LowRank
 from ...core.layer import AdaptedLayer
 from ...core.merge_record import MergeRecord
-from ...core.sharding import is_sharded
+from ...core.sharded_parameters import is_sharded
 from ..injection.first_pass import is_uncalled
 from ..injection.modules import adapted_layers, modules_to_save_wrappers, tied_parameters, unwrapped
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...core.config import AdapterConfig
-from ...core.errors import HalotuneError, closest
+from ...core.errors import HalotuneError, did_you_mean
 from ...core.files import WEIGHTS_NAME, locate, write_atomically
 from ...engine.files.save import prepare
 from ...engine.files.state_dict import read_tensors, set_peft_model_state_dict
@@ -188,9 +188,9 @@ class PipelineAdapters:
         models, parts = self._models(), list(parts)
         missing = [c for c in parts if c not in models]
         if missing or not parts:
-            hint = f" Did you mean {near[0]!r}?" if missing and (near := closest(missing[0], list(models), n=1)) else ""
             raise HalotuneError(
-                f"{source}{type(self.pipe).__name__} has no model {missing[0]!r}; it has {', '.join(models)}.{hint}"
+                f"{source}{type(self.pipe).__name__} has no model {missing[0]!r}; it has {', '.join(models)}."
+                + did_you_mean(missing[0], models)
                 if missing
                 else f"{source}no model is named. {type(self.pipe).__name__} has {', '.join(models)}."
             )

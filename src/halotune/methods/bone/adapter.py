@@ -17,7 +17,7 @@ from ...core.errors import HalotuneError
 from ...core.kinds import Dense, LowRank
 from ...core.operator import Operator, WeightShape, add_to
 from ...core.prepared import Tensors, exact_dtype
-from ...core.shard import Axis, Shard
+from ...core.weight_shard import Axis, Shard
 from ...ops.product import fold
 from . import ops
 from .config import BlockConfig, MissConfig
@@ -123,7 +123,6 @@ class Bat(Dense):
         nn.init.zeros_(adapter.get_parameter(cls.block))
         return adapter
 
-    factors_exist = False
     axes = (("out", -3),)
 
     @property

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.prepared import exact
-from ...ops.dispatch import Op, triton_kernel
+from ...ops.dispatch import Kernel, Op
 from ...ops.rounding import rounded
 
 
@@ -74,7 +74,7 @@ build_bat = Op(
     _build_bat,
     repeats=True,
     like=lambda W, *_: W.new_empty(W.shape),
-    kernels=[triton_kernel(_KERNELS, "bat", lambda W, blocks, _: _refuses(blocks, W), lambda W, blocks, _: _wins(blocks))],
+    kernel=Kernel(_KERNELS, "bat", lambda W, blocks, _: _refuses(blocks, W), lambda W, blocks, _: _wins(blocks)),
 )
 
 # From `G = dL/dW'` the gradient `dB_i = Σ_j (W_ijᵀ G_ij + G_ij)`: W and G read once, which takes 2 of the 40 ms that BAT adds
@@ -83,7 +83,5 @@ pull_bat = Op(
     "pull_bat",
     _pull_bat,
     like=lambda G, W, blocks: blocks.new_empty(blocks.shape),
-    kernels=[
-        triton_kernel(_KERNELS, "pull_bat", lambda G, W, blocks: _refuses(blocks, W, G), lambda G, W, blocks: _wins(blocks))
-    ],
+    kernel=Kernel(_KERNELS, "pull_bat", lambda G, W, blocks: _refuses(blocks, W, G), lambda G, W, blocks: _wins(blocks)),
 )

@@ -36,7 +36,6 @@ class HRA(Rotation):
     def __init__(self, shape: WeightShape, r: int, gram_schmidt: bool = False) -> None:
         super().__init__(shape)
         self.gram_schmidt = gram_schmidt
-        self.orthogonality = 0.0, True
         self.hra_u = nn.Parameter(torch.empty(shape.in_features, r))
 
     @classmethod
@@ -49,8 +48,7 @@ class HRA(Rotation):
             )
         adapter = cls(shape, config.r, config.apply_GS)
         if config.orthogonality_weight:
-            adapter.penalized = True
-            adapter.orthogonality = (config.orthogonality_weight, config.orthogonality_norm == "squared")
+            adapter.penalized = config.orthogonality_weight, config.orthogonality_norm == "squared"
         adapter.reset(config.init_weights)
         return adapter
 
@@ -148,5 +146,5 @@ class HRA(Rotation):
         return basis * (values.square() > ops.rank_tolerance(basis))
 
     def penalty(self, *parameters: Tensor) -> Tensor:
-        weight, squared = self.orthogonality
+        weight, squared = self.penalized  # type: ignore[misc]
         return weight * ops.orthogonality(parameters[0], squared)

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.operator import add_to
 from ...core.prepared import exact, exact_dtype
-from ...ops.product import add_product, flattened, gradients_of, no_view, transposed_products
+from ...ops.product import add_product, apply, flattened, no_view, transposed_products
 
 
 def normalize(U: Tensor) -> Tensor:
@@ -109,46 +108,39 @@ def wy_factors(U: Tensor, gram_schmidt: bool) -> tuple[Tensor, Tensor]:
         return Û, N
 
 
-def rotate(x: Tensor, A: Tensor, N: Tensor) -> Tensor:
-    """`x + (x Aᵀ) N` over the last dimension, differentiable in everything."""
-    return add_to(x, x @ A.mT, N)
-
-
 class _ReflectedLinear(torch.autograd.Function):
-    """`Ûᵀ (r, in)` and N `(r, in)`. The small product `z = x Û` is an output too: see `core/frozen_linear.py`."""
+    """`Ûᵀ (r, in)` and N `(r, in)`. Where a second derivative is recorded, `z = x Û` is made again of what came in."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, Ût: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, Ût: Tensor, N: Tensor) -> Tensor:
         rows = flattened(x)
         rotated, z = add_product(rows, rows, Ût, N, False)
         ctx.save_for_backward(x, z, W, Ût, N)
-        ctx.set_materialize_grads(False)
-        return no_view(F.linear(rotated.view(x.shape), W, bias)), z
+        return no_view(F.linear(rotated.view_as(x), W, bias))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, z, W, Ût, N = ctx.saved_tensors
-        dy, dz_more = gradients_of(grad_outputs)
         rows = flattened(x)
-        d = torch.zeros_like(rows) if dy is None else torch.mm(flattened(dy), W)  # of the rotated input
+        d = torch.mm(flattened(grad_outputs[0]), W)  # of the rotated input
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            z = torch.mm(rows, Ût.t())
         dx, dz = add_product(d, d, N, Ût, False) if ctx.needs_input_grad[0] else (None, torch.mm(d, N.t()))
-        if dz_more is not None:
-            dx, dz = None if dx is None else torch.addmm(dx, dz_more, Ût), dz + dz_more
         dN, dÛt = transposed_products(z, d, dz, rows)
-        return (None if dx is None else dx.view(x.shape)), None, None, dÛt, dN
+        return (None if dx is None else dx.view_as(x)), None, None, dÛt, dN
 
 
 def reflected_linear(x: Tensor, W: Tensor, bias: Tensor | None, Ût: Tensor, N: Tensor) -> Tensor:
     """`(x + (x Û) N) Wᵀ + b` for a frozen W; `Ûᵀ (r, in)`, `N (r, in)`."""
     if torch.is_grad_enabled():
-        return _ReflectedLinear.apply(x, W, bias, Ût, N)[0]  # type: ignore[index]
+        return apply(_ReflectedLinear, x, W, bias, Ût, N)
     rows = flattened(x)
-    return F.linear(add_product(rows, rows, Ût, N, False)[0].view(x.shape), W, bias)
+    return F.linear(add_product(rows, rows, Ût, N, False)[0].view_as(x), W, bias)
 
 
 def orthogonality(U: Tensor, squared: bool) -> Tensor:
-    """`‖I − ÛᵀÛ‖_F²`, or its root: how far the reflections are from orthogonal ones."""
+    """`‖I − ÛᵀÛ‖_F²`, or its root, summed over `(…, in, r)`: how far the reflections are from orthogonal ones."""
     with exact(U):
         Û = normalize(U)
         gap = torch.eye(U.shape[-1], dtype=Û.dtype, device=U.device) - Û.mT @ Û
-        return gap.square().sum() if squared else torch.linalg.matrix_norm(gap)
+        return (gap.square() if squared else torch.linalg.matrix_norm(gap)).sum()

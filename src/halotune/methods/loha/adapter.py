@@ -15,8 +15,8 @@ from ...core.frozen_linear import low_rank_linear
 from ...core.kinds import Dense, LowRank, add_low_rank
 from ...core.operator import Operator, WeightShape
 from ...core.prepared import Tensors, exact_dtype
-from ...core.shard import Axis, Shard
 from ...core.weight_form import weight_form
+from ...core.weight_shard import Axis, Shard
 from . import ops
 from .config import LoHaConfig
 
@@ -118,16 +118,10 @@ class LoHa(Hadamard):
         shape = self.whole_shape
         return ops.low_rank_is_cheaper(1 << 40, shape.out_features, shape.in_features, self.r)
 
-    @property
-    def prepares_low_rank(self) -> bool:
-        """Whether small low-rank factors are made for all layers at once, and kept until backward has used them. A CPU, where
-        launches cost nothing, makes those of each layer twice."""
-        return self.is_small and self.tensors()[0].device.type != "cpu"
-
     def prepare(self, *parameters: Tensor) -> Tensors:
         """The low-rank factors `Bᵀ (…, r², out)` and `A (…, r², in)`, or the halves."""
         halves = self.halves(*parameters)
-        return self._low_rank(*halves) if self.prepares_low_rank else halves
+        return self._low_rank(*halves) if self.is_small else halves
 
     def weight_factors(self, *parameters: Tensor) -> Tensors:
         return self.halves(*parameters)
@@ -154,7 +148,7 @@ class LoHa(Hadamard):
         return False
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
-        if self.prepares_low_rank:
+        if self.is_small:
             Bt, A = factors
             return add_low_rank(x, x, op, (self._drop_rows(Bt.mT), A), scale)
         if not op.takes_weight or self._low_rank_for(x):
@@ -167,10 +161,8 @@ class LoHa(Hadamard):
         return ops.low_rank_is_cheaper(tokens, self.shape.out_features, self.shape.in_features, self.r)
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        if self.prepares_low_rank:
-            return low_rank_linear(x, W, bias, *factors)
-        if self._low_rank_for(x):
-            return low_rank_linear(x, W, bias, *factors, make=self._low_rank)
+        if self.is_small or self._low_rank_for(x):
+            return low_rank_linear(x, W, bias, *(factors if self.is_small else self._low_rank(*factors)))
         return super().run_plain(x, W, bias, *factors)
 
     def _low_rank(self, *halves: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +181,6 @@ class DecomposedLoHa(Hadamard):
     hada_dora_scale: nn.Parameter
 
     scale_free = ("hada_dora_scale",)  # W itself would decay with it
-    factors_exist = False
     on_out = True
 
     @classmethod

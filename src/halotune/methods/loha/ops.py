@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.prepared import exact, exact_dtype
-from ...ops.dispatch import Op, triton_kernel
+from ...ops.dispatch import Kernel, Op
 from ...ops.rounding import rounded
 
 
@@ -67,7 +67,7 @@ build = Op(
     _build,
     repeats=True,
     like=lambda W, *_: W.new_empty(W.shape),
-    kernels=[triton_kernel(_KERNELS, "hadamard", _kernel_refuses, _kernel_wins)],
+    kernel=Kernel(_KERNELS, "hadamard", _kernel_refuses, _kernel_wins),
 )
 
 # From `G = dL/dW'` the gradients of A1, B1, A2, B2: with `M_i = A_i B_i`, `dM1 = s G ∘ M2` and so on. No M is written.
@@ -75,7 +75,7 @@ pull = Op(
     "pull_loha",
     _pull,
     like=lambda G, *factors: tuple(t.new_empty(t.shape) for t in factors[:4]),
-    kernels=[triton_kernel(_KERNELS, "pull", _kernel_refuses, _kernel_wins)],
+    kernel=Kernel(_KERNELS, "pull", _kernel_refuses, _kernel_wins),
 )
 
 

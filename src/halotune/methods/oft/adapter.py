@@ -14,8 +14,8 @@ from ...core.errors import HalotuneError
 from ...core.kinds import Rotation
 from ...core.operator import WeightShape
 from ...core.prepared import Tensors
-from ...core.shard import Axis
-from ...ops.product import flattened
+from ...core.weight_shard import Axis
+from ...ops.product import apply, flattened
 from . import ops
 from .config import OFTConfig
 
@@ -27,7 +27,6 @@ class OFT(Rotation):
     `terms` and `eps` are those of `ops`. Source: arXiv 2306.07280; README.md beside this file.
     """
 
-    factors_exist = False
     axes = (("in", -3),)
 
     def __init__(self, shape: WeightShape, b: int, shared: bool, terms: int, eps: float | None) -> None:
@@ -78,7 +77,7 @@ class OFT(Rotation):
         return (ops.in_blocks(G, self.b).mT @ ops.in_blocks(W, self.b),)
 
     def rotate(self, x: Tensor, *factors: Tensor) -> Tensor:
-        return ops.rotate(flattened(x), *factors).view(x.shape)
+        return ops.rotate(flattened(x), *factors).view_as(x)
 
     def rotate_groups(self, x: Tensor, groups: Any, *factors: Tensor) -> Tensor:
         (R,) = factors
@@ -91,4 +90,4 @@ class OFT(Rotation):
         return (torch.where(dropped, torch.eye(self.b, dtype=R.dtype, device=R.device), R),)
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        return ops.RotatedLinear.apply(x, W, bias, *factors)  # type: ignore[return-value]
+        return apply(ops.RotatedLinear, x, W, bias, *factors)

@@ -67,7 +67,7 @@ def rotate_groups(x: Tensor, groups: Any, R: Tensor) -> Tensor:
     for some, matrices in zip(in_blocks(x, b).split(at_once), R.transpose(0, 1).split(at_once), strict=True):
         ends = torch.arange(some.shape[0], device=x.device, dtype=groups.ends.dtype)[:, None] * n + groups.ends
         y = grouped_product(some.reshape(-1, b), matrices.flatten(0, 1), ends.flatten(), groups.whole)
-        rotated.append(y.view(some.shape))
+        rotated.append(y.view_as(some))
     y = rotated[0] if len(rotated) == 1 else torch.cat(rotated)
     return y.transpose(0, 1).reshape(n, blocks * b)
 
@@ -78,12 +78,12 @@ class RotatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
         ctx.save_for_backward(x, W, R)
-        return no_view(F.linear(rotate(flattened(x), R).view(x.shape), W, bias))
+        return no_view(F.linear(rotate(flattened(x), R).view_as(x), W, bias))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, W, R = ctx.saved_tensors
         with exact(x):  # the forward pass saw to autocast
             d = flattened(grad_outputs[0]) @ W  # of the rotated input
-            dx = rotate(d, R.mT).view(x.shape) if ctx.needs_input_grad[0] else None
+            dx = rotate(d, R.mT).view_as(x) if ctx.needs_input_grad[0] else None
             return dx, None, None, in_blocks(flattened(x), R.shape[-1]).mT @ in_blocks(d, R.shape[-1])

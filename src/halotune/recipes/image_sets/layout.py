@@ -69,10 +69,18 @@ def _take(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
+def read_lines(table: Path) -> list[str]:
+    """The lines of a table of JSON lines, whose texts may hold characters that others take for the end of one."""
+    try:
+        return table.read_text(encoding="utf-8-sig").split("\n")
+    except ValueError as e:
+        raise HalotuneError(f"{table}: cannot be read as UTF-8: {e}. Save it as UTF-8.") from e
+
+
 def read_captions(table: Path) -> dict[str, str]:
     """Captions by the stem of their picture, of a table of JSON lines with target and prompt, as the HRA paper's data have."""
     found = {}
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(table), 1):
         if line.strip():
             try:
                 values = json.loads(line)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.errors import HalotuneError
 from ..core.expert_adapter import ExpertAdapter
 from ..core.layer import AdaptedLayer
-from ..core.sharding import has_partitions, is_sharded, is_unit, reshard, whole
+from ..core.sharded_parameters import has_partitions, is_sharded, is_unit, reshard, whole
 from .injection.modules_to_save import ModulesToSaveWrapper
 
 WAIT = 60.0  # seconds for the other processes to come

@@ -1,4 +1,4 @@
-"""The recipe for a subject over several processes: one training by two of them, and a suite in shards."""
+"""The image recipes over several processes: one training by two of them, and a suite in shards."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ pytest.importorskip("diffusers")
 from halotune.recipes.common.run import FINISHED, read_lines, read_run
 from halotune.recipes.subject import SubjectConfig, train_subject
 
+from .pictures import adapter
 from .test_dreambooth import write_suite
 from .test_processes import kill, launch
-from .test_subject import adapter, options, root
+from .test_subject import options, root
 
 __all__ = ["root"]  # the fixture
 
@@ -39,6 +40,34 @@ def test_two_processes_train_one_run_and_resume(root: Path, tmp_path: Path) -> N
         if "evaluation" in a:
             assert b["evaluation"]["loss"] == pytest.approx(a["evaluation"]["loss"], rel=0.05)
     assert adapter(tmp_path / "two").keys() == adapter(tmp_path / "one").keys()
+
+
+def test_two_processes_prepare_pictures_and_train_on_hints(root: Path, tmp_path: Path) -> None:
+    """Each prepares its share of the pictures; adapter and encoder of hints are one process's."""
+    pytest.importorskip("cv2")
+    from halotune.recipes.control import ControlConfig, train_control
+
+    from .control_pairs import save_pairs
+    from .test_control import options as control_options
+    from .test_control import weights
+
+    values = {"data": str(save_pairs(tmp_path / "pairs")), "max_steps": 6, "evaluate_every": 6, "empty_prompts": 0.2}
+
+    def config(name: str) -> ControlConfig:
+        return ControlConfig(**control_options(root, tmp_path / name, **values, cache=str(tmp_path / f"cache-{name}")))
+
+    train_control(config("one"))
+    job = launch(config("two"), tmp_path / "two.yaml")
+    assert job.wait() == 0, (tmp_path / "two.log").read_text()[-2000:]
+    record = read_run(tmp_path / "two")
+    assert record and record["status"] == FINISHED and record["hardware"]["processes"] == 2
+    assert {f.name for f in (tmp_path / "cache-one").iterdir()} == {f.name for f in (tmp_path / "cache-two").iterdir()}
+    one, two = read_lines(tmp_path / "one" / "metrics.jsonl"), read_lines(tmp_path / "two" / "metrics.jsonl")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        if "evaluation" in a:
+            assert b["evaluation"]["loss"] == pytest.approx(a["evaluation"]["loss"], rel=0.05)
+    assert weights(tmp_path / "two").keys() == weights(tmp_path / "one").keys()
 
 
 def test_a_suite_is_shared_by_its_processes(root: Path, tmp_path: Path) -> None:
