@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from halotune import HalotuneError, HRAConfig, PeftModel, get_peft_model, hotswap_adapter
@@ -236,6 +237,64 @@ def test_a_device_map(language_model, tmp_path):
     for model in (ours, theirs):
         model.merge_adapter()
     assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("method", ["hra-r4", "loha-r2", "loha-r5", "bone-r7", "bat-r3", "oft-b3", "lora-r2"])
+def test_a_model_larger_than_memory(language_model, tmp_path, method: str):
+    """`device_map="auto"`: transformers keeps on disk what no device has room for. Trained, generating, saved, merged."""
+    plain, ids = language_model.requires_grad_(False), torch.randint(3, 37, (2, 5))
+    plain.save_pretrained(tmp_path / "base")
+    size = sum(p.numel() * p.element_size() for p in plain.parameters())
+    where = {"device_map": "auto", "max_memory": {"cpu": size // 2}, "offload_folder": tmp_path / "disk"}
+    base = type(plain).from_pretrained(tmp_path / "base", **where)
+    assert {"cpu", "disk"} == set(base.hf_device_map.values())
+    away = {name for name, p in base.named_parameters() if p.is_meta}
+    adapter = config(method, ["q_proj", "o_proj"] if method == "bat-r3" else ["q_proj", "down_proj", "lm_head"])
+    theirs = adapted(plain, default=adapter)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    losses: list[Tensor] = []
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        for _ in range(3):
+            losses.append(model(input_ids=ids, labels=ids).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+    assert all(near(a, b) for a, b in zip(losses[:3], losses[3:], strict=True)) and losses[2] < losses[0]
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
+    ours.save_pretrained(tmp_path / "trained")
+    again = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "trained")
+    with torch.no_grad():
+        y = ours(input_ids=ids).logits
+        assert near(again(input_ids=ids).logits, y) and differ(y, plain(input_ids=ids).logits)
+        if method not in ("bat-r3", "oft-b3"):  # whose deltas are of full rank
+            ours.export("lora", tmp_path / "lora")
+            exported = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "lora")
+            assert torch.allclose(exported(input_ids=ids).logits, y, atol=1e-4)
+        assert torch.allclose(ours.merge_and_unload()(input_ids=ids).logits, y, atol=1e-4)
+    assert {name for name, p in base.named_parameters() if p.is_meta} == away  # and nothing has come to stay
+
+
+@torch.no_grad()
+def test_embeddings_of_a_file_and_an_offloaded_base(language_model, tmp_path):
+    """Those that the base has already need no place; others have none."""
+    model = adapted(language_model, default=config("hra-r4", ["lm_head"]))
+    model.save_pretrained(tmp_path / "same")
+    model.get_base_model().lm_head.weight[3] = 1.0
+    model.save_pretrained(tmp_path / "other")
+    base = cpu_offload(language_model, execution_device=torch.device("cpu"))
+    ours = PeftModel.from_pretrained(base, tmp_path / "same")
+    ours.save_pretrained(tmp_path / "again")
+    first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("same", "again"))
+    assert first.keys() == again.keys() and all(torch.equal(t, again[key]) for key, t in first.items()) and len(first) == 2
+    with pytest.raises(
+        HalotuneError, match=r"lm_head\.base_layer\.weight: embeddings that differ .* out of accelerate's offloading"
+    ):
+        ours.load_adapter(tmp_path / "other", "b")
+    assert list(ours.peft_config) == ["default"]
 
 
 # -- what is refused: it would get no gradient, or would not run

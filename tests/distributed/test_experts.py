@@ -35,7 +35,7 @@ def configs(shared: bool) -> list[Any]:
         "expert_sharing": shared,
     }
     return [
-        halotune.HRAConfig(r=4, **common),
+        halotune.HRAConfig(r=4, orthogonality_weight=0.1, **common),
         halotune.LoHaConfig(r=2, **common),
         halotune.BoneConfig(r=8, **common),
         halotune.BoneConfig(r=8, init_weights="bat", **common),
@@ -54,7 +54,7 @@ def trained(base: Any, folder: Path) -> tuple[list[Tensor], dict[str, Tensor], A
     for _ in range(STEPS):
         loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
-        loss.backward()
+        (loss + model.penalty()).backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
         first = first or {n: full(g).clone() for n, g in grads.items()}
         torch.nn.utils.clip_grad_norm_(parameters, 0.05)

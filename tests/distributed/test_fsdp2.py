@@ -27,14 +27,14 @@ WAYS = ["root", "block", "layer", "base", "nested", "kept", "offload", "checkpoi
 CHECKS = ["train", "generate", "merge", "files"]
 
 
-def sharded(model: Any, way: str, device: str = "cpu") -> Any:
-    """`fully_shard` in one of the ways that people use."""
+def sharded(model: Any, way: str, device: str = "cpu", **how: Any) -> Any:
+    """`fully_shard` in one of the ways that people use; other arguments of it are `how`."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     mesh = init_device_mesh(device, (dist.get_world_size(),))
-    how: dict[str, Any] = {"mesh": mesh}
+    how = {"mesh": mesh, **how}
     if way == "offload":
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=device != "cpu")
     if way == "kept":
@@ -165,6 +165,8 @@ def files(rank: int, method: str, way: str, device: str) -> None:
         for key, t in load_file(folder / f"lora-{rank}" / "adapter_model.safetensors").items():
             same(lora[key], t, what=f"exported: {key}")
     dist.barrier()
+    if rank == 0:
+        shared[0].cleanup()
 
 
 RUN = {"train": train, "generate": generate, "merge": merge, "files": files}

@@ -55,10 +55,12 @@ def train(rank: int, method: str, how: str) -> None:
 def fsdp1_limits(rank: int) -> None:
     with pytest.raises(ValueError, match="uniform `requires_grad`"):  # torch's own
         fsdp1(adapted("hra"), use_orig_params=False)
-    model = fsdp1(adapted("hra"))
+    model = fsdp1(adapted("hra", orthogonality_weight=0.1))
     model(**batch(rank)).loss.backward()
     with pytest.raises(HalotuneError, match="holds a part of its weight"):
         model.module.merge_adapter()
+    with pytest.raises(HalotuneError, match="Shard the model with FSDP2"):
+        model.module.penalty()
 
 
 def pefts_policy(rank: int) -> None:

@@ -7,6 +7,7 @@ style: column- and row-parallel, packed, with a gathered output, with an input t
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import traceback
 import warnings
@@ -194,13 +195,20 @@ def blocks_that_a_border_between_rows_cuts_through() -> None:
 
 @case
 def blocks_that_a_border_between_columns_cuts_through_are_refused() -> None:
-    for config in (BoneConfig(r=14, init_weights="bat"), OFTConfig(oft_block_size=14)):
+    bounds = {2: [0, 7, 14], 4: [0, 4, 8, 12, 14]}[dist.get_world_size()]
+    here = ":".join(str(b) for b in bounds[dist.get_rank() :][:2])
+    for kind, config in (("Bat", BoneConfig(r=14, init_weights="bat")), ("OFT", OFTConfig(oft_block_size=14))):
         config.target_modules = ["split"]
+        message = (
+            rf"^split: each process holds some columns .* weight \(14, 14\), here {here}, .* 14 of {kind}\. .*rank_pattern"
+        )
         model = parallel(uneven=True)
         before = dict(model.named_modules())
-        with pytest.raises(HalotuneError, match=r"split: each process holds some columns .* a block of 14 of .*rank_pattern"):
-            get_peft_model(model, config)
+        with pytest.raises(HalotuneError, match=message):
+            get_peft_model(model, copy.deepcopy(config))
         assert dict(model.named_modules()) == before
+        config.rank_pattern = {"split": math.gcd(*bounds)}  # what the message asks for
+        agree(*pair(config, uneven=True))
 
 
 @case

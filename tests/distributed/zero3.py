@@ -1,4 +1,4 @@
-"""ZeRO-3 through accelerate, on two processes of the CPU; run by hand, since DeepSpeed builds an operation of its own first:
+"""ZeRO-3 through accelerate, on two processes of the CPU; `test_zero3.py` launches it for every method:
 
 DS_ACCELERATOR=cpu ACCELERATE_USE_DEEPSPEED=true torchrun --nproc-per-node 2 -m tests.distributed.zero3 METHOD
 """
@@ -36,7 +36,8 @@ ZERO3 = {
 def case(accelerator: Any, method: str, folder: Path) -> None:
     from accelerate.utils import DummyOptim
 
-    rank, one, given = dist.get_rank(), adapted(method), adapted(method)
+    options = {"orthogonality_weight": 0.1} if method == "hra" else {}
+    rank, one, given = dist.get_rank(), adapted(method), adapted(method, **options)
     expected = steps(adapted(method), lambda step: [batch(r + step) for r in range(2)])
     model, optimizer = accelerator.prepare(given, DummyOptim(trained(given).values(), lr=0.01))
     inner = accelerator.unwrap_model(model)
@@ -61,6 +62,9 @@ def case(accelerator: Any, method: str, folder: Path) -> None:
             same(found[key], t, what=f"exported: {key}")
     with pytest.raises(HalotuneError, match="holds a part of its weight"):
         inner.merge_adapter()
+    if method == "hra":
+        with pytest.raises(HalotuneError, match="Shard the model with FSDP2"):
+            inner.penalty()
     for step, (losses, _, _) in enumerate(expected):
         loss = model(**batch(rank + step)).loss
         same(loss, losses[rank], what=f"step {step}: the loss")

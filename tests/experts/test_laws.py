@@ -148,7 +148,11 @@ def test_a_penalty_is_the_sum_over_experts(shared):
     model = halotune.get_peft_model(block(), config)
     shake(model)
     layers = [m for n, m in model.named_modules() if n.endswith("experts.gate_up_proj") or n.endswith("experts.down_proj")]
-    due = sum(a.penalty() for layer in layers for a in (list(layer.adapters["default"].each())[: 1 if shared else None]))
+    due = sum(
+        a.penalty(*a.parameters())
+        for layer in layers
+        for a in (list(layer.adapters["default"].each())[: 1 if shared else None])
+    )
     assert model.penalty().item() == pytest.approx(due.item(), rel=1e-12)
     model.penalty().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

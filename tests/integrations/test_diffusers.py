@@ -240,8 +240,8 @@ def test_training(pipe: Any, method: str, checkpointing: bool):
 def test_the_penalty(pipe: Any):
     config = HRAConfig(r=4, orthogonality_weight=0.1)
     adapters = add(pipe, unet=config, text_encoder=config)
-    parts = [layer.adapters["dog"].penalty() for m in (pipe.unet, pipe.text_encoder) for layer in adapted_layers(m).values()]
-    torch.testing.assert_close(adapters.penalty(), sum(parts))
+    parts = [layer.adapters["dog"] for m in (pipe.unet, pipe.text_encoder) for layer in adapted_layers(m).values()]
+    torch.testing.assert_close(adapters.penalty(), sum(a.penalty(*a.parameters()) for a in parts))
     adapters.unload()
     assert adapters.penalty() == 0.0
 

@@ -59,7 +59,7 @@ def run(name: str, fields: dict[str, Any], stop: int | None = None) -> Any:
         RunTrainerMixin.train_run, answers._generate = train_run, generate
     try:
         if name == "predict_nlu":
-            from halotune.recipes.nlu import Prediction, predict_nlu
+            from halotune.recipes import Prediction, predict_nlu
 
             return str(predict_nlu(Prediction(**fields)))
         return getattr(recipes, name)(getattr(recipes, CONFIGS[name])(**fields))

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from halotune import BoneConfig, HalotuneError, HRAConfig, LoraConfig
-from halotune.recipes import NLUConfig
+from halotune.recipes import MathConfig, NLUConfig, NLUEvaluation
 from halotune.recipes.common.commandline import parse
 from halotune.recipes.common.config import as_yaml, plain
 
@@ -62,14 +62,23 @@ def test_flags_win_over_files_wherever_they_stand_and_later_files_over_earlier_o
     "flags, said",
     [
         (["--tsk", "cola"], "there is no option --tsk. Did you mean --task?"),
+        ([*NEEDED, "--lr", "1e-3"], "there is no option --lr. Did you mean --learning-rate?"),
+        ([*NEEDED, "--batch_siz", "8"], "there is no option --batch-siz. Did you mean --batch-size?"),
         (["--task", "cola"], "needed, and not given: --model"),
-        ([*NEEDED, "--apply_GS", "--method", "lora"], "--apply_GS is an option of hra"),
+        ([*NEEDED, "--apply-GS", "--method", "lora"], "--apply-GS is an option of hra"),
         ([*NEEDED, "--adapter.rr", "4"], "there is no option --adapter.rr. Did you mean --adapter.r?"),
         ([*NEEDED, "--seed", "u"], "--seed: expected int; got u"),
         ([*NEEDED, "--seed", "-1"], "seed: must be from 0 to below 2³²; got -1"),
         ([*NEEDED, "--quant", "nf5"], "--quant: expected one of 'nf4', 'int8'; got nf5"),
         ([*NEEDED, "--method", "hrra"], "there is no method 'hrra'. Did you mean hra?"),
         ([*NEEDED, "--epochs", "0"], "epochs: must be above 0"),
+        ([*NEEDED, "--learning-rate", "1e400"], "learning_rate: must be above 0, and finite; got inf"),
+        ([*NEEDED, "--schedule", "linaer"], "there is no schedule 'linaer'. Did you mean linear?"),
+        ([*NEEDED, "--train-rows", "0"], "train_rows: must be at least 1; got 0"),
+        ([*NEEDED, "--max-length", "0"], "max_length: must be at least 4; got 0"),
+        ([*NEEDED, "--regression"], "regression: is of your own tables; cola has its own; got True"),
+        ([*NEEDED, "--evaluation", "dev.csv"], "evaluation: is of your own tables"),
+        ([*NEEDED, "--adapter", "eight"], "--adapter: expected a YAML file with fields of the method's configuration"),
         (["--model", "m", "--task", "csv"], "csv needs a file"),
         ([*NEEDED, "--preset", "paper", "--method", "lora"], "preset: lora has none"),
         ([*NEEDED, "--config", "no-such.yaml"], "--config no-such.yaml: cannot be read as YAML"),
@@ -92,9 +101,34 @@ def test_a_key_of_a_file_is_checked_like_a_flag(tmp_path):
         parse(NLUConfig, ["--config", str(file)])
 
 
+def test_what_stands_without_a_flag_is_missed_by_its_name():
+    with pytest.raises(HalotuneError, match=r"needed, and not given: RUN\."):
+        parse(NLUEvaluation, [])
+
+
+@pytest.mark.parametrize("value", ["query,key", "query, key", "[query,key]"])
+def test_names_of_modules_are_a_list_and_patterns_stay_patterns(value):
+    """A text that is no list is a regular expression, which `query,key` is never meant to be."""
+    assert parse(NLUConfig, [*NEEDED, "--target-modules", value]).adapter.target_modules == {"query", "key"}
+    assert parse(NLUConfig, [*NEEDED, f"--adapter.target_modules={value}"]).adapter.target_modules == {"query", "key"}
+    assert parse(NLUConfig, [*NEEDED, "--target-modules", "query"]).adapter.target_modules == {"query"}
+    for kept in ("all-linear", r".*(query|key)"):
+        assert parse(NLUConfig, [*NEEDED, "--target-modules", kept]).adapter.target_modules == kept
+
+
 def test_python_says_the_same():
     with pytest.raises(HalotuneError, match=r"adapter.rank: HRAConfig has no such field"):
         NLUConfig(model="m", task="cola", adapter={"rank": 8})
+    for field, value, near in (
+        ("precision", "fp61", "fp16"),
+        ("quant", "nf5", "nf4"),
+        ("task", "colla", "cola"),
+        ("preset", "papr", "paper"),
+    ):
+        with pytest.raises(HalotuneError, match=rf"^{field}: there is no '{value}'\. Did you mean {near}\?"):
+            NLUConfig(**{"model": "m", "task": "cola", field: value})
+    with pytest.raises(HalotuneError, match=r"which: there is no 'lest'"):
+        NLUEvaluation("run", which="lest")
     with pytest.raises(HalotuneError, match=r"method: got 'hra', but adapter is a LoraConfig"):
         NLUConfig(model="m", task="cola", method="hra", adapter=LoraConfig())
 
@@ -106,3 +140,21 @@ def test_presets_are_the_papers_and_flags_win():
     assert (weighted.learning_rate, weighted.epochs) == (2e-3, 12)
     code = NLUConfig(model="m", task="stsb", preset="paper-code", epochs=1.0)
     assert (code.learning_rate, code.epochs, code.freeze_head, code.evaluate_every) == (3e-3, 1.0, True, 100)
+
+
+def test_what_is_given_wins_over_a_preset_even_where_it_is_the_usual_value(tmp_path, capsys):
+    flags = ["--model", "m", "--data", "d.jsonl", "--preset", "paper"]
+    given = ["--r", "8", "--batch-size", "16", "--precision", "fp32", "--packing", "true", "--schedule", "linear"]
+    paper, own = parse(MathConfig, flags), parse(MathConfig, [*flags, *given])
+    assert (paper.adapter.r, paper.batch_size, paper.precision, paper.packing, paper.schedule) == (
+        (32, 32, "bf16", False, "cosine")
+    )
+    assert (own.adapter.r, own.batch_size, own.precision, own.packing, own.schedule) == (8, 16, "fp32", True, "linear")
+    assert own.adapter.orthogonality_weight == 1e-4 and own.learning_rate == 3e-5
+    python = {"model": "m", "data": "d.jsonl", "preset": "paper"}
+    assert MathConfig(**python, adapter={"r": 8}).adapter == own.adapter
+    assert MathConfig(**python, adapter=HRAConfig(r=8)).adapter == HRAConfig(r=8)  # a whole configuration
+    with pytest.raises(SystemExit):
+        parse(MathConfig, [*flags, "--r", "8", "--print-config"])
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert parse(MathConfig, ["--config", str(tmp_path / "run.yaml")]) == parse(MathConfig, [*flags, "--r", "8"])

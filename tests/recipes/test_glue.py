@@ -148,6 +148,16 @@ def test_a_broken_row_is_named_or_skipped(name, line, said, tmp_path):
     assert data.train[0] == FIRST[name] and len(data.skipped) == 1 and said in data.skipped[0]
 
 
+def test_texts_may_be_empty_in_pairs_and_in_test_sets(tmp_path):
+    """Two rows of QQP's training file have an empty second question; of a test set every row is to be answered."""
+    with (write(tmp_path, "qqp") / "train.tsv").open("a") as f:
+        f.write("7\t8\t9\tHow can I create an Android app?\t\t0\n")
+    assert load_glue(TASKS["qqp"], str(tmp_path), skip=False).train[1]["b"] == ""
+    (write(tmp_path / "SST-2", "sst2") / "test.tsv").write_text("index\tsentence\n0\t\n1\tfine\n")
+    rows, bad = file_split(TASKS["sst2"], tmp_path, "test", None, labelled=False)
+    assert rows == [{"a": ""}, {"a": "fine"}] and not bad
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(HalotuneError, match=r"holds no file of SST-2, neither itself nor in SST-2/"):
         load_glue(TASKS["sst2"], str(tmp_path), skip=False)

@@ -149,8 +149,16 @@ def test_nothing_that_a_model_writes_stops_the_grader(suite):
     assert time.perf_counter() - start < 60
     assert grades[-1] == Grade({"strict": True, "paper": True}, "18")
     assert len(grades) == len(answers) and not any(g.right["strict"] for g in grades[:-1])
-    failed = [g.failed for g in grades if g.failed]
+    failed = " ".join(g.failed for g in grades if g.failed)
     assert ("took more than 3 s" in failed) == (suite == "math")
+
+
+def test_a_rule_that_hangs_takes_no_other_with_it(monkeypatch):
+    """Simplifying what the paper's rule makes of an answer may take hours; what math-verify says of it stands."""
+    answer = "\\boxed{18}\nThe answer is: \\prod_{k=1}^{10^9} \\sin(k)"
+    [grade] = grade_all([Task("math", answer, BOX % "18")], workers=1, seconds=2)
+    assert grade.right == {"strict": True, "paper": False} and grade.final == "18"
+    assert grade.failed == "paper: took more than 2 s"
 
 
 def test_a_process_that_dies_is_an_answer_that_fails(monkeypatch):

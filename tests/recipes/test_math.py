@@ -96,6 +96,7 @@ def test_answers_are_kept_and_graded(place: Path, whole: Path, capsys: pytest.Ca
     lines = read_lines(folder / "answers.jsonl")
     assert sorted(line["id"] for line in lines) == list(range(10)) and scores["strict"]["of"] == 10
     assert read_run(whole)["results"]["gsm8k"]["strict"] == scores["strict"]["accuracy"]
+    assert "gsm8k strict" in (whole / "index.html").read_text()
     text = (folder / "answers.jsonl").read_text().splitlines(keepends=True)
     (folder / "answers.jsonl").write_text("".join(text[:5]) + text[5][:20])  # as a killed process leaves it
     assert len(Answers(folder / "answers.jsonl").found) == 5
@@ -196,6 +197,29 @@ def test_presets_are_the_papers_and_flags_win() -> None:
 def test_rates_are_a_language_models() -> None:
     assert MathConfig(model="m", data="d").learning_rate == pytest.approx(1e-3)  # HRA's own is 1e-2
     assert MathConfig(model="m", data="d", learning_rate=0.5).learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("limit", 0), ("limit", -1), ("workers", 0), ("seconds", 0.0), ("top_p", 3.0), ("top_p", 0.0), ("temperature", -1.0)],
+)
+def test_numbers_without_a_meaning_are_refused(field: str, value: float) -> None:
+    with pytest.raises(HalotuneError, match=rf"^{field}: must .*; got {value}\. Use "):
+        MathEvaluation(suite="gsm8k", model="m", **{field: value})
+
+
+def test_vllm_that_is_not_there_is_an_error(place: Path, whole: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(HalotuneError, match=r"vllm cannot be imported .* or use --backend transformers"):
+        evaluate_math(evaluation(place, whole, backend="vllm", output=str(tmp_path / "out")))
+    # What was asked for in vain binds no one.
+    assert evaluate_math(evaluation(place, whole, limit=1, max_new_tokens=2, output=str(tmp_path / "out")))["problems"] == 1
+
+
+def test_answers_of_another_kind_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    with pytest.raises(HalotuneError, match=r"rows.jsonl: expected lines with id and answer"):
+        evaluate_math(MathEvaluation(suite="gsm8k", answers=str(tmp_path / "rows.jsonl")))
 
 
 def test_contradictions_are_refused() -> None:

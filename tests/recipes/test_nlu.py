@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,9 @@ from safetensors.torch import load_file
 
 from halotune import HalotuneError
 from halotune.cli.main import main
-from halotune.recipes import NLUConfig, NLUEvaluation, evaluate_nlu, train_nlu
+from halotune.recipes import NLUConfig, NLUEvaluation, Prediction, evaluate_nlu, predict_nlu, train_nlu
 from halotune.recipes.common.run import read_run
 from halotune.recipes.glue.tasks import TASKS
-from halotune.recipes.nlu import Prediction, predict_nlu
 
 from .conftest import BAD, GOOD, NOUNS, sentence, write_table
 
@@ -128,7 +129,7 @@ def test_a_table_of_pairs_and_its_broken_rows(encoder, tmp_path, capsys):
         ("text,label\na,nan\n", {"regression": True}, "expected a finite number; found 'nan'"),
         ("text,label\n", {}, "no row can be used"),
         ("text,label\na,x\n", {"evaluation": 2.0}, "evaluation: 2 of 1 rows leaves nothing"),
-        ("text,label\na,x\nb,y\n", {"evaluation": "other.csv"}, "class 'z' of the evaluation rows is not among"),
+        ("text,label\na,x\nb,y\n", {"evaluation": "other.csv"}, "other.csv: class 'z' is none of rows.csv's (x, y)"),
         ("text,label\na,x\n", {"evaluation": "none.csv"}, "none.csv: there is no such file"),
     ],
 )
@@ -139,6 +140,30 @@ def test_tables_that_cannot_be_used(encoder, tmp_path, monkeypatch, text, own, s
     with pytest.raises(HalotuneError) as e:
         train_nlu(configure(encoder, tmp_path / "run", task="csv", data="rows.csv", **own))
     assert said in str(e.value)
+
+
+def test_what_a_base_lacks_is_said_and_that_its_head_is_new_is_not(encoder, table, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    train_nlu(configure(encoder, tmp_path / "usual", task="csv", data=str(table), evaluation=0.2, max_steps=1))
+    assert "MISSING" not in (said := capsys.readouterr().err) and " lacks " not in said
+    shutil.copytree(encoder, base := tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    del weights["encoder.layer.1.output.dense.weight"]
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    train_nlu(configure(base, tmp_path / "run", task="csv", data=str(table), evaluation=0.2, max_steps=1))
+    assert "lacks 1 weights such as bert.encoder.layer.1.output.dense.weight" in capsys.readouterr().err
+
+
+def test_a_class_of_few_rows_may_be_held_out(tmp_path):
+    """All of the one row's class is held out: it is a class of the table all the same."""
+    from halotune.recipes.nlu_data import Columns, load_table
+
+    file = tmp_path / "rows.csv"
+    for rare in range(16):
+        file.write_text("text,label\n" + "".join(f"a,{'z' if i == rare else 'xy'[i % 2]}\n" for i in range(16)))
+        data = load_table(Columns("text", None, "label"), str(file), 0.5, False, False)
+        assert data.task.labels == ("x", "y", "z")
 
 
 def test_a_sample_is_the_same_for_all_seeds(table):
@@ -208,7 +233,13 @@ def test_the_commands_explain_themselves(capsys):
     with pytest.raises(SystemExit) as e:
         main(["train", "nlu", "--help"])
     out = capsys.readouterr().out
-    assert e.value.code == 0 and "--dry-run" in out and "--adapter.r" in out and "--freeze_head" in out
+    assert (
+        e.value.code == 0
+        and "--dry-run" in out
+        and "--adapter.r" in out
+        and "--freeze-head" in out
+        and not re.search(r"--[\w.-]+_", out)
+    )
 
 
 def test_a_file_of_its_own_to_evaluate_on(encoder, table, tmp_path):

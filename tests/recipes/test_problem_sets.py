@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from halotune.cli.main import main
 from halotune.core.errors import HalotuneError
 from halotune.recipes.language.problems import as_metamath, read_problems
 from halotune.recipes.problem_sets import gsm8k, math, metamath
@@ -74,12 +75,37 @@ def test_what_the_user_has(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text('{"query": "1+1?", "response": "2"}\n{"query": "1+1?"}\n')
     with pytest.raises(HalotuneError, match=r"mine.jsonl, line 2: has no column 'response'"):
         metamath.get(tmp_path / "metamath", metamath.PARTS, tmp_path / "mine.jsonl")
+    assert [f.name for f in gsm8k.get(tmp_path / "one", ("train", "test"), tmp_path / "own" / "train.jsonl")] == ["train.jsonl"]
+    with pytest.raises(HalotuneError, match=r"mine\.jsonl: holds neither"):  # nor is what lies beside a file looked through
+        gsm8k.get(tmp_path / "none", ("train", "test"), tmp_path / "mine.jsonl")
     (tmp_path / "empty").mkdir()
     for module in (gsm8k, math, metamath):
         with pytest.raises(HalotuneError, match="holds n"):
             module.get(tmp_path / "none", module.PARTS, tmp_path / "empty")
         with pytest.raises(HalotuneError, match="there is no such file or folder"):
             module.get(tmp_path / "none", module.PARTS, tmp_path / "nowhere")
+
+
+def test_bad_rows_are_left_out_counted_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"query": "1+1?", "response": "2"}\n{"query": "1+1?"}\n')
+    command = ["data", "metamath", str(tmp_path / "metamath"), "--from", str(file)]
+    assert main(command) == 2
+    assert "mine.jsonl, line 2: has no column 'response'" in capsys.readouterr().err
+    assert main([*command, "--skip-bad-rows"]) == 0
+    said = capsys.readouterr()
+    assert "mine.jsonl: 1 rows were left out:\n" in said.err and "line 2: has no column 'response'" in said.err
+    assert [json.loads(line)["response"] for line in Path(said.out.strip()).read_text().splitlines()] == ["2"]
+    assert main(["data", "vader", str(tmp_path / "vader"), "--skip-bad-rows"]) == 2
+    assert "--skip-bad-rows is for rows that are taken with --from, of metamath, gsm8k, math" in capsys.readouterr().err
+
+
+def test_a_remedy_is_one_that_there_is(tmp_path: Path) -> None:
+    """Evaluating leaves no problem out, so its error proposes no such flag."""
+    (tmp_path / "test.jsonl").write_text('{"question": "1+1?"}\n')
+    with pytest.raises(HalotuneError) as e:
+        read_problems("gsm8k", str(tmp_path / "test.jsonl"))
+    assert str(e.value).endswith("Correct the row.")
 
 
 def test_rows_in_metamaths_schema() -> None:

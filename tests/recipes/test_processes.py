@@ -67,6 +67,11 @@ def sft(place: Path, output: Path, **also: Any) -> dict[str, Any]:
     return {**data, **sizes, "adapter": {"r": 4}, "output": str(output), **also}
 
 
+def math(place: Path, output: Path) -> dict[str, Any]:
+    """The same rows, with HRA's penalty."""
+    return sft(place, output, template="alpaca", max_length=256, adapter={"r": 4, "orthogonality_weight": 0.05})
+
+
 def answering(adapter: Path, place: Path, output: Path) -> dict[str, Any]:
     """Seven problems, two at once."""
     own = {"suite": "gsm8k", "adapter": str(adapter), "data": str(place / "test.jsonl"), "output": str(output)}
@@ -126,6 +131,7 @@ def alone(place, encoder, table) -> Path:
     folder = place / "alone"
     run("train_nlu", nlu(encoder, table, folder / "nlu"))
     run("train_sft", sft(place, folder / "sft"))
+    run("train_math", math(place, folder / "math"))
     run("evaluate_math", answering(folder / "sft", place, folder / "answers"))
     return folder
 
@@ -144,6 +150,7 @@ def test_two_processes_give_the_numbers_of_one(place, alone, encoder, table, tmp
             ["predict_nlu", {**predict, "output": str(tmp_path / "two.csv")}],
             ["train_sft", sft(place, tmp_path / "sft"), 3],
             ["train_sft", sft(place, tmp_path / "sft-whole")],
+            ["train_math", math(place, tmp_path / "math")],
             ["evaluate_math", answering(alone / "sft", place, tmp_path / "answers")],
             ["evaluate_harness", {**harness, "output": str(tmp_path / "harness")}],
             ["evaluate_math", answering(alone / "sft", place, tmp_path / "stopped"), 1],
@@ -163,6 +170,10 @@ def test_two_processes_give_the_numbers_of_one(place, alone, encoder, table, tmp
     assert record["status"] == "finished" and record["hardware"]["processes"] == 1
     assert_same(tmp_path / "sft", alone / "sft")
 
+    # mathematics
+    assert_same(tmp_path / "math", alone / "math")
+    assert all("penalty" in line for line in read_lines(tmp_path / "math" / "metrics.jsonl") if "loss" in line)
+
     # answers
     assert len(list((tmp_path / "stopped").glob("answers*.jsonl"))) == 2  # each process has kept its own
     run("evaluate_math", answering(alone / "sft", place, tmp_path / "stopped"))
@@ -171,11 +182,11 @@ def test_two_processes_give_the_numbers_of_one(place, alone, encoder, table, tmp
     for folder in (tmp_path / "answers", tmp_path / "stopped"):
         assert read_lines(folder / "answers.jsonl") == wanted and len(list(folder.glob("answers*"))) == 1
     scores = json.loads((alone / "answers" / "scores.json").read_text())
-    assert found[5]["strict"] == scores["strict"] and found[5]["paper"] == scores["paper"]
+    assert found[6]["strict"] == scores["strict"] and found[6]["paper"] == scores["paper"]
 
     # lm-eval's tasks
     own = run("evaluate_harness", {**harness, "output": str(tmp_path / "harness-alone")})
-    assert found[6]["sums"]["perplexity,none"] == pytest.approx(own["sums"]["perplexity,none"], rel=1e-5)
+    assert found[7]["sums"]["perplexity,none"] == pytest.approx(own["sums"]["perplexity,none"], rel=1e-5)
     (samples,) = (tmp_path / "harness").rglob("samples_*.jsonl")
     assert [line["doc_id"] for line in read_lines(samples)] == list(range(7))
 

@@ -188,6 +188,18 @@ def test_a_folder_that_is_no_run_is_refused(encoder, table, tmp_path):
         train_nlu(configure(encoder, table, tmp_path))
 
 
+def test_a_kill_before_the_first_step_leaves_nothing_in_the_way(encoder, table, tmp_path):
+    """The Trainer makes the folder of checkpoints before there is a run.json; a file may have been half written."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / ".run.json.x.tmp").write_text("{")
+    assert train_nlu(configure(encoder, table, tmp_path, max_steps=1))["status"] == FINISHED
+    assert not list(tmp_path.glob(".*.tmp"))
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(HalotuneError, match=r"holds .* and no run.json"):  # these checkpoints are somebody's
+        train_nlu(configure(encoder, table, tmp_path, max_steps=1))
+
+
 def test_a_run_has_one_writer(encoder, table, tmp_path):
     config = configure(encoder, table, tmp_path / "run")
     with Run(config).open(), pytest.raises(HalotuneError, match="another process writes into it"), Run(config).open():
@@ -196,7 +208,7 @@ def test_a_run_has_one_writer(encoder, table, tmp_path):
         pass  # it is given back
 
 
-def test_how_a_run_ended_is_written_down(encoder, table, tmp_path):
+def test_how_a_run_ended_is_written_down(encoder, table, tmp_path, capsys):
     config = configure(encoder, table, tmp_path / "run")
     with pytest.raises(ZeroDivisionError), Run(config).open():
         1 / 0  # noqa: B018
@@ -205,6 +217,7 @@ def test_how_a_run_ended_is_written_down(encoder, table, tmp_path):
     with pytest.raises(KeyboardInterrupt), Run(config).open():
         os.kill(os.getpid(), signal.SIGTERM)
     assert read_run(tmp_path / "run")["status"] == INTERRUPTED
+    assert "interrupted; the same command goes on after step 0" in capsys.readouterr().err
 
 
 def test_a_line_that_was_not_finished_is_left_out(encoder, table, tmp_path):
@@ -220,10 +233,10 @@ def test_a_line_that_was_not_finished_is_left_out(encoder, table, tmp_path):
 
 
 def test_a_dry_run_shows_a_batch_and_its_cost_and_writes_nothing(encoder, table, tmp_path, capsys):
-    train_nlu(configure(encoder, table, tmp_path / "run"), dry_run=True)
+    train_nlu(configure(encoder, table, tmp_path / "runs" / "run"), dry_run=True)
     out = capsys.readouterr().out
     assert out.count("→ positive") + out.count("→ negative") == 8
-    assert "trained parameters: " in out and "two steps: " in out and f"would be written to {tmp_path / 'run'}" in out
+    assert "trained parameters: " in out and "two steps: " in out and f"would be written to {tmp_path / 'runs' / 'run'}" in out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -21,7 +21,7 @@ from halotune.core.errors import HalotuneError  # noqa: E402
 from halotune.integrations.trl import AdapterSFTTrainer  # noqa: E402
 from halotune.recipes import SFTConfig, train_sft  # noqa: E402
 from halotune.recipes.common.run import read_lines  # noqa: E402
-from halotune.recipes.sft import compile_blocks  # noqa: E402
+from halotune.recipes.sft import compile_blocks, read_data  # noqa: E402
 
 from .problems import base_folder, problem, sft_arguments, tiny_llama, tokenizer  # noqa: E402
 
@@ -175,6 +175,16 @@ def test_a_dry_run_shows_what_counts_and_writes_nothing(base: Path, tmp_path: Pa
     text = capsys.readouterr().out
     assert "How many" in text and "in all?\n⟦" in text and "</s>⟧" in text and "trained parameters: " in text
     assert not (tmp_path / "run").exists()
+
+
+def test_the_rows_held_out_are_the_same_for_all_seeds(tmp_path: Path) -> None:
+    """So that deviations over seeds are those of training, not of the questions."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"say {n}", "response": str(n)}) + "\n" for n in range(20)))
+    found = [read_data(SFTConfig(model="m", data=str(file), evaluation=0.25, seed=seed)) for seed in (0, 1)]
+    assert found[0] == found[1] and [len(rows) for rows in found[0]] == [15, 5, 0]
+    with pytest.raises(HalotuneError, match=r"evaluation: 0\.9 of 1 rows leaves nothing to learn from"):
+        read_data(SFTConfig(model="m", data=str(file), evaluation=0.9, max_rows=1))
 
 
 def test_bad_rows_are_listed(base: Path, tmp_path: Path, capsys) -> None:

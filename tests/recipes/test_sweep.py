@@ -45,6 +45,10 @@ def test_mean_and_deviation_are_over_the_seeds(tmp_path):
     assert rows[0]["results"]["last.accuracy"] == {"mean": pytest.approx(0.7), "deviation": pytest.approx(0.2), "n": 3}
     assert rows[1]["results"]["last.accuracy"] == {"mean": 0.4, "deviation": None, "n": 1}
     assert "0.7000 ± 0.2000" in table(rows)
+    many = [{**row, "results": {f"result {i}": row["results"]["last.accuracy"] for i in range(20)}} for row in rows]
+    head, _, *lines = table(many).split("\n")  # no terminal is so wide: a line for each result
+    assert head.split() == ["learning_rate", "1e-3", "3e-3"] and len(lines) == 20
+    assert lines[0].split("  ")[0].strip() == "result 0" and lines[0].endswith("0.4000")
 
 
 @pytest.fixture
@@ -90,3 +94,16 @@ def test_all_runs_are_checked_before_the_first_starts(flags, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(HalotuneError, match="--sweep starts its runs itself"):
         sweep(NLUConfig, flags, ["seed=0,1"])
+
+
+def test_a_dry_run_of_a_sweep_lists_its_runs_shows_the_first_and_starts_none(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweeping, "_train", lambda *_: pytest.fail("a run was started"))
+    assert main(["train", "nlu", *flags, "--sweep", "seed=0,1", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path / 'sweep'}: 2 runs" in out and "  seed=1\n" in out and "two steps: " in out
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_runs_side_by_side_are_those_of_a_sweep(flags, capsys):
+    assert main(["train", "nlu", *flags, "--parallel", "2"]) == 2
+    assert "--parallel belongs to --sweep" in capsys.readouterr().err

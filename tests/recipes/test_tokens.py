@@ -167,6 +167,15 @@ def test_bad_rows_are_named_or_left_out(tmp_path: Path):
     assert "'response'; found 3" in bad[1] and "the columns are a:" in bad[2]
 
 
+def test_a_data_set_of_the_hub_may_have_a_full_stop_in_its_name(monkeypatch):
+    from halotune.recipes.language import rows
+
+    asked: list[str] = []
+    monkeypatch.setattr(rows, "_from_hub", lambda source: asked.append(source) or [])
+    names = ["teknium/OpenHermes-2.5", "user/data-1.0:test", "user/data"]
+    assert [list(rows.find_rows(name)) for name in names] == [[], [], []] and asked == names
+
+
 @pytest.mark.parametrize("name", ["rows.txt", "rows.jsonl", "./x", "rows"])
 def test_what_is_no_file(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

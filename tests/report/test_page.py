@@ -105,6 +105,22 @@ def test_what_all_runs_share_is_said_once(sweep: Path) -> None:
     assert page.text.count("MiniLM's weights in DeBERTa-v2's shape") == 1  # the substitute
 
 
+def test_runs_of_other_labels_are_other_rows(tmp_path: Path) -> None:
+    """As of another library, whose configuration is the same."""
+    for label in "LoHa seed 1", "LoHa seed 2", "peft LoHa seed 1", None:
+        for seed in 1, 2:
+            config = {"seed": seed, "label": label, "adapter": {"r": 8}}
+            write_run(tmp_path / f"{label}-{seed}", seed=seed, steps=10, label=label or "r8", config=config)
+    found = rows([read_run(folder) for folder in sorted(tmp_path.iterdir())])
+    assert sorted((row.label, len(row.runs)) for row in found) == [("LoHa", 4), ("peft LoHa", 2), ("r8", 2)]
+
+
+def test_a_setting_that_one_version_does_not_have_names_no_row(tmp_path: Path) -> None:
+    for i, own in enumerate(({"rate": 1}, {"rate": 2, "newer": False})):
+        write_run(tmp_path / str(i), steps=10, label="HRA", config=own)
+    assert [row["name"] for row in page_of(tmp_path).data["rows"]] == ["HRA, rate 1", "HRA, rate 2"]
+
+
 def test_another_rate_is_another_row_named_apart(tmp_path: Path) -> None:
     for i, rate in enumerate((1e-3, 1e-3, 3e-3)):
         config = {"learning_rate": rate, "seed": i, "output": f"runs/{i}", "adapter": {"r": 8}}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import HalotuneError
-from ..recipes import DATASETS, dataset
+from ..recipes import CHECKED, DATASETS, dataset
 
 if TYPE_CHECKING:
     from .main import Commands
@@ -23,6 +23,11 @@ def add(commands: Commands) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="where it goes")
     parser.add_argument("--only", metavar="PART[,PART]", help="these parts of it alone, such as cola,mrpc (default: all)")
     parser.add_argument("--from", dest="given", type=Path, metavar="FILE", help="take it from this archive, file or folder")
+    parser.add_argument(
+        "--skip-bad-rows",
+        action="store_true",
+        help=f"leave out, count and list rows of --from that are broken ({', '.join(CHECKED)})",
+    )
     parser.set_defaults(run=run, prog=parser.prog)
 
 
@@ -32,6 +37,12 @@ def run(args: argparse.Namespace) -> int:
     for part in parts:
         if part not in module.PARTS:
             raise HalotuneError(f"--only: {args.name} has no part {part!r}. It has {', '.join(module.PARTS)}.")
-    for path in module.get(args.folder, parts, args.given):
+    if args.skip_bad_rows and (args.name not in CHECKED or args.given is None):
+        raise HalotuneError(
+            f"--skip-bad-rows is for rows that are taken with --from, of {', '.join(CHECKED)}. Leave it out here; halotune "
+            "train has it, too."
+        )
+    checked = {"skip_bad_rows": args.skip_bad_rows} if args.name in CHECKED else {}
+    for path in module.get(args.folder, parts, args.given, **checked):
         print(path)
     return 0

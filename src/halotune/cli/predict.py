@@ -30,10 +30,11 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     recipe = RECIPES["nlu"]
     require(recipe.extra, recipe.packages)
-    fields = ("data", "output", "which", "batch_size", "device", "skip_bad_rows")
-    config = recipe.part("Prediction")(args.run_folder, **{name: getattr(args, name) for name in fields})
-    file = recipe.part("predict_nlu")(config)
+    from ..recipes import Prediction, predict_nlu
     from ..recipes.common import processes
+
+    fields = ("data", "output", "which", "batch_size", "device", "skip_bad_rows")
+    file = predict_nlu(Prediction(args.run_folder, **{name: getattr(args, name) for name in fields}))
 
     if processes.first():
         print(file)

@@ -40,10 +40,15 @@ def run(args: argparse.Namespace) -> int:
 
     how, rest = _how(args.arguments, f"halotune train {args.recipe}")
     kind = recipe.part(recipe.config)
+    if how.parallel and not how.sweep:
+        raise HalotuneError("--parallel belongs to --sweep. Leave it out: a single run takes the cores that there are.")
     if how.sweep:
-        from ..recipes.common.sweep import sweep
+        from ..recipes.common.sweep import show, sweep
 
-        sweep(kind, rest, how.sweep, how.parallel)
+        if how.dry_run:
+            recipe.part(recipe.train)(show(kind, rest, how.sweep), dry_run=True)
+        else:
+            sweep(kind, rest, how.sweep, how.parallel or 1)
         return 0
     config = parse(kind, rest, f"halotune train {args.recipe}")
     command = shlex.join(["halotune", *sys.argv[1:]])
@@ -70,7 +75,7 @@ def _how(arguments: list[str], prog: str) -> tuple[argparse.Namespace, list[str]
         help="show the first batch, the cost of two steps and what would be written; write nothing",
     )
     flag("--sweep", nargs="+", metavar="NAME=VALUE,…", help="train every combination, each in its folder; average over seeds")
-    flag("--parallel", type=integer(1), default=1, metavar="N", help="so many runs of a sweep side by side")
+    flag("--parallel", type=integer(1), metavar="N", help="so many runs of a sweep side by side (default: 1)")
     if "--help" in arguments or "-h" in arguments:
         parser.print_help()
         print()

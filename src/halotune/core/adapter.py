@@ -31,6 +31,7 @@ from .prepared import (
     pass_of,
     prepare,
 )
+from .sharded_parameters import let_gather_inside
 from .weight_form import Defined
 from .weight_shard import Axis, Shard
 
@@ -195,9 +196,11 @@ class Adapter(nn.Module, ABC):
         """
         return None
 
-    def penalty(self) -> Tensor | None:
-        """A term to be added to the loss, or None."""
-        return None
+    penalized: bool = False  # whether it has a penalty
+
+    def penalty(self, *parameters: Tensor) -> Tensor:
+        """A term to be added to the loss: of these parameters, in the order of `parameters()`; pure."""
+        raise NotImplementedError
 
     def loading_warning(self) -> str | None:
         """What is wrong with parameters just read from a file though they fit, or None."""
@@ -346,10 +349,10 @@ class Adapted(Operator):
 
     def __call__(self, x: Tensor) -> Tensor:
         adapter = self.adapter
-        run = (
-            adapter if has_hooks(adapter) else adapter.forward
-        )  # ZeRO-3's hooks gather the parameters of a module that is called
-        return run(x, self.inner, self.scale)
+        if not has_hooks(adapter):
+            return adapter.forward(x, self.inner, self.scale)
+        let_gather_inside(adapter)
+        return adapter(x, self.inner, self.scale)  # ZeRO-3's hooks gather the parameters of a module that is called
 
     def weight(self) -> Tensor:
         W = self.inner.weight().to(next(self.adapter.parameters()).device)  # offloaded weights may be elsewhere

@@ -130,7 +130,8 @@ class Base(Operator):
     @property
     def takes_weight(self) -> bool:
         # where processes gather the weight for it, each would, whatever the tokens that it has
-        return not self.opaque and runs_as_written(self.module) and not is_sharded(self.parameter)
+        gathered = is_sharded(self.parameter) or hasattr(self.parameter, "ds_id")
+        return not self.opaque and runs_as_written(self.module) and not gathered
 
     def is_product(self, *, written: bool = True) -> bool:
         """Whether a call is `W x + c` with the weight that is read. Where the class does not say so, a call is tried.

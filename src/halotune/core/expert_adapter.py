@@ -41,6 +41,7 @@ class ExpertAdapter(Adapter):
         vars(self)["one"] = one  # no submodule: its parameters are not among ours
         self.experts, self.shared = experts, shared
         self.dropout, self.scale_free, self.makes_weight = one.dropout, one.scale_free, one.makes_weight  # type: ignore[misc]
+        self.penalized = one.penalized
 
     @classmethod
     def create(cls, shape: WeightShape, config: AdapterConfig) -> Self:
@@ -179,18 +180,8 @@ class ExpertAdapter(Adapter):
                 break
         return None if None in made else cls.stacked(cast("list[Adapter]", made), adapters[0].experts, shared)
 
-    def penalty(self) -> Tensor | None:
-        if self.one.penalty() is None:
-            return None
-        names = [name for name, _ in self.named_parameters()]
-        penalty = _Penalty(self.one)
-
-        def of_one(*parameters: Tensor) -> Tensor:
-            named = {f"one.{name}": p for name, p in zip(names, parameters, strict=True)}
-            return torch.func.functional_call(penalty, named, ())
-
-        tensors = self.tensors()
-        return of_one(*tensors) if self.shared else torch.vmap(of_one)(*tensors).sum()
+    def penalty(self, *parameters: Tensor) -> Tensor:
+        return self.one.penalty(*parameters) if self.shared else torch.vmap(self.one.penalty)(*parameters).sum()
 
     def loading_warning(self) -> str | None:
         if type(self.one).loading_warning is Adapter.loading_warning or next(self.parameters()).is_meta:
@@ -264,15 +255,6 @@ class _Part(ExpertAdapter):
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
         return self.run(x, op, usable(self.factors_now(), x.dtype), scale)
-
-
-class _Penalty(nn.Module):
-    def __init__(self, one: Adapter) -> None:
-        super().__init__()
-        self.one = one
-
-    def forward(self) -> Tensor | None:
-        return self.one.penalty()
 
 
 class _Replicated(torch.autograd.Function):

@@ -25,6 +25,13 @@ def offload_hook(module: nn.Module) -> Any | None:
     return None
 
 
+def at_rest(module: nn.Module, name: str) -> Tensor:
+    """A tensor of the module, from where accelerate keeps it; still of the meta device where nobody has it."""
+    own = getattr(module, name)
+    hook = offload_hook(module) if own.is_meta else None
+    return own if hook is None else hook.weights_map[name]
+
+
 GROUP_OFFLOADING = "group_offloading"  # diffusers' name of its hook
 
 

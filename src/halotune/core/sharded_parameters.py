@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import HalotuneError
+
 
 def is_unit(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on this module: its hooks gather what it runs with."""
@@ -29,6 +31,13 @@ def _is_partitioned(t: Tensor) -> bool:
 def has_partitions(model: nn.Module) -> bool:
     """Whether ZeRO-3 keeps parameters of the model."""
     return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+def let_gather_inside(module: nn.Module) -> None:
+    """Let ZeRO-3 gather for a call of the module what belongs to parts of it too, which are never called themselves."""
+    external = vars(module).get("_external_params")  # by identity; DeepSpeed's `register_external_parameter` fills it
+    if external is not None:
+        external.update((id(p), p) for part in module.children() for p in part.parameters())
 
 
 def whole_size(t: Tensor) -> torch.Size:
@@ -52,6 +61,17 @@ def whole(t: Any) -> Tensor:
     copy = t.detach().clone()
     t.partition()
     return copy
+
+
+def gathered(t: Any) -> Tensor:
+    """As `whole`, but gradients go through: each process gets those of its part."""
+    if getattr(t, "_fsdp_flattened", False) or hasattr(t, "ds_id"):
+        raise HalotuneError(
+            "the parameters of adapters are in parts that only a forward pass gathers (FSDP1, ZeRO-3), so there is no gradient "
+            "of what depends on them alone, as a penalty does. Shard the model with FSDP2, or leave the penalty out "
+            "(orthogonality_weight=0)."
+        )
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 @torch.no_grad()

@@ -170,7 +170,8 @@ class AdaptedModel(Wrapper):
         """
         self._check_known(adapters)
         model = self.get_base_model()
-        config, combined = combine(model, self.peft_config, adapters, weights, combination_type)
+        with whole_adapters(model, "add_weighted_adapter"):
+            config, combined = combine(model, self.peft_config, adapters, weights, combination_type)
         self.tuner.add_adapter(adapter_name, config, low_cpu_mem_usage=True, paths=list(combined))
         for path, layer in adapted_layers(model).items():
             path = public_path(path)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import warn
+from ..core.sharded_parameters import gathered
 from .injection.modules import adapted_layers
 
 
@@ -55,15 +56,18 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def penalty(model: nn.Module) -> Tensor | float:
     """The sum of the active adapters' penalties, to be added to the loss once per optimizer step; 0.0 where none has one.
 
+    Where FSDP2 has sharded the model, every process has to call it: it gathers the parameters.
+
     Args:
         model: a `PeftModel`, or any module with adapters somewhere in it.
     """
     total: Tensor | float = 0.0
     for layer in adapted_layers(model).values():
         for name in layer.active_adapters:
-            term = layer.adapters[name].penalty()  # type: ignore[operator]
-            if term is not None:
+            adapter: Any = layer.adapters[name]
+            if adapter.penalized:
                 layer.penalty_taken = True
+                term = adapter.penalty(*[gathered(p) for p in adapter.parameters()])
                 total = total.to(term.device) + term if isinstance(total, Tensor) else term
     return total
 
@@ -72,7 +76,7 @@ def warn_if_penalty_unused(model: nn.Module) -> None:
     """Warn where active adapters have a penalty that nothing has asked for: in training it would be left out silently."""
     for layer in adapted_layers(model).values():
         adapters = [layer.adapters[name] for name in layer.active_adapters]
-        if not layer.penalty_taken and any(a.penalty() is not None for a in adapters):  # type: ignore[operator]
+        if not layer.penalty_taken and any(a.penalized for a in adapters):
             warn(
                 "the configuration asks for a penalty (orthogonality_weight), but nothing has added it to the loss so far. Add "
                 "model.penalty() once per optimizer step, or train with halotune.integrations.transformers.AdapterTrainer "

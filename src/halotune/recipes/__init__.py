@@ -43,7 +43,8 @@ RECIPES = {
         ("transformers", "accelerate", "datasets", "sklearn", "scipy", "jsonargparse"),
         "NLUConfig",
         "train_nlu",
-        ("NLUEvaluation", "evaluate_nlu"),
+        ("nlu_eval:NLUEvaluation", "nlu_eval:evaluate_nlu"),
+        ("nlu_eval:Prediction", "nlu_eval:predict_nlu"),
     ),
     "subject": Recipe(
         "subject",
@@ -92,6 +93,8 @@ DATASETS = {
     "math": "problem_sets.math",
 }
 
+CHECKED = ("metamath", "gsm8k", "math")  # those whose rows are read there; get() takes skip_bad_rows, too
+
 
 def dataset(name: str) -> Any:
     return import_module(f".{DATASETS[name]}", __name__)
@@ -117,9 +120,11 @@ if TYPE_CHECKING:
     from .math import evaluate_math as evaluate_math
     from .math import train_math as train_math
     from .nlu import NLUConfig as NLUConfig
-    from .nlu import NLUEvaluation as NLUEvaluation
-    from .nlu import evaluate_nlu as evaluate_nlu
     from .nlu import train_nlu as train_nlu
+    from .nlu_eval import NLUEvaluation as NLUEvaluation
+    from .nlu_eval import Prediction as Prediction
+    from .nlu_eval import evaluate_nlu as evaluate_nlu
+    from .nlu_eval import predict_nlu as predict_nlu
     from .sft import SFTConfig as SFTConfig
     from .sft import train_sft as train_sft
     from .subject import SubjectConfig as SubjectConfig

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ..core.errors import HalotuneError, closest
 from .common import processes
+from .common.config import check_choices, require
 from .common.run import said
 from .language.evaluated import Evaluated
 
@@ -48,8 +49,11 @@ class HarnessEvaluation:
     allow_code: bool = False
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.adapter is None and self.model is None:
             raise HalotuneError("needed, and not given: --adapter, or --model alone.")
+        for name in ("limit", "batch_size"):
+            require(self, name, (value := getattr(self, name)) is None or value >= 1, "must be at least 1", "Use 1 or more.")
 
 
 def evaluate_harness(config: HarnessEvaluation) -> dict[str, Any]:

@@ -9,18 +9,19 @@ learned. GSM8K's and MATH's own files are taken too. `eval math` has a model ans
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..core.config import AdapterConfig
 from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..report.record import write_record
 from .common import processes
-from .common.config import resolve_adapter
+from .common.config import check_choices, require
 from .common.run import locked, read_lines, said
 from .grading import stored
 from .grading.scores import accuracy, by, vote
@@ -38,7 +39,6 @@ COMMON = {
     "batch_size": 32,
     "schedule": "cosine",
     "warmup": 0.005,
-    "max_grad_norm": 1.0,
     "max_length": 512,
     "max_rows": 100_000,
     "packing": False,
@@ -69,29 +69,29 @@ class MathConfig(SFTConfig):
 
     Args:
         data: MetaMathQA (meta-math/MetaMathQA, or its file) or GSM8K's and MATH's own files; several with commas between.
-        preset: the settings of the HRA paper, or of its code, wherever yours are the defaults.
+        preset: the settings of the HRA paper, or of its code, for all that is not given.
     """
 
     preset: Literal["paper", "paper-code"] | None = None
     template: str = "alpaca"
-    max_length: int = 512
+    # What presets set is None until it is filled in: what is given wins, be it the usual value.
+    max_length: int | None = None  # type: ignore[assignment]
+    batch_size: int | None = None  # type: ignore[assignment]
+    schedule: str | None = None  # type: ignore[assignment]
+    packing: bool | None = None  # type: ignore[assignment]
+    precision: Literal["fp32", "bf16", "fp16"] | None = None  # type: ignore[assignment]
 
     RECIPE: ClassVar[str] = "math"
 
+    @classmethod
+    def preset_fields(cls, preset: str | None) -> Mapping[str, Any]:
+        return PRESETS[preset][1] if preset in PRESETS else {}
+
     def fill(self) -> None:
-        if self.preset is None:
-            return super().fill()
-        settings, adapter = PRESETS[self.preset]
-        self.require(
-            "preset", hasattr(self.adapter, "orthogonality_weight"), "is for HRA", "Leave it out, or use --method hra."
-        )
-        for name, value in settings.items():
-            if getattr(self, name) in (None, type(self).__dataclass_fields__[name].default):
-                setattr(self, name, value)
-        usual = resolve_adapter(self.method, None, self.TARGETS, self.METHOD)[1]
-        own = {k: v for k, v in adapter.items() if getattr(self.adapter, k) == getattr(usual, k)}
-        assert isinstance(self.adapter, AdapterConfig)  # __post_init__ has seen to it
-        self.adapter = replace(self.adapter, **own)
+        if self.preset:
+            self.require("preset", self.method == "hra", f"is for HRA, not for {self.method}", "Leave it out, or use HRA.")
+            self.fill_in(**PRESETS[self.preset][0])
+        self.fill_in(max_length=512, batch_size=16, schedule="cosine", packing=True, precision="fp32")
         super().fill()
 
     def example(self, values: dict[str, Any]) -> Example:
@@ -161,6 +161,7 @@ class MathEvaluation:
     workers: int | None = None
 
     def __post_init__(self) -> None:
+        check_choices(self)
         paper = self.preset == "paper"
         if self.suffix is None:
             self.suffix = " Let's think step by step." if paper else ""
@@ -170,9 +171,13 @@ class MathEvaluation:
             self.max_new_tokens = {"gsm8k": 512, "math": 1024}[self.suite] * (2 if paper else 1)
         if self.temperature is None:
             self.temperature = 0.0 if self.samples == 1 else 0.7
-        for name in ("batch_size", "max_new_tokens", "samples"):
-            if getattr(self, name) < 1:
-                raise HalotuneError(f"{name}: must be at least 1; got {getattr(self, name)}. Use a whole number such as 1.")
+        for name in ("batch_size", "max_new_tokens", "samples", "limit", "workers"):
+            require(self, name, (value := getattr(self, name)) is None or value >= 1, "must be at least 1", "Use 1 or more.")
+        require(
+            self, "temperature", 0 <= self.temperature < math.inf, "must not be negative", "Use 0 for the likeliest tokens."
+        )
+        require(self, "top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1", "Use 1 for all tokens.")
+        require(self, "seconds", self.seconds > 0, "must be above 0", "Use a number such as 10.")
         if self.samples > 1 and not self.temperature:
             raise HalotuneError(
                 "samples: several answers at temperature 0 are all the same. Use --temperature 0.7, or one sample."
@@ -269,6 +274,10 @@ def grade_stored(config: MathEvaluation) -> dict[str, Any]:
         ]
         scores = {"suite": config.suite, **summary(config, rows), "lm_eval": stored.agreement(config.suite, samples, grades)}
     else:
+        if not all(isinstance(line.get("answer"), str) and "id" in line for line in lines):
+            raise HalotuneError(
+                f"--answers {file}: expected lines with id and answer. Give an answers.jsonl, or lm-eval's samples."
+            )
         rows = graded(config, read_problems(config.suite, config.data, config.limit), lines, folder)
         scores = {"suite": config.suite, **summary(config, rows)}
     if folder is not None:
@@ -293,7 +302,7 @@ def show(scores: dict[str, Any]) -> None:
     if scores["not_ended"]:
         said(f"  {scores['not_ended']} answers were cut at their room (--max-new-tokens)")
     if scores["not_graded"]:
-        said(f"  {len(scores['not_graded'])} answers could not be graded and count as wrong; scores.json lists them")
+        said(f"  {len(scores['not_graded'])} answers could not be graded, and count as wrong; scores.json lists them")
     if "lm_eval" in scores:
         found = scores["lm_eval"]
         said(f"agrees with lm-eval on {found['agree']:.2%} of {found['of']}")

@@ -3,16 +3,15 @@
     train_nlu(NLUConfig(model="microsoft/deberta-v3-base", task="cola", preset="paper"))
 
 A classifier's head on a pretrained encoder, adapters in all its linear layers; the dev set's figures after every
-interval. Reads from top to bottom: the configuration, the training, then what is done with a finished run.
+interval. Reads from top to bottom: the configuration, the parts, the training. What is done with a finished run is in
+`nlu_eval.py`.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,26 +23,21 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
-    Trainer,
-    TrainingArguments,
 )
 from transformers.utils import logging
 
 from ..cli.loading import loadable
 from ..core.config import TaskType
-from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..engine.model import PeftModel
-from .common import processes
 from .common.config import RunConfig
 from .common.dry_run import dry_run as show_dry_run
 from .common.model import adapt, load_base, model_source
-from .common.rows import read_rows, text_of, usable
-from .common.run import Run, read_run, said
-from .common.trainer import RunTrainer, arguments, placement, seed
+from .common.run import Run, said
+from .common.trainer import RunTrainer, arguments, seed
 from .glue.presets import differences, settings
-from .glue.tasks import TASKS, Task, submission
-from .nlu_data import Columns, Data, Example, file_split, hub_split, load_glue, load_table, table_task
+from .glue.tasks import TASKS, Task
+from .nlu_data import Columns, Data, Example, load_glue, load_table
 
 MAX_LENGTH = 128
 HEADS = ("classifier", "score", "pooler", "classification_head", "logits_proj", "sequence_summary")
@@ -99,8 +93,13 @@ class NLUConfig(RunConfig):
         self.fill_in(max_length=MAX_LENGTH, freeze_head=False)
 
     def check(self) -> None:
-        self.require("task", self.task in (*TASKS, "csv"), f"expected csv or one of {', '.join(TASKS)}", "Choose one.")
         self.require("data", self.task != "csv" or self.data != "hub", "csv needs a file", "Give --data FILE.")
+        for name in ("evaluation", "text", "pair", "target", "regression"):
+            usual = self.task == "csv" or getattr(self, name) == NLUConfig.__dataclass_fields__[name].default
+            self.require(name, usual, f"is of your own tables; {self.task} has its own", "Leave it out, or use --task csv.")
+        for name, least in (("train_rows", 1), ("max_length", 4)):
+            value = getattr(self, name)
+            self.require(name, value is None or value >= least, f"must be at least {least}", "Leave it out for the default.")
 
 
 def load_data(config: NLUConfig) -> Data:
@@ -131,7 +130,19 @@ def load_classifier(config: NLUConfig, labels: Sequence[str] | None, tokenizer: 
     """The base with a new head: one output for each class, or one for a regression."""
     names = dict(enumerate(labels or ["value"]))
     kind = "regression" if labels is None else "single_label_classification"
-    model = load_base(AutoModelForSequenceClassification, config, HEADS, num_labels=len(names), problem_type=kind)
+    usual = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers reports at length that the head is new, which it is meant to be
+    try:
+        own = {"num_labels": len(names), "problem_type": kind, "output_loading_info": True}
+        model, info = load_base(AutoModelForSequenceClassification, config, HEADS, **own)
+    finally:
+        logging.set_verbosity(usual)
+    inside = [k for k in info["missing_keys"] if k.startswith(f"{model.base_model_prefix}.") and ".pooler." not in k]
+    if inside:
+        said(
+            f"{config.model}: lacks {len(inside)} weights such as {min(inside)}, which are drawn at random. Is it the model "
+            "that you mean?"
+        )
     model.config.id2label, model.config.label2id = names, {name: number for number, name in names.items()}
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -261,151 +272,3 @@ def write_answers(run: Run, name: str, examples: Sequence[Example], predicted: n
     ]
     if run.writer:
         write_atomically(run.folder / name, lambda file: file.write_text("".join(lines), encoding="utf-8"))
-
-
-# -- what is done with a finished run
-
-
-@dataclass
-class NLUEvaluation:
-    """Evaluate a finished run, and write its answers to GLUE's test sets in the format of GLUE's server.
-
-    Args:
-        run: the run's folder.
-        which: the adapter of the last step, or that of the best evaluation.
-        data: hub, or a folder with GLUE's own files; for csv, the file to evaluate on. By default what the run was given.
-        output: where the submission's files go; by default the run's folder predictions/.
-        batch_size: examples at once.
-        device: auto takes the accelerator where there is one.
-    """
-
-    run: str
-    _: KW_ONLY
-    which: Literal["last", "best"] = "last"
-    data: str | None = None
-    output: str | None = None
-    batch_size: int = 64
-    device: Literal["auto", "cpu"] = "auto"
-
-
-def evaluate_nlu(config: NLUEvaluation) -> dict[str, Any]:
-    """The figures on the labelled splits; the submission's files are written."""
-    trained = TrainedRun(Path(config.run), config.which, config.batch_size, config.device)
-    task, own = trained.task, trained.config
-    own.train_rows = None
-    if config.data and own.task == "csv":
-        own.evaluation = config.data
-    elif config.data:
-        own.data = config.data
-    data = load_data(own)
-    found: dict[str, Any] = {}
-    for prefix, examples in data.evaluations.items():
-        figures = task.metric(trained.answers(examples), np.asarray([e["label"] for e in examples]))
-        found |= {f"{prefix}{name}": value for name, value in figures.items()}
-    folder = Path(config.output) if config.output else trained.folder / "predictions"
-    for split, name in task.tests.items():
-        try:
-            tests = (
-                hub_split(task, split)
-                if own.data == "hub"
-                else file_split(task, Path(own.data), split, False, labelled=False)[0]
-            )
-        except HalotuneError as e:
-            said(f"no {name} was written: {e}")
-            continue
-        text = submission(task, trained.answers(tests))
-        if processes.first():
-            write_atomically(folder / name, lambda file, text=text: file.write_text(text, encoding="utf-8"))
-        said(f"{folder / name}: {len(tests):,} answers")
-    return found
-
-
-@dataclass
-class Prediction:
-    """Let a finished run answer the rows of a table.
-
-    Args:
-        run: the run's folder.
-        data: the file with the texts (csv, tsv, jsonl, json or parquet), in the columns that the run was trained on.
-        output: the csv file to write; by default in the run's folder predictions/, under the name of `data`.
-        which: the adapter of the last step, or that of the best evaluation.
-        batch_size: examples at once.
-        device: auto takes the accelerator where there is one.
-        skip_bad_rows: leave out rows that cannot be used, and count them.
-    """
-
-    run: str
-    _: KW_ONLY
-    data: str
-    output: str | None = None
-    which: Literal["last", "best"] = "last"
-    batch_size: int = 64
-    device: Literal["auto", "cpu"] = "auto"
-    skip_bad_rows: bool = False
-
-
-def predict_nlu(config: Prediction) -> Path:
-    """Write the table with a column `prediction`, and of classes one with the `probability`; its path."""
-    trained = TrainedRun(Path(config.run), config.which, config.batch_size, config.device)
-    columns, labels = trained.task.columns, trained.task.labels
-
-    def convert(values: dict[str, Any]) -> Example:
-        return values | {"": {key: text_of(values, column) for key, column in zip("ab", columns, strict=False)}}
-
-    rows, bad = usable(read_rows(Path(config.data)), convert, config.skip_bad_rows)
-    if bad:
-        said(f"{len(bad)} rows were left out, such as {bad[0]}")
-    logits = trained.logits([row.pop("") for row in rows])
-    if labels is None:
-        added = [{"prediction": f"{value:.6g}"} for value in logits[:, 0]]
-    else:
-        odds = np.exp(logits - logits.max(-1, keepdims=True))
-        shares = odds / odds.sum(-1, keepdims=True)
-        added = [{"prediction": labels[p.argmax()], "probability": f"{p.max():.4f}"} for p in shares]
-    output = Path(config.output) if config.output else trained.folder / "predictions" / f"{Path(config.data).stem}.csv"
-
-    def write(file: Path) -> None:
-        with file.open("w", encoding="utf-8", newline="") as f:
-            writer = csv.DictWriter(f, list(rows[0] | added[0]), extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(row | more for row, more in zip(rows, added, strict=True))
-
-    processes.from_first(lambda: write_atomically(output, write))
-    said(f"{output}: {len(rows):,} predictions")
-    return output
-
-
-class TrainedRun:
-    """A finished run's model, ready to answer."""
-
-    def __init__(self, folder: Path, which: Literal["last", "best"], batch_size: int, device: str) -> None:
-        record = read_run(folder)
-        adapter = folder / ("adapter" if which == "last" else "best")
-        if record is None or record.get("recipe") != NLUConfig.RECIPE or not adapter.is_dir():
-            raise HalotuneError(
-                f"{folder}: is no finished run of `halotune train nlu`: it has no run.json, or no {adapter.name}/."
-            )
-        self.folder = folder
-        self.config = NLUConfig(**record["config"] | {"device": device})
-        self.task = TASKS[record["task"]] if record["task"] in TASKS else table_task(self.config.columns, record["labels"])
-        self.tokenizer = load_tokenizer(self.config)
-        logging.set_verbosity_error()  # of a head that the base lacks: the adapter has it
-        base = load_classifier(self.config, record["labels"], self.tokenizer)
-        model: Any = PeftModel.from_pretrained(base, adapter)
-        args = TrainingArguments(
-            output_dir=str(folder / "predictions"),
-            per_device_eval_batch_size=batch_size,
-            bf16_full_eval=self.config.precision == "bf16",
-            fp16_full_eval=self.config.precision == "fp16",
-            **placement(device),
-            report_to=[],
-            disable_tqdm=not sys.stderr.isatty(),
-        )
-        self.trainer = Trainer(model, args, DataCollatorWithPadding(self.tokenizer))
-
-    def logits(self, examples: Sequence[Example]) -> np.ndarray[Any, Any]:
-        texts = [{k: e[k] for k in "ab" if k in e} for e in examples]
-        return np.asarray(self.trainer.predict(tokenized(texts, self.tokenizer, self.config.max_length)).predictions)
-
-    def answers(self, examples: Sequence[Example]) -> np.ndarray[Any, Any]:
-        return answers(self.logits(examples), self.task.regression)

@@ -59,7 +59,9 @@ def load_glue(task: Task, data: str, skip: bool) -> Data:
     return found
 
 
-def file_split(task: Task, folder: Path, split: str, skip: bool, labelled: bool = True) -> tuple[list[Example], list[str]]:
+def file_split(
+    task: Task, folder: Path, split: str, skip: bool | None, labelled: bool = True
+) -> tuple[list[Example], list[str]]:
     file = find_file(task, folder, split)
     if file is None:
         raise HalotuneError(f"{folder}: holds no file of {task.folder}'s split {split}. Get GLUE's files, or use --data hub.")
@@ -96,24 +98,29 @@ class Columns:
 
 
 def load_table(columns: Columns, data: str, evaluation: str | float, regression: bool, skip: bool) -> Data:
-    """A user's file of texts and labels; the classes are those of the training rows, in the order of their names."""
+    """A user's file of texts and labels; the classes are those of `data`, in the order of their names."""
     read = read_value if regression else read_class
     train, skipped = usable(read_rows(Path(data)), _converter(columns, read), skip)
+    labels = sorted({row["label"] for row in train}, key=_as_number) if not regression else []
     if isinstance(evaluation, str):
         held_out, bad = usable(read_rows(Path(evaluation)), _converter(columns, read), skip)
         skipped += bad
     else:
         train, held_out = _split(train, evaluation)
+    if regression and len(held_out) < 2:
+        raise HalotuneError(f"evaluation: a correlation needs two rows; got {len(held_out)}. Hold out more of them.")
     if regression:
         return Data(table_task(columns, None), train, {"": held_out}, skipped=skipped)
-    labels = sorted({row["label"] for row in train}, key=_as_number)
     if len(labels) < 2 or len(labels) > max(2, len(train) // 2):
         found = f"{len(labels)} classes in {len(train)} rows"
         raise HalotuneError(f"{data}: column {columns.target!r} has {found}. For a number to be predicted use --regression.")
     numbers = {label: number for number, label in enumerate(labels)}
     for row in (*train, *held_out):
         if row["label"] not in numbers:
-            raise HalotuneError(f"class {row['label']!r} of the evaluation rows is not among the training rows' ({labels}).")
+            raise HalotuneError(
+                f"{evaluation}: class {row['label']!r} is none of {data}'s ({', '.join(labels)}). Correct the row, or add such "
+                "rows to learn from."
+            )
         row["label"] = numbers[row["label"]]
     return Data(table_task(columns, labels), train, {"": held_out}, skipped=skipped)
 

@@ -101,6 +101,8 @@ class SFTConfig(RunConfig):
         share = isinstance(self.evaluation, str) or 0 <= self.evaluation < 1
         self.require("evaluation", share, "expected a file, or a share from 0 to below 1", "Use 0.05 for a twentieth.")
         self.require("max_length", self.max_length >= 8, "must be at least 8 tokens", "Use a length such as 1024.")
+        columns = (self.prompt_column, self.response_column) if self.text_column else ()
+        self.require("text_column", not any(columns), "is for rows without prompts", "Leave out --prompt-column, or this.")
         self.require("max_rows", self.max_rows is None or self.max_rows >= 1, "must be at least 1", "Leave it out for all.")
 
 
@@ -117,7 +119,7 @@ def train_sft(
     """
     run = Run(config, command)
     if run.finished and not dry_run:
-        said(f"{run.folder}: finished already; delete the folder, or give another --output, to train again")
+        said(f"{run.folder}: finished already; nothing was done. Give another --output for a new run.")
         return run.record
 
     quiet()
@@ -181,8 +183,7 @@ def read_data(config: SFTConfig) -> tuple[list[Example], list[Example], list[str
         held, more = read_examples(config.evaluation, config.example, skip_bad=config.skip_bad_rows)
         return rows, held, bad + more
     if config.evaluation:
-        rows, held = split(rows, config.evaluation, config.seed)
-        return rows, held, bad
+        return *split(rows, config.evaluation), bad
     return rows, [], bad
 
 
@@ -247,7 +248,8 @@ class RunSFTTrainer(RunTrainerMixin, AdapterSFTTrainer):
     def measured(self) -> dict[str, Any]:
         """run.json's results: the last evaluation and the best, of a token that counts."""
         found = {line["step"]: line["evaluation"] for line in self.run.metrics() if "evaluation" in line}
-        best = max(found, key=lambda step: found[step]["log_likelihood"])
+        scores = {step: e["log_likelihood"] for step, e in found.items() if e["log_likelihood"] is not None}  # None: no number
+        best = max(scores, key=scores.__getitem__, default=max(found))
         return {"last": found[max(found)], "best": found[best], "best_step": best}
 
 

@@ -131,7 +131,7 @@ def _names(table: list[Row], differing: list[str]) -> dict[str, str]:
     for row in table:
         same = [other.runs[0].config for other in table if other.label == row.label]
         config = row.runs[0].config
-        apart = [k for k in differing if k in config and any(c.get(k) != config[k] for c in same)]
+        apart = [k for k in differing if k in config and any(c.get(k, config[k]) != config[k] for c in same)]
         out[row.id] = ", ".join([row.label, *(f"{_key_name(k, differing)} {shown(config[k])}" for k in apart)])
     return out
 

@@ -21,7 +21,7 @@ PER_RUN = {"seed", "label", "output", "output_dir", "folder", "run_name"}
 LOWER_IS_BETTER = set(
     "loss nll perplexity ppl bpb error errors mse rmse mae wer cer fid kid lpips distance drift forgetting penalty".split()
 )
-NEITHER = set("step steps epoch epochs count n total samples rows examples tokens seed seconds bytes".split())
+NEITHER = set("entropy step steps epoch epochs count n total samples rows examples tokens seed seconds bytes".split())
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Row:
     def label(self) -> str:
         """That of the first run; of several runs, without a seed at its end."""
         label = self.runs[0].label
-        return re.sub(r"[\W_]+seed[\W_]*\d+$", "", label) if len(self.runs) > 1 else label
+        return seedless(label) if len(self.runs) > 1 else label
 
     @property
     def counted(self) -> list[Run]:
@@ -78,13 +78,18 @@ class Row:
         return {"layers": [short_layers[layer] for layer in layers], "modules": modules, "cells": cells}
 
 
+def seedless(label: str) -> str:
+    return re.sub(r"[\W_]+seed[\W_]*\d+$", "", label)
+
+
 def rows(runs: Sequence[Run]) -> list[Row]:
-    """In the order of their first runs; inside a row, by seed."""
+    """In the order of their first runs; inside a row, by seed. Runs that were given other labels are no repetitions."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         known = isinstance(run.record.get("config"), dict)
         same = {k: v for k, v in run.config.items() if k not in PER_RUN} if known else str(run.folder)
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+        given = seedless(str(run.config.get("label") or ""))
+        groups.setdefault(json.dumps([given, same], sort_keys=True), []).append(run)
     return [Row(f"row-{i}", sorted(group, key=_seed)) for i, group in enumerate(groups.values())]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...core.config import AdapterConfig
 from ...core.errors import AdapterFileError, HalotuneError, few, warn
 from ...core.files import write_atomically
+from ...core.offload import at_rest
 from ...core.sharded_parameters import divided_like, is_sharded, reshard, store, whole, whole_size
 from ..injection.modules import adapted_layers, innermost, plain_modules, unwrapped
 from .experts import as_written, from_written
@@ -77,8 +78,8 @@ def adapter_tensors(
     merged = {f"{p}.base_layer.weight": layer for p, layer in adapted_layers(model).items() if layer.merged}
     tensors = {**tensors, **{key: layer.original_weight for key, layer in merged.items() if key in tensors}}
     found = {key: tensors.get(at, tensors.get(key)) for key, at in {**own, **beside}.items()}
-    for key in beside:  # of the base, which may be tensor-parallel
-        found[key] = None if (t := found[key]) is None else whole(t)
+    for key in beside:  # of the base, which may be tensor-parallel, or offloaded
+        found[key] = None if (t := found[key]) is None else whole(_at_rest(model, key) if t.is_meta else t)
     return found, set(beside)
 
 
@@ -146,7 +147,7 @@ def set_peft_model_state_dict(
         if not _fits(key, tensors[key], state[targets[key]], ignore_mismatched_sizes, file):
             del tensors[key]
     embeddings = set(embedding_keys(model, state)) - adapter_keys(model, adapter_name).keys()
-    _warn_of_changed_embeddings({k: t for k, t in tensors.items() if k in embeddings}, state, file)
+    tensors = _without_equal_embeddings(model, tensors, embeddings, state, file)
     modules = dict(plain_modules(model))
     for key, tensor in tensors.items():
         _assign(modules, targets[key], tensor, replace=low_cpu_mem_usage or keep_dtype, keep_dtype=keep_dtype)
@@ -246,13 +247,38 @@ def _fits(key: str, tensor: Tensor, target: Tensor, ignore_shape: bool, file: st
     return True
 
 
-def _warn_of_changed_embeddings(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], file: str | PathLike[str]) -> None:
-    changed = [k for k, t in tensors.items() if not torch.equal(t.to(state[k].dtype), whole(state[k]).detach().to(t.device))]
+def _without_equal_embeddings(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    embeddings: Set[str],
+    state: Mapping[str, Tensor],
+    file: str | PathLike[str],
+) -> dict[str, Tensor]:
+    """The tensors but for embeddings that the base has already; a warning of those that it has otherwise."""
+    changed = []
+    for key in sorted(embeddings & tensors.keys()):
+        own = _at_rest(model, key) if state[key].is_meta else whole(state[key])
+        if own.is_meta or not torch.equal(tensors[key].to(own.device, own.dtype), own.detach()):
+            changed.append(key)
+    for key in changed:
+        if state[key].is_meta:
+            raise AdapterFileError(
+                file,
+                "embeddings that differ from the base model's cannot replace them, since those are not in memory.",
+                key=key,
+                remedy="Load the base's weights first, and keep its embeddings out of accelerate's offloading (device_map).",
+            )
     if changed:
         warn(
             f"{file}: holds embeddings that differ from the base model's, which they replace: {', '.join(changed)}; a "
             "module that shares such a weight changes with it."
         )
+    return {key: t for key, t in tensors.items() if key not in embeddings or key in changed}
+
+
+def _at_rest(model: nn.Module, key: str) -> Tensor:
+    path, _, leaf = key.rpartition(".")
+    return at_rest(dict(plain_modules(model))[path], leaf)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ class HRA(Rotation):
     def __init__(self, shape: WeightShape, r: int, gram_schmidt: bool = False) -> None:
         super().__init__(shape)
         self.gram_schmidt = gram_schmidt
-        self.orthogonality: tuple[float, bool] | None = None
+        self.orthogonality = 0.0, True
         self.hra_u = nn.Parameter(torch.empty(shape.in_features, r))
 
     @classmethod
@@ -49,6 +49,7 @@ class HRA(Rotation):
             )
         adapter = cls(shape, config.r, config.apply_GS)
         if config.orthogonality_weight:
+            adapter.penalized = True
             adapter.orthogonality = (config.orthogonality_weight, config.orthogonality_norm == "squared")
         adapter.reset(config.init_weights)
         return adapter
@@ -146,8 +147,6 @@ class HRA(Rotation):
         basis, values, _ = torch.linalg.svd(ops.normalize(self.hra_u.detach()), full_matrices=False)
         return basis * (values.square() > ops.rank_tolerance(basis))
 
-    def penalty(self) -> Tensor | None:
-        if self.orthogonality is None:
-            return None
+    def penalty(self, *parameters: Tensor) -> Tensor:
         weight, squared = self.orthogonality
-        return weight * ops.orthogonality(self.hra_u, squared)
+        return weight * ops.orthogonality(parameters[0], squared)

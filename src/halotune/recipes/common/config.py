@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import yaml  # transformers needs it
+from transformers.trainer_utils import SchedulerType
 
 from ...core.config import AdapterConfig, BaseConfig
 from ...core.errors import HalotuneError, closest
@@ -87,7 +89,9 @@ class RunConfig:
     WARMUP: ClassVar[float] = 0.06
 
     def __post_init__(self) -> None:
-        self.method, self.adapter = resolve_adapter(self.method or None, self.adapter, self.TARGETS, self.METHOD)
+        check_choices(self)
+        preset = self.preset_fields(vars(self).get("preset"))
+        self.method, self.adapter = resolve_adapter(self.method or None, self.adapter, self.TARGETS, self.METHOD, preset)
         self.fill()
         rate = find_method(self.method)[1].learning_rate * self.RATE
         self.fill_in(epochs=self.EPOCHS, warmup=self.WARMUP, learning_rate=rate)
@@ -98,12 +102,20 @@ class RunConfig:
             value = getattr(self, name)
             self.require(name, value is None or value >= 1, "must be at least 1", "Leave it out for the default.")
         for name in ("epochs", "learning_rate"):
-            self.require(name, getattr(self, name) > 0, "must be above 0", "Use a positive number.")
+            self.require(name, 0 < getattr(self, name) < math.inf, "must be above 0, and finite", "Use a positive number.")
         for name in ("warmup", "weight_decay", "max_grad_norm"):
             self.require(name, getattr(self, name) >= 0, "must not be negative", "Use 0 for none.")
         self.require("seed", 0 <= self.seed < 2**32, "must be from 0 to below 2³²", "Use a whole number such as 0.")
+        schedules = [s.value for s in SchedulerType]
+        if self.schedule not in schedules:
+            raise HalotuneError(f"schedule: {unknown(self.schedule, schedules, f'there is no schedule {self.schedule!r}')}")
         self.check()
         self.output = self.output or self.default_output
+
+    @classmethod
+    def preset_fields(cls, preset: str | None) -> Mapping[str, Any]:
+        """What a preset says of the adapter's configuration, where nothing else is given."""
+        return {}
 
     def check(self) -> None:
         """The recipe's own conditions."""
@@ -127,14 +139,34 @@ class RunConfig:
         return f"runs/{self.name}-seed{self.seed}"
 
     def require(self, name: str, condition: bool, problem: str, remedy: str) -> None:
-        if not condition:
-            raise HalotuneError(f"{name}: {problem}; got {getattr(self, name)!r}. {remedy}")
+        require(self, name, condition, problem, remedy)
+
+
+def check_choices(config: Any) -> None:
+    """Raise an error about a field that is one of several words, and holds another; the command line has looked before."""
+    for name, hint in get_type_hints(type(config)).items():
+        choices = [c for h in (hint, *get_args(hint)) if get_origin(h) is Literal for c in get_args(h)]
+        value = getattr(config, name, None)
+        if choices and value is not None and value not in choices:
+            raise HalotuneError(f"{name}: {unknown(str(value), choices, f'there is no {value!r}')}")
+
+
+def require(config: Any, name: str, condition: bool, problem: str, remedy: str) -> None:
+    """Raise an error about a field, unless the condition holds."""
+    if not condition:
+        raise HalotuneError(f"{name}: {problem}; got {getattr(config, name)!r}. {remedy}")
 
 
 def resolve_adapter(
-    method: str | None, adapter: AdapterConfig | Mapping[str, Any] | None, targets: str, default: str
+    method: str | None,
+    adapter: AdapterConfig | Mapping[str, Any] | None,
+    targets: str,
+    default: str,
+    preset: Mapping[str, Any] | None = None,
 ) -> tuple[str, AdapterConfig]:
     """The method's name in small letters and its configuration, from whichever of the two was given.
+
+    A whole configuration is taken as it is; fields of one win over the preset's.
 
     Raises:
         HalotuneError: there is no such method or field, or the two contradict each other.
@@ -147,7 +179,7 @@ def resolve_adapter(
         return named, adapter
     name = (method or default).lower()
     entry, kind = find_method(name)
-    given = {**adapter_defaults(entry, kind, targets), **(adapter or {})}
+    given = {**adapter_defaults(entry, kind, targets, preset or {}), **(adapter or {})}
     known = [f.name for f in fields(entry.config) if f.name not in SET_BY_RECIPE]
     for key in given:
         if key not in known:
@@ -162,15 +194,17 @@ def find_method(name: str) -> tuple[Method, Kind]:
     return known[name.lower()]
 
 
-def adapter_defaults(method: Method, kind: Kind, targets: str) -> dict[str, Any]:
-    """The fields that make a configuration one of this kind, at the method's own default size."""
+def adapter_defaults(method: Method, kind: Kind, targets: str, preset: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that make a configuration one of this kind, at the method's own default size, or a preset's."""
     size = method.config().size[1]
     own = dict(kind.fields(size)) if size else {}
-    return {"target_modules": targets, **own}
+    known = {f.name for f in fields(method.config)}
+    return {"target_modules": targets, **own, **{name: value for name, value in preset.items() if name in known}}
 
 
 def unknown(name: str, known: list[str], problem: str) -> str:
-    near = closest(name, known, n=1)
+    initials = [k for k in known if "-" in k[2:] and "".join(word[0] for word in k.strip("-").split("-")) == name.strip("-")]
+    near = initials or closest(name, known, n=1)  # --lr is --learning-rate
     few = f"Known are {', '.join(sorted(known))}." if len(known) < 16 else "See --help for all there are."
     return f"{problem}. " + (f"Did you mean {near[0]}?" if near else few)
 

@@ -39,8 +39,8 @@ def dry_run(run: Run, trainer: Trainer, batch_as_text: Callable[[dict[str, Any]]
         trainer.train()
     if not processes.first():
         return
-    for empty in (run.checkpoints, run.folder):  # the Trainer makes its output_dir when it is made
-        with suppress(OSError):  # there is a run already
+    for empty in run.absent:  # the Trainer makes its output_dir when it is made
+        with suppress(OSError):  # another process has written into it meanwhile
             empty.rmdir()
     parameters = count(trainer.model)  # type: ignore[arg-type]
     share = parameters["trainable"] / parameters["total"]

@@ -33,13 +33,14 @@ def read_rows(file: Path) -> Iterator[Row]:
     Raises:
         HalotuneError: the file cannot be read, or is of another kind.
     """
-    readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
-    if file.suffix.lower() not in readers:
-        raise HalotuneError(f"{file}: expected a file that ends in {', '.join(readers)}. Rename or convert it.")
+    if file.is_dir():
+        raise HalotuneError(f"{file}: is a folder. Give a file in it ({', '.join(READERS)}).")
+    if file.suffix.lower() not in READERS:
+        raise HalotuneError(f"{file}: expected a file that ends in {', '.join(READERS)}. Rename or convert it.")
     if not file.is_file():
         raise HalotuneError(f"{file}: there is no such file. Give the path of one.")
     try:
-        yield from readers[file.suffix.lower()](file)
+        yield from READERS[file.suffix.lower()](file)
     except UnicodeDecodeError as e:
         raise HalotuneError(f"{file}: is not UTF-8 ({e.reason} at byte {e.start}). Save it as UTF-8.") from e
 
@@ -100,12 +101,15 @@ def _parquet(file: Path) -> Iterator[Row]:
             yield Row(file, number, values)
 
 
-def usable(rows: Iterable[Row], convert: Callable[[dict[str, Any]], T], skip: bool) -> tuple[list[T], list[str]]:
+READERS = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+
+
+def usable(rows: Iterable[Row], convert: Callable[[dict[str, Any]], T], skip: bool | None) -> tuple[list[T], list[str]]:
     """What `convert` makes of every row, and what was wrong with those that it could not use.
 
     Args:
         convert: raises ValueError, whose text says what is wrong with the row.
-        skip: go on after a bad row.
+        skip: go on after a bad row; None where no row may be left out, so that an error does not propose it.
 
     Raises:
         HalotuneError: a row cannot be used, and `skip` is False; or no row can.
@@ -120,22 +124,23 @@ def usable(rows: Iterable[Row], convert: Callable[[dict[str, Any]], T], skip: bo
             good.append(convert(row.values))
         except ValueError as e:
             if not skip:
-                raise HalotuneError(f"{row.place}: {e}. Correct the row, or leave such rows out with --skip-bad-rows.") from e
+                also = "" if skip is None else ", or leave such rows out with --skip-bad-rows"
+                raise HalotuneError(f"{row.place}: {e}. Correct the row{also}.") from e
             bad.append(f"{row.place}: {e}")
     if not good:
         raise HalotuneError(f"no row can be used{': ' + bad[0] if bad else ', since there is none'}. Give a file with rows.")
     return good, bad
 
 
-def text_of(values: dict[str, Any], column: str) -> str:
-    """A column's text.
+def text_of(values: dict[str, Any], column: str, empty: bool = False) -> str:
+    """A column's text, which may be `empty`.
 
     Raises:
-        ValueError: it is missing or empty.
+        ValueError: it is missing, or it is empty and may not be.
     """
     if column not in values:
         raise ValueError(f"has no column {column!r}; it has {', '.join(map(repr, values))}")
     value = values[column]
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not (value.strip() or empty):
         raise ValueError(f"expected text in {column!r}; found {value!r}")
     return value

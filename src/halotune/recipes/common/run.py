@@ -61,11 +61,13 @@ class Run:
     Attributes:
         record: what run.json holds.
         writer: whether this process writes.
+        absent: the folders that were not there, the innermost first.
     """
 
     def __init__(self, config: RunConfig, command: str | None = None) -> None:
         self.folder = Path(str(config.output))
         self.writer = processes.first()
+        self.absent = [f for f in (self.checkpoints, self.folder, *self.folder.parents) if not f.exists()]
         self.config, self.as_yaml = plain(config), as_yaml(config)
         found = read_run(self.folder)
         if found is None:
@@ -96,6 +98,8 @@ class Run:
             yield self
             return
         with locked(self.folder), _terminated_as_interrupted():
+            for left in self.folder.glob(".*.tmp"):  # by a killed process
+                left.unlink()
             try:
                 write_atomically(self.folder / "config.yaml", lambda file: file.write_text(self.as_yaml, encoding="utf-8"))
                 self.update(status=RUNNING, config=self.config, label=self.config["label"], error=None)
@@ -103,6 +107,7 @@ class Run:
                 yield self
             except KeyboardInterrupt:
                 self.update(status=INTERRUPTED)
+                said(f"{self.folder}: interrupted; the same command goes on after step {self.last_checkpoint()[1]}")
                 raise
             except BaseException as e:
                 self.update(status=FAILED, error=f"{type(e).__name__}: {e}")
@@ -173,7 +178,7 @@ class Run:
     # -- what is there already
 
     def _check_free(self) -> None:
-        own = ("config.yaml", "log.txt")
+        own = ("config.yaml", "log.txt", *(() if self.last_checkpoint()[0] else ("checkpoints",)))  # of a run that never began
         there = [f.name for f in self.folder.glob("[!.]*") if f.name not in own]
         if there and self.writer:
             raise HalotuneError(

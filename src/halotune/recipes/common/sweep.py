@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -48,19 +49,11 @@ def sweep(kind: type[RunConfig], arguments: Sequence[str], axes: Sequence[str], 
     Returns:
         the rows of sweep.json.
     """
-    if processes.count() > 1:
-        raise HalotuneError("--sweep starts its runs itself. Leave out accelerate launch or torchrun, or --sweep.")
-    points = grid(axes)
-    first = _configure(kind, arguments, points[0])
-    root = Path(f"runs/{first.name}-sweep" if first.output == first.default_output else str(first.output))
-    runs: dict[Path, dict[str, str]] = {}
-    for point in points:  # all of them are checked before the first is started
-        folder = root / ",".join(f"{k}={v}" for k, v in point.items()).replace("/", "_")
-        config = _configure(kind, arguments, point | {"output": str(folder)})
+    root, runs = _planned(kind, arguments, axes)
+    for folder, (_, config) in runs.items():
         text = as_yaml(config)
         write_atomically(folder / "config.yaml", lambda file, text=text: file.write_text(text, encoding="utf-8"))
-        runs[folder] = point
-    open_ones = [f for f in runs if (read_run(f) or {}).get("status") != FINISHED]
+    open_ones = [folder for folder in runs if not _finished(folder)]
     said(f"{root}: {len(runs)} runs, {len(runs) - len(open_ones)} of them finished already")
     with ThreadPoolExecutor(parallel) as pool, tqdm(total=len(open_ones), unit="run", disable=not sys.stderr.isatty()) as bar:
         failed = []
@@ -68,7 +61,7 @@ def sweep(kind: type[RunConfig], arguments: Sequence[str], axes: Sequence[str], 
             bar.update()
             failed += [folder] * (status != 0)
             said(f"{folder}: {'finished' if status == 0 else f'failed; {folder}/log.txt says why'}")
-    rows = averages({f: p for f, p in runs.items() if f not in failed})
+    rows = averages({folder: point for folder, (point, _) in runs.items() if folder not in failed})
     write_record(root / "sweep.json", {"axes": list(axes), "rows": finite(rows)})
     print(table(rows))
     if rows:
@@ -78,6 +71,32 @@ def sweep(kind: type[RunConfig], arguments: Sequence[str], axes: Sequence[str], 
             f"{len(failed)} of {len(runs)} runs failed, such as {failed[0]}: see its log.txt. The same command tries again."
         )
     return rows
+
+
+def show(kind: type[RunConfig], arguments: Sequence[str], axes: Sequence[str]) -> RunConfig:
+    """Print which runs a sweep would train; the configuration of the first of them."""
+    root, runs = _planned(kind, arguments, axes)
+    print(f"{root}: {len(runs)} runs; what follows is the first")
+    for folder in runs:
+        print(f"  {folder.name}{': finished already' if _finished(folder) else ''}")
+    return next(iter(runs.values()))[1]
+
+
+def _planned(
+    kind: type[RunConfig], arguments: Sequence[str], axes: Sequence[str]
+) -> tuple[Path, dict[Path, tuple[dict[str, str], RunConfig]]]:
+    """The sweep's folder, and of each run's folder what is varied and the whole configuration; all of them are checked."""
+    if processes.count() > 1:
+        raise HalotuneError("--sweep starts its runs itself. Leave out accelerate launch or torchrun, or --sweep.")
+    points = grid(axes)
+    first = _configure(kind, arguments, points[0])
+    root = Path(f"runs/{first.name}-sweep" if first.output == first.default_output else str(first.output))
+    folders = [root / ",".join(f"{k}={v}" for k, v in point.items()).replace("/", "_") for point in points]
+    return root, {f: (p, _configure(kind, arguments, p | {"output": str(f)})) for f, p in zip(folders, points, strict=True)}
+
+
+def _finished(folder: Path) -> bool:
+    return (read_run(folder) or {}).get("status") == FINISHED
 
 
 def _configure(kind: type[RunConfig], arguments: Sequence[str], point: Mapping[str, str]) -> RunConfig:
@@ -120,7 +139,7 @@ def _numbers(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as text: what was varied, then mean ± deviation."""
+    """The rows as text: what was varied, then mean ± deviation; a column each where a line would not fit into the terminal."""
     if not rows:
         return "no run has finished"
     varied = list(rows[0]["values"])
@@ -133,4 +152,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         return f"{figure['mean']:.4f}{spread}"
 
     lines = [[*(row["values"][v] for v in varied), *(shown(row["results"].get(n)) for n in names)] for row in rows]
-    return text_table([*varied, *names], lines, left=varied)
+    text = text_table([*varied, *names], lines, left=varied)
+    if len(text.partition("\n")[0]) <= shutil.get_terminal_size().columns:
+        return text
+    head, *turned = zip([*varied, *names], *lines, strict=True)
+    return text_table(head, turned, left=head[:1])

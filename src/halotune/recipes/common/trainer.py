@@ -5,6 +5,7 @@ Any Trainer class becomes a recipe's with the mixin in front: `class SFT(RunTrai
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer_utils import enable_full_determinism
 
 from ...cli.main import require
@@ -51,6 +52,12 @@ def arguments(config: RunConfig, run: Run, kind: type[TrainingArguments] = Train
         )
 
     warmup = config.warmup or 0.0
+    trackers = [] if config.tracker in ("none", "tensorboard") else [config.tracker]
+    try:
+        for tracker in get_reporting_integration_callbacks(trackers):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as e:  # there is none of this name, or it is not installed
+        raise HalotuneError(f"tracker: {str(e).rstrip('.')}. Use tensorboard, none, or one that is installed.") from e
 
     def when(every: int | None) -> dict[str, Any]:
         return {"strategy": "epoch"} if every is None else {"strategy": "steps", "steps": every}
@@ -78,7 +85,7 @@ def arguments(config: RunConfig, run: Run, kind: type[TrainingArguments] = Train
             "logging_nan_inf_filter": False,
             **{f"eval_{k}": v for k, v in when(config.evaluate_every).items()},
             **{f"save_{k}": v for k, v in when(config.save_every).items()},
-            "report_to": [] if config.tracker in ("none", "tensorboard") else [config.tracker],
+            "report_to": trackers,
             "include_num_input_tokens_seen": "non_padding",
             "disable_tqdm": True,  # RunCallback has a bar of its own, with the loss in it
             **placement(config.device),
@@ -136,6 +143,12 @@ class RunTrainerMixin(AdapterTrainerMixin):
         decayed = {id(p) for group in parameter_groups(model, 1.0) if group["weight_decay"] for p in group["params"]}
         return [name for name, p in model.named_parameters() if id(p) in decayed]
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Without groups that are empty, as the decayed one may be: torch's distributed checkpoints lose their settings."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
     def train_run(self) -> None:
         """Train, from the last checkpoint where there is one."""
         checkpoint, step = self.run.last_checkpoint()
@@ -177,7 +190,11 @@ class RunTrainerMixin(AdapterTrainerMixin):
         if self.args.should_save:  # what a killed process left
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.save_model(str(staging), _internal_call=True)
+        if self.is_fsdp_enabled:  # where checkpoints are in parts, the Trainer writes no adapter
+            state: Any = self.accelerator.get_state_dict(self.model)
+            self._save(str(staging), state_dict=state)
+        else:
+            self.save_model(str(staging), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle: no one should have to trust it
@@ -287,7 +304,7 @@ class RunCallback(TrainerCallback):
         self.run.append({**entries, "seconds": round(self.before + self.seconds, 3)})
         said(f"step {state.global_step}/{state.max_steps}  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
         score = found.get(self.best_name or "")
-        if score is not None and (self.best is None or score > self.best):
+        if score is not None and math.isfinite(score) and (self.best is None or score > self.best):
             self.best = score
             self.save_best()
         self.watch = time.perf_counter()  # evaluating is no training

@@ -129,11 +129,15 @@ def _short(fields: list[str], columns: tuple[str, ...]) -> str:
 
 
 def converter(task: Task, labelled: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """The columns of a file -> {"a": text, "b": second text, "label": class or value}."""
+    """The columns of a file -> {"a": text, "b": second text, "label": class or value}.
+
+    A text may be empty in pairs, of which QQP has two such rows, and in test sets, of which every row is to be answered.
+    """
     layout = LAYOUTS[task.name]
+    empty = len(layout.texts) == 2 or not labelled
 
     def convert(values: dict[str, Any]) -> dict[str, Any]:
-        texts = {key: text_of(values, column) for key, column in zip("ab", layout.texts, strict=False)}
+        texts = {key: text_of(values, column, empty) for key, column in zip("ab", layout.texts, strict=False)}
         return texts | ({"label": _label(task, layout, values.get(layout.label))} if labelled else {})
 
     return convert

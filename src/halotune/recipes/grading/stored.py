@@ -69,7 +69,7 @@ def agreement(suite: str, samples: Sequence[Sample], grades: Sequence[Grade]) ->
 
 
 def _reason(suite: str, sample: Sample, grade: Grade) -> str:
-    if grade.failed:
+    if "strict: " in (grade.failed or ""):
         return f"not graded: {grade.failed}"
     if suite == "gsm8k":
         gold = sample.gold.rsplit("#### ", 1)[-1].strip()

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import TimeoutError
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
 from ...core.errors import HalotuneError
@@ -37,7 +37,7 @@ class Grade:
     Attributes:
         right: rule -> whether the answer is right.
         final: the final answer in one way of writing, for votes; None where there is none.
-        failed: why it could not be graded; it counts as wrong then.
+        failed: which rules could not grade it, and why; it counts as wrong by those.
     """
 
     right: dict[str, bool]
@@ -48,7 +48,7 @@ class Grade:
 def grade(task: Task) -> Grade:
     """Grade one answer, here and now."""
     right = {rule: bool(RULES[rule](task.suite, task.answer, task.gold)) for rule in task.rules}
-    return Grade(right, strict.final(task.suite, task.answer))
+    return Grade(right, strict.final(task.suite, task.answer) if "strict" in task.rules else None)
 
 
 TRIVIAL = Task("gsm8k", "1", "#### 1")
@@ -56,11 +56,11 @@ START = 120.0  # seconds for a process to import what it needs
 
 
 def grade_all(tasks: Iterable[Task], *, workers: int | None = None, seconds: float = 10.0, gib: float = 4.0) -> Iterator[Grade]:
-    """The grades of all answers, in their order.
+    """The grades of all answers, in their order. Each rule grades by itself: what one of them hangs on, another may know.
 
     Args:
         workers: processes; None is one to each core.
-        seconds: that one answer may take.
+        seconds: that one answer may take by one rule.
         gib: of memory that a process may have.
 
     Raises:
@@ -78,19 +78,21 @@ def grade_all(tasks: Iterable[Task], *, workers: int | None = None, seconds: flo
                 f"the processes that grade cannot work ({type(e).__name__}: {e}). In a script, call this under "
                 "`if __name__ == '__main__':`, since they import the script."
             ) from e
-        found = pool.map(grade, tasks, timeout=seconds, chunksize=1).result()
+        alone = [replace(task, rules=(rule,)) for task in tasks for rule in task.rules]
+        found = pool.map(grade, alone, timeout=seconds, chunksize=1).result()
         for task in tasks:
-            failed = None
-            try:
-                yield next(found)
-            except TimeoutError:
-                failed = f"took more than {seconds:g} s"
-            except ProcessExpired as e:
-                failed = f"ended the process ({e.exitcode})"
-            except (Exception, RecursionError) as e:
-                failed = type(e).__name__
-            if failed:
-                yield Grade(dict.fromkeys(task.rules, False), None, failed)
+            right, final, failed = dict.fromkeys(task.rules, False), None, []
+            for rule in task.rules:
+                try:
+                    one: Grade = next(found)
+                    right[rule], final = one.right[rule], one.final or final
+                except TimeoutError:
+                    failed.append(f"{rule}: took more than {seconds:g} s")
+                except ProcessExpired as e:
+                    failed.append(f"{rule}: ended the process ({e.exitcode})")
+                except (Exception, RecursionError) as e:
+                    failed.append(f"{rule}: {type(e).__name__}")
+            yield Grade(right, final, "; ".join(failed) or None)
 
 
 def cores() -> int:

@@ -169,8 +169,11 @@ def write_answers_vllm(
     ends: list[int],
 ) -> None:
     """Have vLLM write the answers that are missing, with an adapter in the form of a LoRA."""
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
-    from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
+    try:
+        from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+        from vllm.lora.request import LoRARequest  # type: ignore[import-not-found]
+    except ImportError as e:
+        raise HalotuneError(f"backend: vllm cannot be imported ({e}). Install vllm, or use --backend transformers.") from e
 
     options = {"enable_lora": True, "max_lora_rank": next((r for r in (8, 16, 32, 64, 128, 256, 512) if r >= rank), rank)}
     engine = LLM(model=base, seed=sampling.seed, **(options if lora else {}))

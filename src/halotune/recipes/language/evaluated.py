@@ -12,6 +12,7 @@ import torch
 
 from ...cli.loading import BaseModel, Saved, find_device, load_tokenizer, loadable
 from ...core.errors import HalotuneError
+from ...report.page import write_page
 from ...report.record import write_record
 from ..common import processes
 from ..common.model import model_source
@@ -141,7 +142,7 @@ class Evaluated:
         asked = {"base": self.base, "adapter": self.adapter, **{n: getattr(config, n) for n in names}}
         asked["content of data"] = digest(problems)
         file = folder / "asked.json"
-        if file.is_file():
+        if file.is_file() and any(folder.glob("answers*.jsonl")):
             before = json.loads(file.read_text(encoding="utf-8"))
             differ = [n for n in asked if before.get(n) != asked[n]]
             if differ:
@@ -154,7 +155,7 @@ class Evaluated:
             write_record(file, asked)
 
     def record(self, suite: str, scores: dict[str, Any]) -> None:
-        """The scores among the run's results, for reports."""
+        """The scores among the run's results, and on its page."""
         if self.run is None:
             return
         record = read_run(self.run) or {}
@@ -164,3 +165,4 @@ class Evaluated:
             suite: {**found, "low": scores["strict"]["low"], "high": scores["strict"]["high"]},
         }
         write_record(self.run / "run.json", record)
+        write_page([self.run], self.run / "index.html")

@@ -53,7 +53,7 @@ def read_problems(suite: str, source: str | None, limit: int | None = None) -> l
     """The problems of a file of the suite's own (jsonl; MATH's folder of json files, too), or of the hub."""
     sources = HUB[suite] if source is None else source.split(",")
     rows = (row for part in sources for row in _rows(part.strip()))
-    found, _ = usable(rows, lambda values: checked_problem(suite, values), skip=False)
+    found, _ = usable(rows, lambda values: checked_problem(suite, values), skip=None)
     return [Problem(i, *p) for i, p in enumerate(found[:limit])]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import HalotuneError
-from ..common.rows import Row, read_rows, text_of, usable
+from ..common.rows import READERS, Row, read_rows, text_of, usable
 
 # What a prompt and its response are called: MetaMathQA, Alpaca, TRL, GSM8K …
 PAIRS = (
@@ -27,6 +27,7 @@ PAIRS = (
     ("instruction", "response"),
     ("question", "answer"),
 )
+SPLIT_SEED = 0
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # ShareGPT's
 
 
@@ -81,7 +82,8 @@ def read_examples(
 def find_rows(source: str) -> Iterator[Row]:
     """The rows of a file, or of a data set on the hub."""
     path = Path(source)
-    if path.suffix or path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+    file = path.suffix.lower() in READERS or path.exists()  # a data set's name may have a full stop, too: OpenHermes-2.5
+    if file or source.startswith((".", "/", "~")) or source.count("/") != 1:
         return read_rows(path)
     return (Row(path, number, dict(values)) for number, values in enumerate(_from_hub(source), 1))
 
@@ -168,9 +170,16 @@ def _conversation(messages: list[dict[str, Any]], first: int) -> Conversation:
     return Conversation(messages, learned)
 
 
-def split(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and evaluation rows: a share of them, drawn at random, for the second."""
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    held = set(order[: max(1, round(share * len(rows)))])
+def split(rows: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """Training and evaluation rows: a share of them, drawn at random, for the second; the same ones for all seeds of a run.
+
+    Raises:
+        HalotuneError: nothing is left for the first.
+    """
+    n = max(1, round(share * len(rows)))
+    if n >= len(rows):
+        raise HalotuneError(
+            f"evaluation: {share:g} of {len(rows)} rows leaves nothing to learn from. Use a smaller share, or a file."
+        )
+    held = set(random.Random(SPLIT_SEED).sample(range(len(rows)), n))
     return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]

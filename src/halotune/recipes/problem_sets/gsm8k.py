@@ -6,13 +6,14 @@ train.jsonl, test.jsonl: question, answer (which ends with "#### 72")
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from ...core.errors import HalotuneError
 from ..common.download import Remote, fetch
 from ..common.rows import read_rows
 from ..language.problems import checked_problem
-from .layout import opened, write_rows
+from .layout import find_file, opened, write_rows
 
 _FROM = "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c"
 FILES = {
@@ -30,13 +31,13 @@ FILES = {
 PARTS = tuple(FILES)
 
 
-def get(folder: Path, parts: Iterable[str], given: Path | None) -> list[Path]:
+def get(folder: Path, parts: Iterable[str], given: Path | None, skip_bad_rows: bool = False) -> list[Path]:
     """The files of the parts, fetched, or taken from a folder or an archive that the user has."""
     if given is None:
         return [fetch(FILES[part], folder) for part in parts]
     with opened(given, folder) as root:
-        found = {part: file for part in parts if (file := next(iter(sorted(root.rglob(f"{part}.jsonl"))), None))}
+        found = {part: file for part in parts if (file := find_file(root, f"{part}.jsonl"))}
         if not found:
             raise HalotuneError(f"--from {given}: holds neither train.jsonl nor test.jsonl. Give GSM8K's own files.")
-        check = lambda values: checked_problem("gsm8k", values)  # noqa: E731
-        return [write_rows(read_rows(file), check, folder / f"{part}.jsonl") for part, file in found.items()]
+        check = partial(checked_problem, "gsm8k")
+        return [write_rows(read_rows(file), check, folder / f"{part}.jsonl", skip_bad_rows) for part, file in found.items()]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from ...core.errors import HalotuneError
 from ..common.download import Remote, fetch, unpack
 from ..common.rows import Row, read_rows
 from ..language.problems import checked_problem, folder_rows
-from .layout import opened, write_rows
+from .layout import find_file, opened, write_rows
 
 # The authors' own address no longer answers; this is the archive's copy of it.
 ARCHIVE = Remote(
@@ -23,11 +24,11 @@ ARCHIVE = Remote(
 PARTS = ("train", "test")
 
 
-def get(folder: Path, parts: Iterable[str], given: Path | None) -> list[Path]:
+def get(folder: Path, parts: Iterable[str], given: Path | None, skip_bad_rows: bool = False) -> list[Path]:
     """The files of the parts, fetched, or made from a folder or an archive that the user has."""
     if given is not None:
         with opened(given, folder) as root:
-            return _lay_out(root, parts, folder)
+            return _lay_out(root, parts, folder, skip_bad_rows)
     archive = fetch(ARCHIVE, folder / ".downloads")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         unpack(archive, Path(scratch))
@@ -37,12 +38,12 @@ def get(folder: Path, parts: Iterable[str], given: Path | None) -> list[Path]:
     return made
 
 
-def _lay_out(root: Path, parts: Iterable[str], folder: Path) -> list[Path]:
-    made = []
+def _lay_out(root: Path, parts: Iterable[str], folder: Path, skip: bool = False) -> list[Path]:
+    made, check = [], partial(checked_problem, "math")
     for part in parts:
         rows = _rows(root, part)
         if rows is not None:
-            made.append(write_rows(rows, lambda values: checked_problem("math", values), folder / f"{part}.jsonl"))
+            made.append(write_rows(rows, check, folder / f"{part}.jsonl", skip))
     if not made:
         raise HalotuneError(f"{root}: holds neither train nor test. Give MATH's own folders, or train.jsonl and test.jsonl.")
     return made
@@ -50,7 +51,7 @@ def _lay_out(root: Path, parts: Iterable[str], folder: Path) -> list[Path]:
 
 def _rows(root: Path, part: str) -> Iterator[Row] | None:
     """A part's rows: of a jsonl file, or of MATH's folders with a file for every problem."""
-    if file := next(iter(sorted(root.rglob(f"{part}.jsonl"))), None):
+    if file := find_file(root, f"{part}.jsonl"):
         return read_rows(file)
     folder = next((f for f in sorted(root.rglob(part)) if f.is_dir() and next(f.rglob("*.json"), None)), None)
     return None if folder is None else folder_rows(folder)

@@ -12,7 +12,7 @@ from typing import Any
 from ...core.errors import HalotuneError
 from ..common.download import Remote, fetch
 from ..common.rows import read_rows, text_of
-from .layout import opened, write_rows
+from .layout import find_file, opened, write_rows
 
 FILE = Remote(
     "https://huggingface.co/datasets/meta-math/MetaMathQA/resolve/aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18/MetaMathQA-395K.json",
@@ -21,15 +21,15 @@ FILE = Remote(
 PARTS = ("train",)
 
 
-def get(folder: Path, parts: Iterable[str], given: Path | None) -> list[Path]:
+def get(folder: Path, parts: Iterable[str], given: Path | None, skip_bad_rows: bool = False) -> list[Path]:
     """The file, fetched, or taken from a file, a folder or an archive that the user has."""
     if given is None:
         return [fetch(FILE, folder)]
     with opened(given, folder) as root:
-        file = given if given.is_file() and root == given.parent else next(iter(sorted(root.rglob("*MetaMath*.json*"))), None)
+        file = root if root.is_file() else find_file(root, "*MetaMath*.json*")
         if file is None:
             raise HalotuneError(f"--from {given}: holds no {FILE.name}. Give that file.")
-        return [write_rows(read_rows(file), _check, folder / f"{file.stem}.jsonl")]
+        return [write_rows(read_rows(file), _check, folder / f"{file.stem}.jsonl", skip_bad_rows)]
 
 
 def _check(values: dict[str, Any]) -> None:
