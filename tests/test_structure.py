@@ -129,21 +129,12 @@ def test_kernels_alone_need_triton():
             assert not any({"triton", "kernels", "launch"} & set(name.split(".")) for name in named), file
 
 
-def test_importing_is_cheap():
-    code = (
-        "import sys, time, torch\n"
-        "start = time.process_time()\n"
-        "import halotune.api\n"
-        "print(time.process_time() - start)\n"
-        "print(*{'transformers', 'peft', 'matplotlib', 'diffusers', 'accelerate'} & sys.modules.keys())\n"
-    )
-    seconds = []
-    for _ in range(3):  # the least of three: the machine may be busy
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        measured, heavy = out.split("\n")[:2]
-        assert not heavy
-        seconds.append(float(measured))
-    assert min(seconds) < 0.3
+def test_importing_takes_nothing_but_torch():
+    """Whatever else a feature needs is imported where it is used, parts of torch as well: its compiler takes seconds."""
+    code = "import sys, torch; before = {*sys.modules}; import halotune.api; print(*sys.modules.keys() - before)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    imported = {name.split(".")[0] for name in out.split()} - sys.stdlib_module_names
+    assert imported <= {"halotune", "typing_extensions"}, imported
 
 
 # Where code may name a method: the format `lora` and what other programs call theirs, and what is chosen by hand.
