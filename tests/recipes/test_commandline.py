@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from halotune import BoneConfig, HalotuneError, HRAConfig, LoraConfig
-from halotune.recipes import MathConfig, NLUConfig, NLUEvaluation
+from halotune.recipes import MathConfig, NLUConfig, NLUEvaluation, SFTConfig
 from halotune.recipes.common.commandline import parse
 from halotune.recipes.common.config import as_yaml, plain
 
@@ -158,3 +158,10 @@ def test_what_is_given_wins_over_a_preset_even_where_it_is_the_usual_value(tmp_p
         parse(MathConfig, [*flags, "--r", "8", "--print-config"])
     (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
     assert parse(MathConfig, ["--config", str(tmp_path / "run.yaml")]) == parse(MathConfig, [*flags, "--r", "8"])
+
+
+@pytest.mark.parametrize(
+    ("method", "label"), [("lora", "LoRA r=8"), ("loha", "LoHa r=8"), ("miss", "MiSS r=64"), ("bat", "BAT r=64")]
+)
+def test_a_run_is_named_as_people_write_its_method(method: str, label: str) -> None:
+    assert SFTConfig(model="m", data="d", method=method).label == label

@@ -47,6 +47,7 @@ class Kind:
 
     learning_rate: float  # the default
     fields: Callable[[int], Mapping[str, Any]] = lambda r: {"r": r}  # of a configuration of this size, whose scale is 1
+    title: str = ""  # how people write it, where that is not in capitals
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from .config import BoneConfig, MissConfig, as_bone, as_miss
 from .from_peft import FROM_PEFT
 from .measures import MEASURES
 
-KINDS = {"BONE": Kind(1e-3), "BAT": Kind(1e-3, lambda r: {"r": r, "init_weights": "bat"})}
+KINDS = {"BONE": Kind(1e-3, title="Bone"), "BAT": Kind(1e-3, lambda r: {"r": r, "init_weights": "bat"})}
 BONE = register(Method("BONE", "bone_", BoneConfig, (Bone, Bat), create, KINDS, aliases={"MISS": as_miss}, measures=MEASURES))
 MISS = register(
     Method(
@@ -15,7 +15,7 @@ MISS = register(
         MissConfig,
         (Miss, MissBat),
         create,
-        {"MISS": Kind(1e-3)},
+        {"MISS": Kind(1e-3, title="MiSS")},
         aliases={"BONE": as_bone},
         from_peft=FROM_PEFT,
         measures=MEASURES,

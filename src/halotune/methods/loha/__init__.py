@@ -7,7 +7,7 @@ from .config import LoHaConfig
 from .from_peft import FROM_PEFT
 from .lycoris import FORM
 
-KINDS = {"LOHA": Kind(1e-2, lambda r: {"r": r, "alpha": r})}
+KINDS = {"LOHA": Kind(1e-2, lambda r: {"r": r, "alpha": r}, "LoHa")}
 TYPES = LoHa, DecomposedLoHa
 METHOD = register(
     Method(

@@ -7,7 +7,7 @@ from .config import LoraConfig
 from .experts import FORM as EXPERTS
 from .lycoris import FORM
 
-KINDS = {"LORA": Kind(2e-3, lambda r: {"r": r, "lora_alpha": r})}
+KINDS = {"LORA": Kind(2e-3, lambda r: {"r": r, "lora_alpha": r}, "LoRA")}
 METHOD = register(
     Method(
         "LORA",

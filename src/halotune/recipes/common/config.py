@@ -93,9 +93,9 @@ class RunConfig:
         preset = self.preset_fields(vars(self).get("preset"))
         self.method, self.adapter = resolve_adapter(self.method or None, self.adapter, self.TARGETS, self.METHOD, preset)
         self.fill()
-        rate = find_method(self.method)[1].learning_rate * self.RATE
-        self.fill_in(epochs=self.EPOCHS, warmup=self.WARMUP, learning_rate=rate)
-        self.label = self.label or f"{self.method.upper()} {'='.join(map(str, self.adapter.size))}"
+        kind = find_method(self.method)[1]
+        self.fill_in(epochs=self.EPOCHS, warmup=self.WARMUP, learning_rate=kind.learning_rate * self.RATE)
+        self.label = self.label or f"{kind.title or self.method.upper()} {'='.join(map(str, self.adapter.size))}"
         for name in ("batch_size", "log_every", "keep_checkpoints"):
             self.require(name, getattr(self, name) >= 1, "must be at least 1", "Use a whole number such as 8.")
         for name in ("max_steps", "micro_batch_size", "evaluate_every", "save_every"):
