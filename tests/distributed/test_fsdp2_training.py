@@ -287,12 +287,12 @@ def hybrid(rank: int) -> None:
 
 def alone(rank: int) -> None:
     """Saving by the first process alone is an error in words, after a while."""
-    from halotune.engine import sharding
+    from halotune.engine import gathering
 
     model = sharded(adapted("hra"), "block")
     if rank == 0:
         with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
-            patch.setattr(sharding, "WAIT", 0.2)
+            patch.setattr(gathering, "WAIT", 0.2)
             with pytest.raises(HalotuneError, match="every process has to take part, and not all 2 did within"):
                 model.save_pretrained(Path(folder) / "a")
             assert not (Path(folder) / "a").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -19,14 +20,14 @@ FILE = Path(__file__).parents[2] / "benchmarks" / "glue.py"
 
 
 @pytest.fixture(scope="module")
-def glue() -> ModuleType:
+def glue() -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("benchmark_of_glue", FILE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FILE.parent)  # as where it runs as a script
+        patch.syspath_prepend(FILE.parent)  # as where it runs as a script, for its workers as well
         spec.loader.exec_module(module)
-    return module
+        yield module
 
 
 @pytest.mark.filterwarnings("ignore:HRA. with apply_GS=True")
@@ -58,7 +59,7 @@ def test_a_sitting_goes_on_from_the_last(glue, tmp_path):
 
     rates = glue.METHODS["LoRA"][2]
     assert list(glue.missing(args)) == [("cola", "LoRA", rate, 0) for rate in rates]
-    for rate, value in zip(rates, (0.1, 0.3, 0.2), strict=True):
+    for rate, value in zip(rates, (0.1, 0.3, 0.2, 0.1), strict=True):
         finish(rate, 0, value)
     assert list(glue.missing(args)) == [("cola", "LoRA", rates[1], seed) for seed in (1, 2, 3)]
     assert glue.table(args).splitlines()[-1] == "| LoRA | missing | missing | missing |"
