@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sittings import sitting
-from subject import CLASSES, METHODS, spread, write_result
+from sittings import sitting, write_result
+from subject import CLASSES, METHODS, spread
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("canny", "landmark", "segm")

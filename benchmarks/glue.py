@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sittings import MISSING, keep, read, sitting
+from sittings import MISSING, best_rate, keep, read, sitting
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = {"cola": 5, "sst2": 5, "mrpc": 5, "stsb": 5}
@@ -136,9 +136,8 @@ def result(output: Path, task: str, method: str, rate: float, seed: int) -> dict
 
 def chosen_rate(output: Path, task: str, method: str) -> tuple[float | None, bool]:
     """The rate whose last evaluation at seed 0 is the best of those there; and whether all are."""
-    found = {rate: r for rate in METHODS[method][2] if (r := result(output, task, method, rate, 0)) is not None}
-    best = max(found, key=lambda rate: found[rate]["results"]["last"][SCORES[task]], default=None)
-    return best, len(found) == len(METHODS[method][2])
+    found = {rate: result(output, task, method, rate, 0) for rate in METHODS[method][2]}
+    return best_rate(found, lambda last: last[SCORES[task]])
 
 
 def missing(args: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]:

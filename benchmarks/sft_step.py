@@ -22,6 +22,8 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
+from sittings import write_result
+
 COMPILED, THEIRS = "halotune HRA compiled", "TRL + peft LoRA"
 CONTENDERS = ("halotune HRA", COMPILED, THEIRS)
 WITHOUT_HEAD = "halotune HRA without head"  # what the loss over the vocabulary takes: with --length 8192
@@ -258,10 +260,7 @@ def write(args: argparse.Namespace, found: list[dict[str, Any]]) -> None:
         "runs": found,
         "ratios": ratios(found),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.output.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(args.output)
+    write_result(args.output, record)
 
 
 def ratios(found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from argparse import Namespace
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,20 @@ def read(target: Path) -> dict[str, Any] | None:
     """What `keep` left there."""
     file = target / "run.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def write_result(file: Path, entries: Mapping[str, Any]) -> None:
+    """Under another name first: where it is, it is complete."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.stem}")
+    part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def best_rate(tried: Mapping[float, Mapping[str, Any] | None], score: Callable[[Any], float]) -> tuple[float | None, bool]:
+    """The learning rate whose run's last evaluation has the highest score, of those that were run; and whether all were."""
+    found = {rate: record["results"]["last"] for rate, record in tried.items() if record is not None}
+    return max(found, key=lambda rate: score(found[rate]), default=None), len(found) == len(tried)
 
 
 def devices() -> list[str]:

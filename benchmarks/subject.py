@@ -47,12 +47,12 @@ import statistics
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sittings import sitting
+from sittings import sitting, write_result
 
 ROOT = Path(__file__).parent.parent
 # name -> method and configuration; of square layers of n each has 8 n parameters.
@@ -164,14 +164,6 @@ def train(args: argparse.Namespace) -> None:
 
 def name_of(subject: str, method: str, seed: int) -> str:
     return f"{subject}-{method.replace(' ', '_')}-{seed}"
-
-
-def write_result(file: Path, entries: Mapping[str, Any]) -> None:
-    """Under another name first: where it is, it is complete."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.stem}")
-    part.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
 
 
 def train_one(job: Job, args: argparse.Namespace) -> str:

@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sittings import MISSING, keep, read, sitting
-from word_problems_peft import whole_run
+from sittings import MISSING, best_rate, keep, read, sitting
+from word_problems_peft import held_out_loss, whole_run
 
 ROOT = Path(__file__).parent.parent
 SEEDS = (1, 2, 3)
@@ -156,10 +156,8 @@ def base_record(config: Any) -> dict[str, Any]:
     _, rows, _ = sft.read_data(config)
     held, _ = sft.tokenized(config, tokenizer, rows)
     model = adapt(load_base(AutoModelForCausalLM, config, attn_implementation="sdpa"), config, TaskType.CAUSAL_LM)
-    found = sft.make_trainer(config, run, model, tokenizer, held, held).evaluate()
-    last = {name: found[f"eval_{name}"] for name in ("loss", "perplexity")}
     own = {"status": "finished", "label": BASE, "method": BASE, "parameters": {"trainable": 0}}
-    return {**run.record, **own, "results": {"last": last}}
+    return {**run.record, **own, "results": {"last": held_out_loss(config, run, model, tokenizer, held)}}
 
 
 def result(output: Path, point: Point) -> dict[str, Any] | None:
@@ -169,22 +167,15 @@ def result(output: Path, point: Point) -> dict[str, Any] | None:
 def chosen_rate(output: Path, method: str) -> tuple[float | None, bool]:
     """The rate of the least held-out loss at seed 0 of those there; and whether all are."""
     method = PEFT.get(method, method)
-    found = {rate: r for rate in METHODS[method][2] if (r := result(output, (method, rate, 0))) is not None}
-    best = min(found, key=lambda rate: found[rate]["results"]["last"]["loss"], default=None)
-    return best, len(found) == len(METHODS[method][2])
+    return best_rate({rate: result(output, (method, rate, 0)) for rate in METHODS[method][2]}, lambda last: -last["loss"])
 
 
 def missing(args: argparse.Namespace) -> Iterator[Point]:
     """What is to be run and can be run now: the base model, all rates, then a seed of every method before the next seed."""
     points: list[Point] = [(BASE, 0.0, 0)]
     rates = {method: chosen_rate(args.output, method) for method in args.methods}
-    points += [
-        (method, rate, 0)
-        for method in args.methods
-        if method in METHODS and rates[method] is None
-        for rate in METHODS[method][2]
-    ]
-    points += [(m, rate, seed) for seed in SEEDS for m in args.methods if (rate := rates[m]) is not None]
+    points += [(m, rate, 0) for m in args.methods if m in METHODS and not rates[m][1] for rate in METHODS[m][2]]
+    points += [(m, rate, seed) for seed in SEEDS for m, (rate, final) in rates.items() if rate and final]
     yield from (point for point in points if result(args.output, point) is None)
 
 

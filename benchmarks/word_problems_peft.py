@@ -10,13 +10,13 @@ in a whole epoch is in word_problems.py's own table; its HRA would take too long
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from sft_step import stopwatch
+from sittings import write_result
 
 PAIRS = {"HRA": "peft HRA", "LoHa": "peft LoHa", "Bone": "peft MiSS", "LoRA": "peft LoRA"}
 RATES = {"HRA": 1e-3, "LoHa": 3e-3, "Bone": 3e-4, "LoRA": 1e-3}
@@ -65,6 +65,14 @@ def peft_trainer(config: Any, run: Any, model: Any, tokenizer: Any, train: Any, 
     )
 
 
+def held_out_loss(config: Any, run: Any, model: Any, tokenizer: Any, held: Any) -> dict[str, float]:
+    """Of a token that counts, by the evaluation of `halotune train sft`."""
+    from halotune.recipes import sft
+
+    found = sft.make_trainer(config, run, model, tokenizer, held, held).evaluate()
+    return {name: found[f"eval_{name}"] for name in ("loss", "perplexity")}
+
+
 def whole_run(config: Any, name: str, command: str, folder: Path) -> dict[str, Any]:
     """What run.json would hold. The held-out loss is measured by our reader of peft's files, as for our own adapters."""
     import peft
@@ -93,7 +101,6 @@ def whole_run(config: Any, name: str, command: str, folder: Path) -> dict[str, A
     tokenizer.save_pretrained(folder)
     del trainer, model
     loaded = PeftModel.from_pretrained(load_base(AutoModelForCausalLM, config, attn_implementation="sdpa"), str(folder))
-    found = sft.make_trainer(config, run, loaded, tokenizer, held, held).evaluate()
     return {
         **run.record,
         "status": "finished",
@@ -102,7 +109,7 @@ def whole_run(config: Any, name: str, command: str, folder: Path) -> dict[str, A
         "parameters": {"trainable": trained},
         "seconds": sum(watch.times),
         "memory": {"peak_bytes": peak},
-        "results": {"last": {key: found[f"eval_{key}"] for key in ("loss", "perplexity")}},
+        "results": {"last": held_out_loss(config, run, loaded, tokenizer, held)},
     }
 
 
@@ -202,10 +209,7 @@ def main() -> None:
                     "rows": f"16 of {args.length} tokens, {args.micro_batch_size} at once",
                     "runs": found,
                 }
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                part = args.output.with_suffix(".part")
-                part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-                part.replace(args.output)
+                write_result(args.output, record)
     print(table(found))
 
 

@@ -1,4 +1,4 @@
-"""`benchmarks/glue.py`: its methods train equally many parameters, and it goes on from what earlier sittings left."""
+"""`benchmarks/glue.py` and `word_problems.py`: methods train equally many parameters, and a sitting goes on from the last."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import json
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -16,17 +17,23 @@ import halotune
 from halotune.engine.injection.modules import adapted_layers
 from halotune.recipes.common.config import resolve_adapter
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "glue.py"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@contextmanager
+def loaded(name: str) -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location(f"benchmark_of_{name}", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)  # as where it runs as a script, for its workers as well
+        spec.loader.exec_module(module)
+        yield module
 
 
 @pytest.fixture(scope="module")
 def glue() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("benchmark_of_glue", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FILE.parent)  # as where it runs as a script, for its workers as well
-        spec.loader.exec_module(module)
+    with loaded("glue") as module:
         yield module
 
 
@@ -67,6 +74,25 @@ def test_a_sitting_goes_on_from_the_last(glue, tmp_path):
         finish(rates[1], seed, value)
     assert list(glue.missing(args)) == []
     assert glue.table(args).splitlines()[-1] == f"| LoRA | 7 | 40.0 ± 20.0 ({rates[1]:g}) | 2 |"
+
+
+def test_word_problems_try_all_rates_before_they_report(tmp_path):
+    with loaded("word_problems") as benchmark:
+        args = Namespace(output=tmp_path, methods=["LoRA", "peft LoRA"])
+        rates = benchmark.METHODS["LoRA"][2]
+
+        def finish(point, loss: float) -> None:
+            folder = benchmark.folder_of(tmp_path, point)
+            folder.mkdir(parents=True)
+            (folder / "run.json").write_text(json.dumps({"results": {"last": {"loss": loss}}}))
+
+        base = (benchmark.BASE, 0.0, 0)
+        assert list(benchmark.missing(args)) == [base, *[("LoRA", rate, 0) for rate in rates]]
+        finish(base, 2.0)
+        for rate, loss in zip(rates, (1.3, 1.1, 1.2, 1.4), strict=True):
+            assert ("LoRA", rate, 0) in benchmark.missing(args)
+            finish(("LoRA", rate, 0), loss)
+        assert list(benchmark.missing(args)) == [(m, rates[1], s) for s in (1, 2, 3) for m in ("LoRA", "peft LoRA")]
 
 
 def run(point: str, args: Namespace) -> str:
