@@ -15,7 +15,16 @@ pytest.importorskip("pebble")
 
 from halotune import HalotuneError
 from halotune.cli.main import main
-from halotune.recipes import MathEvaluation, NLUConfig, SFTConfig, evaluate_math, train_nlu, train_sft
+from halotune.recipes import (
+    MathEvaluation,
+    NLUConfig,
+    NLUEvaluation,
+    SFTConfig,
+    evaluate_math,
+    evaluate_nlu,
+    train_nlu,
+    train_sft,
+)
 from halotune.recipes.common import processes
 from halotune.recipes.common.run import Run, locked
 from halotune.recipes.grading.workers import Task, grade_all
@@ -88,10 +97,39 @@ def test_other_data_than_the_run_began_with_are_refused(encoder, table, tmp_path
     data.write_bytes(table.read_bytes())
     run("train_nlu", fields(encoder, data, tmp_path / "run"), 7)
     data.write_text(table.read_text().replace("song", "film"))
+    before = (tmp_path / "run" / "run.json").read_text()
     with pytest.raises(HalotuneError, match=r"the data have changed since the run began\. Put them back"):
         train_nlu(configure(encoder, data, tmp_path / "run"))
+    assert (tmp_path / "run" / "run.json").read_text() == before
     data.write_bytes(table.read_bytes())
     assert train_nlu(configure(encoder, data, tmp_path / "run"))["status"] == "finished"
+
+
+def test_a_run_answers_wherever_it_is_asked_from(encoder, table, tmp_path, monkeypatch):
+    """Its base and its data were named relative to the folder that it was started in."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    (here / "base").symlink_to(encoder)
+    (here / "rows.csv").symlink_to(table)
+    monkeypatch.chdir(here)
+    train_nlu(configure(Path("base"), Path("rows.csv"), Path("run"), max_steps=1))
+    found = evaluate_nlu(NLUEvaluation("run", device="cpu"))
+    monkeypatch.chdir(there)
+    assert evaluate_nlu(NLUEvaluation("../here/run", device="cpu")) == found
+
+
+def test_a_very_long_text_in_a_table(encoder, table, tmp_path):
+    (tmp_path / "rows.csv").write_text(table.read_text() + "film " * 50_000 + ",positive\n")
+    assert train_nlu(configure(encoder, tmp_path / "rows.csv", tmp_path / "run", max_steps=1))["status"] == "finished"
+
+
+def test_tables_that_cannot_be_read(encoder, tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label,label\na film,good,bad\n")
+    with pytest.raises(HalotuneError, match=r"rows.csv: two columns are named 'label'. Rename or delete one"):
+        train_nlu(configure(encoder, tmp_path / "rows.csv", tmp_path / "run"))
+    (tmp_path / "rows.parquet").write_text("PAR")
+    with pytest.raises(HalotuneError, match=r"rows.parquet: cannot be read as parquet: .* Write it again"):
+        train_nlu(configure(encoder, tmp_path / "rows.parquet", tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -143,6 +181,15 @@ def test_texts_of_all_kinds(base, tmp_path):
     assert record["status"] == "finished" and record["skipped"]["count"] == 1 and record["rows"]["cut"] >= 1
 
 
+def test_a_conversation_that_the_assistant_begins(base, tmp_path):
+    """Nothing asks for its first words, so they are no answer."""
+    first = {"from": "gpt", "value": "Hello."}
+    asked = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    config = sft(base, tmp_path, [{"conversations": [first]}, {"conversations": [first, *asked]}], skip_bad_rows=True)
+    record = train_sft(config)
+    assert record["rows"]["train"] == 1 and "holds no answer of the assistant" in record["skipped"]["rows"][0]
+
+
 def test_two_evaluations_into_one_folder(base, tmp_path):
     config = MathEvaluation(
         suite="gsm8k",
@@ -163,6 +210,19 @@ def test_other_problems_than_were_answered_are_refused(base, tmp_path):
     assert evaluate_math(config)["strict"]["of"] == 2
     write_problems(file, range(5, 8))
     with pytest.raises(HalotuneError, match="asked for with another content of data"):
+        evaluate_math(config)
+
+
+def test_answers_of_an_adapter_that_was_trained_anew_are_refused(base, tmp_path):
+    train_sft(sft(base, tmp_path, [{"prompt": "What?", "response": "That."}]))
+    file = write_problems(tmp_path / "test.jsonl", range(1))
+    asked = {"suite": "gsm8k", "adapter": str(tmp_path / "run" / "adapter"), "data": str(file), "output": str(tmp_path / "out")}
+    config = MathEvaluation(**asked, device="cpu", max_new_tokens=2, workers=1)
+    evaluate_math(config)
+    train_sft(sft(base, tmp_path, [{"prompt": "What?", "response": "That."}], output=str(tmp_path / "new"), seed=1))
+    (tmp_path / "run" / "adapter").rename(tmp_path / "old")
+    (tmp_path / "new" / "adapter").rename(tmp_path / "run" / "adapter")
+    with pytest.raises(HalotuneError, match="asked for with another content of adapter"):
         evaluate_math(config)
 
 

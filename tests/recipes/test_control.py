@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from halotune.recipes.common.run import FINISHED, read_run
 pytest.importorskip("diffusers")
 pytest.importorskip("cv2")
 
-from halotune.recipes.control import ControlConfig, ControlledDenoiser, train_control
+from halotune.recipes.control import ControlConfig, ControlledDenoiser, ControlTrainer, train_control
 from halotune.recipes.control_model import ENCODER, ControlEncoder, load_control, new_control
 from halotune.recipes.control_pictures import ControlPictures, draw_control
 from halotune.recipes.diffusion import TARGETS, load_family
@@ -181,6 +182,26 @@ def test_a_resumed_run_is_the_uninterrupted_one(root: Path, tmp_path: Path, monk
     there = weights(tmp_path / "parts")
     for name, p in weights(tmp_path / "whole").items():
         torch.testing.assert_close(there[name], p, atol=0, rtol=0)
+
+
+def test_a_run_does_not_go_on_with_other_pairs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = shutil.copytree(root / "flowers", tmp_path / "flowers")
+    config = ControlConfig(**options(root, tmp_path / "run", data=str(data), save_every=2))
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ControlTrainer, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_control(config)
+    table = data / "train" / "metadata.jsonl"
+    text = table.read_text()
+    table.write_text(text.replace("yellow", "red"))
+    with pytest.raises(HalotuneError, match="run: the data have changed since the run began"):
+        train_control(config)
+    table.write_text(text)
+    assert train_control(config)["status"] == FINISHED
 
 
 @pytest.fixture

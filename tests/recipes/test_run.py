@@ -97,6 +97,22 @@ def test_a_finished_run_is_left_alone_and_says_so(whole, encoder, table, capsys)
     assert {f: f.stat().st_mtime_ns for f in whole.rglob("*")} == before
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_run_killed_before_its_page_gets_it_when_it_is_started_again(encoder, table, tmp_path, capsys):
+    config = configure(encoder, table, tmp_path / "run", max_steps=1)
+    assert in_child(killed_before_its_page, config) == -signal.SIGKILL
+    record = read_run(tmp_path / "run")
+    assert record["status"] == FINISHED and not (tmp_path / "run" / "index.html").exists()
+    assert train_nlu(config) == record
+    assert "finished already; nothing was done" in capsys.readouterr().err
+    assert "accuracy" in (tmp_path / "run" / "index.html").read_text()
+
+
+def killed_before_its_page(config: NLUConfig) -> None:
+    Run.write_page = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+    train_nlu(config)
+
+
 def in_child(job: Callable[..., Any], *args: Any) -> int:
     """Run it in a process of its own; how that ended (−9: killed)."""
     process = get_context("fork").Process(target=job, args=args)
@@ -185,6 +201,11 @@ def test_another_configuration_is_refused_and_named(whole, encoder, table):
 def test_a_folder_that_is_no_run_is_refused(encoder, table, tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(HalotuneError, match=r"holds thesis.tex and no run.json"):
+        train_nlu(configure(encoder, table, tmp_path))
+    with pytest.raises(HalotuneError, match=r"thesis.tex: is a file. Give another --output"):
+        train_nlu(configure(encoder, table, tmp_path / "thesis.tex"))
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(HalotuneError, match=r"run.json: holds no JSON object"):
         train_nlu(configure(encoder, table, tmp_path))
 
 

@@ -396,7 +396,8 @@ def test_what_users_folders_hold(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_does_not_go_on_with_other_pictures(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = options(root, tmp_path / "run", subject=str(save_subject(tmp_path / "own")), prior_weight=0.0, save_every=2)
+    own = {"subject": str(save_subject(tmp_path / "own")), "prior_weight": 0.0, "save_every": 2, "evaluate_every": 4}
+    values = options(root, tmp_path / "run", **own)
 
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
@@ -406,7 +407,7 @@ def test_a_run_does_not_go_on_with_other_pictures(root: Path, tmp_path: Path, mo
         train_subject(SubjectConfig(**values))
     monkeypatch.undo()
     (tmp_path / "own" / "02.png").rename(tmp_path / "02.png")
-    with pytest.raises(HalotuneError, match="run: the data have changed since this run began"):
+    with pytest.raises(HalotuneError, match="run: the data have changed since the run began"):
         train_subject(SubjectConfig(**values))
     (tmp_path / "02.png").rename(tmp_path / "own" / "02.png")
     assert train_subject(SubjectConfig(**values))["status"] == FINISHED

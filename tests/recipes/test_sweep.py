@@ -77,12 +77,13 @@ def test_a_sweep_trains_each_run_in_its_own_process_and_goes_on_where_it_ended(f
     assert rows[0]["results"]["last.loss"]["mean"] == pytest.approx(mean) and rows[0]["results"]["last.loss"]["n"] == 2
     assert " ± " in capsys.readouterr().out
 
+    (root / "seed=0" / "index.html").unlink()  # as a kill leaves it
     (root / "seed=1" / "run.json").unlink()
     started = []
     monkeypatch.setattr(sweeping, "_train", lambda recipe, folder: started.append(folder.name) or 1)
     assert main(["train", "nlu", *flags, "--sweep", "seed=0,1"]) == 2
-    assert started == ["seed=1"]
-    assert "1 of 2 runs failed, such as" in capsys.readouterr().err
+    assert started == ["seed=0", "seed=1"]
+    assert "2 of 2 runs failed, such as" in capsys.readouterr().err
 
 
 def test_all_runs_are_checked_before_the_first_starts(flags, monkeypatch):
@@ -91,6 +92,8 @@ def test_all_runs_are_checked_before_the_first_starts(flags, monkeypatch):
         sweep(NLUConfig, flags, ["method=hra,lorra"])
     with pytest.raises(HalotuneError, match="there is no option --sed"):
         sweep(NLUConfig, flags, ["sed=0,1"])
+    with pytest.raises(HalotuneError, match="--sweep: the runs of a sweep have folders of their own"):
+        sweep(NLUConfig, flags, ["output=a,b"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(HalotuneError, match="--sweep starts its runs itself"):
         sweep(NLUConfig, flags, ["seed=0,1"])

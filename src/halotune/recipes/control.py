@@ -232,8 +232,7 @@ def train_control(config: ControlConfig, *, dry_run: bool = False, command: str 
         command: what run.json says the user typed.
     """
     run = Run(config, command)
-    if run.finished and not dry_run:
-        said(f"{run.folder}: finished already; nothing was done. Give another --output for a new run.")
+    if not dry_run and run.left_alone():
         return run.record
     left_out: list[str] | None = [] if config.skip_bad_rows else None
     pairs = read_pairs(config.data, "train", config.control, left_out)
@@ -249,6 +248,7 @@ def train_control(config: ControlConfig, *, dry_run: bool = False, command: str 
     preparer = Preparer(family, config, args.device)
     train, problems = preparer.examples(pairs, "training")
     evaluation, more = preparer.examples(evenly(validation, config.evaluation_count), "validation")
+    run.same_data(train.contents, evaluation.contents)
     set_seed(config.seed)  # of the adapter
     adapters = adapt(family, config)
     model = ControlledDenoiser(controlled, family, config, preparer.text(""))

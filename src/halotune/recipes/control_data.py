@@ -245,6 +245,11 @@ class ControlExamples(Dataset[dict[str, Any]]):
     def __init__(self, entries: Sequence[tuple[Pair, Mapping[str, Any], Mapping[str, Any]]], cache: Cache, text: bool) -> None:
         self.entries, self.cache, self.text = entries, cache, text
 
+    @property
+    def contents(self) -> list[tuple[Mapping[str, Any], str]]:
+        """What tells each of them from others, wherever its files lie: all that its tensors are made from, and its caption."""
+        return [(key, pair.prompt) for pair, key, _ in self.entries]
+
     def __len__(self) -> int:
         return len(self.entries)
 

@@ -24,7 +24,7 @@ from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..integrations.diffusers import PipelineAdapters
 from ..report.record import write_record
-from .common.run import read_run, said
+from .common.run import configuration, read_run, said
 from .control import ControlConfig
 from .control_data import Pair, Preparation, evenly, read_pairs
 from .control_hints import read_depth, read_labels
@@ -142,7 +142,7 @@ def read_config(folder: str | Path, **also: Any) -> ControlConfig:
     record = read_run(Path(folder))
     if record is None or record.get("recipe") != ControlConfig.RECIPE or not (Path(folder) / "adapter").is_dir():
         raise HalotuneError(f"{folder}: is no finished run of `halotune train control`: it has no run.json, or no adapter/.")
-    return ControlConfig(**record["config"] | {k: v for k, v in also.items() if v is not None})
+    return ControlConfig(**configuration(record) | {k: v for k, v in also.items() if v is not None})
 
 
 def load_trained(folder: str | Path, config: ControlConfig) -> Trained:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import HalotuneError
 from .common.download import Remote, fetch, put, unpack
-from .common.run import FINISHED, read_run, said
+from .common.run import is_finished, said
 
 if TYPE_CHECKING:
     from .subject import SubjectConfig
@@ -91,7 +91,7 @@ def train_suite(
     runs = suite_runs(config)
     number, shares = map(int, config.shard.split("/"))
     mine = runs[number::shares]
-    done = [r for r in mine if (read_run(Path(str(r.output))) or {}).get("status") == FINISHED]
+    done = [r for r in mine if is_finished(Path(str(r.output)))]
     said(f"{config.output}: {len(mine)} of {len(runs)} runs are this process's, {len(done)} of them finished already")
     results = {}
     for run in mine:

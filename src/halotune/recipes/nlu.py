@@ -184,11 +184,11 @@ def train_nlu(config: NLUConfig, *, dry_run: bool = False, command: str | None =
         command: what run.json says the user typed.
     """
     run = Run(config, command)
-    if run.finished and not dry_run:
-        said(f"{run.folder}: finished already; nothing was done. Give another --output for a new run.")
+    if not dry_run and run.left_alone():
         return run.record
     seed(config)  # of the head and the adapter
     data = load_data(config)
+    run.same_data(data.train, *data.evaluations.values())
     task = data.task
     tokenizer = load_tokenizer(config)
     model = adapt(load_classifier(config, task.labels, tokenizer), config, TaskType.SEQ_CLS)
@@ -213,7 +213,6 @@ def train_nlu(config: NLUConfig, *, dry_run: bool = False, command: str | None =
         show_dry_run(run, trainer, lambda batch: as_text(batch, tokenizer, task))
         return run.record
     with run.open():
-        run.same_data(data.train, *data.evaluations.values())
         run.update(
             task=task.name,
             labels=None if task.labels is None else list(task.labels),

@@ -22,7 +22,7 @@ from ..engine.model import PeftModel
 from .common import processes
 from .common.config import check_choices, require
 from .common.rows import read_rows, text_of, usable
-from .common.run import read_run, said
+from .common.run import configuration, read_run, said
 from .common.trainer import placement
 from .glue.tasks import TASKS, submission
 from .nlu import NLUConfig, answers, load_classifier, load_data, load_tokenizer, tokenized
@@ -157,7 +157,7 @@ class TrainedRun:
                 f"{folder}: is no finished run of `halotune train nlu`: it has no run.json, or no {adapter.name}/."
             )
         self.folder = folder
-        self.config = NLUConfig(**record["config"] | {"device": device})
+        self.config = NLUConfig(**configuration(record) | {"device": device})
         self.task = TASKS[record["task"]] if record["task"] in TASKS else table_task(self.config.columns, record["labels"])
         self.tokenizer = load_tokenizer(self.config)
         base = load_classifier(self.config, record["labels"], self.tokenizer)

@@ -118,8 +118,7 @@ def train_sft(
         what run.json holds.
     """
     run = Run(config, command)
-    if run.finished and not dry_run:
-        said(f"{run.folder}: finished already; nothing was done. Give another --output for a new run.")
+    if not dry_run and run.left_alone():
         return run.record
 
     quiet()
@@ -127,6 +126,7 @@ def train_sft(
     # The data, as tokens with labels
     tokenizer = load_tokenizer(config)
     train_rows, eval_rows, bad = read_data(config)
+    run.same_data(train_rows, eval_rows)
     train, cut = tokenized(config, tokenizer, train_rows)
     held = tokenized(config, tokenizer, eval_rows)[0] if eval_rows else None
     report_data(config, train, held, cut, bad)
@@ -146,7 +146,6 @@ def train_sft(
         show_dry_run(run, trainer, lambda batch: marked(tokenizer, batch))
         return run.record
     with run.open():
-        run.same_data(train_rows, eval_rows)
         rows = {"train": len(train_rows), "evaluation": len(eval_rows), "cut": cut}
         run.update(rows=rows, skipped={"count": len(bad), "rows": bad[:100]}, substitutes=list(substitutes))
         run.update(compiled=config.compiled)

@@ -19,7 +19,7 @@ from transformers import set_seed
 from ..core.files import write_atomically
 from .common.config import RunConfig
 from .common.dry_run import dry_run as show_dry_run
-from .common.run import Run, said
+from .common.run import Run
 from .common.trainer import arguments
 from .diffusion import LORAS, TARGETS, draw, export, load_family
 from .pipeline_trainer import Denoiser, PipelineTrainer, adapt, share
@@ -194,12 +194,10 @@ def train_subject(config: SubjectConfig, *, dry_run: bool = False, command: str 
 
         return train_suite(config, train_subject, dry_run=dry_run, command=command)
     run = Run(config, command)
-    if run.finished and not dry_run:
-        said(f"{run.folder}: finished already; nothing was done. Give another --output for a new run.")
+    if not dry_run and run.left_alone():
         return run.record
     pictures = find_pictures(config.subject, str(config.prompt), config.identifier)
-    data = contents(pictures)
-    run.check_data(data)
+    run.same_data(contents(pictures))
     family = load_family(config)
     args = arguments(config, run, include_num_input_tokens_seen="no", remove_unused_columns=False, data_seed=config.seed)
     if not config.quant:
@@ -227,7 +225,6 @@ def train_subject(config: SubjectConfig, *, dry_run: bool = False, command: str 
         return run.record
     with run.open():
         run.update(
-            data=data,
             pictures={"subject": len(pictures), "class": len(prior)},
             pipeline=type(family.pipe).__name__,
         )

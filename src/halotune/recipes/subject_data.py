@@ -99,10 +99,9 @@ def mask_of(picture: Picture, size: tuple[int, int], sizes: list[tuple[int, int]
     return background + (1 - background) * weight
 
 
-def contents(pictures: Sequence[Picture]) -> str:
-    """The SHA-256 of pictures, their captions and their masks, in their order."""
-    parts = [[sha256(p.file), p.caption, p.mask and sha256(p.mask)] for p in pictures]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def contents(pictures: Sequence[Picture]) -> list[tuple[str | None, ...]]:
+    """The SHA-256 of each picture, its caption, and the SHA-256 of its mask."""
+    return [(sha256(p.file), p.caption, p.mask and sha256(p.mask)) for p in pictures]
 
 
 class Examples(Dataset[list[dict[str, Any]]]):

@@ -27,7 +27,7 @@ from ..cli.loading import find_device
 from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..report.record import write_record
-from .common.run import read_run, said
+from .common.run import configuration, read_run, said
 from .diffusion import Family, draw
 from .scorers import DISTANCES, IMAGE_SCORERS, load_scorers, similarity
 from .subject import ADAPTER, SubjectConfig
@@ -165,7 +165,7 @@ def _off_diagonal(distances: Tensor) -> Tensor:
 def judge_steps(run: Path, options: SubjectEvaluation, scorers: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of the step that `best_step` chooses, and of all steps."""
     record = read_run(run) or {}
-    config = SubjectConfig(**record["config"])
+    config = SubjectConfig(**configuration(record))
     real = [read_picture(p.file) for p in find_pictures(config.subject, "")]
     prompts = config.validation_prompts or [str(config.prompt)]
     steps = {}

@@ -13,7 +13,7 @@ from ..cli.loading import find_device
 from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..integrations.diffusers import PipelineAdapters
-from .common.run import read_run, said
+from .common.run import configuration, read_run, said
 from .diffusion import Family, draw, load_family
 from .pictures import buckets
 from .subject import ADAPTER, SubjectConfig
@@ -60,7 +60,7 @@ def trained_subject(folder: str | Path, device: str) -> tuple[SubjectConfig, Fam
     record = read_run(Path(folder))
     if record is None or record.get("recipe") != SubjectConfig.RECIPE or not (Path(folder) / "adapter").is_dir():
         raise HalotuneError(f"{folder}: is no finished run of `halotune train subject`: it has no run.json, or no adapter/.")
-    config = SubjectConfig(**record["config"] | {"device": device})
+    config = SubjectConfig(**configuration(record) | {"device": device})
     where = find_device(device)
     family = load_family(config)
     adapters = PipelineAdapters(family.pipe)

@@ -35,10 +35,12 @@ from filelock import FileLock, Timeout
 
 from ...core.errors import HalotuneError
 from ...core.files import write_atomically
+from ...report.page import write_page
 from ...report.record import write_record
 from . import processes
 from .config import RunConfig, as_yaml, plain
 
+PAGE = "index.html"
 FINISHED, RUNNING, INTERRUPTED, FAILED = "finished", "running", "interrupted", "failed"
 PACKAGES = (
     "torch",
@@ -53,6 +55,7 @@ PACKAGES = (
     "scipy",
 )
 HARMLESS = ("label", "output", "device", "tracker", "keep_checkpoints")  # fields that change no number of a run
+PATHS = ("model", "data", "evaluation", "subject")  # fields that may name files
 
 
 class Run:
@@ -87,9 +90,21 @@ class Run:
             "substitutes": [],
         }
 
+    def left_alone(self) -> bool:
+        """Whether the run is finished, which is said then; the page, if a killed process left none, is written."""
+        if self.record.get("status") != FINISHED:
+            return False
+        if self.writer and not self.page.is_file():
+            self.write_page()
+        said(f"{self.folder}: finished already; nothing was done. Give another --output for a new run.")
+        return True
+
     @property
-    def finished(self) -> bool:
-        return self.record.get("status") == FINISHED
+    def page(self) -> Path:
+        return self.folder / PAGE
+
+    def write_page(self) -> None:
+        write_page([self.folder], self.page)
 
     @contextmanager
     def open(self) -> Iterator[Run]:
@@ -103,7 +118,7 @@ class Run:
             try:
                 write_atomically(self.folder / "config.yaml", lambda file: file.write_text(self.as_yaml, encoding="utf-8"))
                 self.update(status=RUNNING, config=self.config, label=self.config["label"], error=None)
-                self.update(versions=versions(), hardware=hardware(), commit=commit())
+                self.update(versions=versions(), hardware=hardware(), commit=commit(), directory=os.getcwd())
                 yield self
             except KeyboardInterrupt:
                 self.update(status=INTERRUPTED)
@@ -120,7 +135,7 @@ class Run:
             write_record(self.folder / "run.json", finite(self.record))
 
     def same_data(self, *parts: Iterable[Any]) -> None:
-        """Note which rows the run is of.
+        """Remember which rows the run is of, before it is opened.
 
         Raises:
             HalotuneError: there is a checkpoint already, of other rows.
@@ -130,7 +145,7 @@ class Run:
             raise HalotuneError(
                 f"{self.folder}: the data have changed since the run began. Put them back, or give another --output."
             )
-        self.update(data=found)
+        self.record["data"] = found
 
     # -- metrics
 
@@ -178,18 +193,13 @@ class Run:
     # -- what is there already
 
     def _check_free(self) -> None:
+        if self.folder.is_file():
+            raise HalotuneError(f"{self.folder}: is a file. Give another --output, a folder that is there or not yet.")
         own = ("config.yaml", "log.txt", *(() if self.last_checkpoint()[0] else ("checkpoints",)))  # of a run that never began
         there = [f.name for f in self.folder.glob("[!.]*") if f.name not in own]
         if there and self.writer:
             raise HalotuneError(
                 f"{self.folder}: holds {there[0]} and no run.json, so it is no run's folder. Give another --output."
-            )
-
-    def check_data(self, contents: str) -> None:
-        """Raises where a run that goes on began with other data than these, whose SHA-256 is given."""
-        if self.record.get("data", contents) != contents:
-            raise HalotuneError(
-                f"{self.folder}: the data have changed since this run began. Bring them back, or give another --output."
             )
 
     def _check_same(self, found: Mapping[str, Any]) -> None:
@@ -244,17 +254,35 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as e:
         raise HalotuneError(f"{file}: cannot be read as JSON: {e}. Delete the run's folder and train again.") from e
+    if not isinstance(record, dict):
+        raise HalotuneError(f"{file}: holds no JSON object. Delete the run's folder and train again.")
+    return record
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether nothing is left to do in a run's folder; its page is written last."""
+    return (read_run(folder) or {}).get("status") == FINISHED and (folder / PAGE).is_file()
+
+
+def configuration(record: Mapping[str, Any]) -> Any:
+    """The fields of a run's configuration; what they name relative to the folder that the run was started in is found from any other."""
+    config, there = record["config"], Path(record.get("directory") or "")
+    named = {name: config[name] for name in PATHS if isinstance(config.get(name), str) and not Path(config[name]).exists()}
+    return config | {name: str(there / value) for name, value in named.items() if (there / value).exists()}
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The lines of a jsonl file; a last one that a killed process did not finish is left out."""
     if not file.is_file():
         return []
-    text = file.read_text(encoding="utf-8", errors="replace")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    *lines, _ = file.read_text(encoding="utf-8", errors="replace").split("\n")  # JSON may hold other line breaks in texts
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as e:
+        raise HalotuneError(f"{file}: a line is no JSON ({e}). Correct it, or delete the file.") from e
 
 
 def digest(rows: Iterable[Any]) -> str:

@@ -28,7 +28,7 @@ from ...report.table import text_table
 from . import processes
 from .commandline import parse
 from .config import RunConfig, as_yaml
-from .run import FINISHED, finite, read_run, said
+from .run import PAGE, finite, is_finished, read_run, said
 
 
 def grid(axes: Iterable[str]) -> list[dict[str, str]]:
@@ -36,6 +36,8 @@ def grid(axes: Iterable[str]) -> list[dict[str, str]]:
     values: dict[str, list[str]] = {}
     for axis in axes:
         name, equals, listed = axis.partition("=")
+        if name == "output":
+            raise HalotuneError("--sweep: the runs of a sweep have folders of their own, below --output. Leave output out.")
         found = [v for v in re.split(r",(?![^\[]*\])", listed) if v]
         if not equals or not name or not found:
             raise HalotuneError(f"--sweep: expected NAME=VALUE,VALUE; got {axis!r}. Write for example seed=0,1,2.")
@@ -53,7 +55,7 @@ def sweep(kind: type[RunConfig], arguments: Sequence[str], axes: Sequence[str], 
     for folder, (_, config) in runs.items():
         text = as_yaml(config)
         write_atomically(folder / "config.yaml", lambda file, text=text: file.write_text(text, encoding="utf-8"))
-    open_ones = [folder for folder in runs if not _finished(folder)]
+    open_ones = [folder for folder in runs if not is_finished(folder)]
     said(f"{root}: {len(runs)} runs, {len(runs) - len(open_ones)} of them finished already")
     with ThreadPoolExecutor(parallel) as pool, tqdm(total=len(open_ones), unit="run", disable=not sys.stderr.isatty()) as bar:
         failed = []
@@ -65,7 +67,7 @@ def sweep(kind: type[RunConfig], arguments: Sequence[str], axes: Sequence[str], 
     write_record(root / "sweep.json", {"axes": list(axes), "rows": finite(rows)})
     print(table(rows))
     if rows:
-        write_page([root], root / "index.html")
+        write_page([root], root / PAGE)
     if failed:
         raise HalotuneError(
             f"{len(failed)} of {len(runs)} runs failed, such as {failed[0]}: see its log.txt. The same command tries again."
@@ -78,7 +80,7 @@ def show(kind: type[RunConfig], arguments: Sequence[str], axes: Sequence[str]) -
     root, runs = _planned(kind, arguments, axes)
     print(f"{root}: {len(runs)} runs; what follows is the first")
     for folder in runs:
-        print(f"  {folder.name}{': finished already' if _finished(folder) else ''}")
+        print(f"  {folder.name}{': finished already' if is_finished(folder) else ''}")
     return next(iter(runs.values()))[1]
 
 
@@ -93,10 +95,6 @@ def _planned(
     root = Path(f"runs/{first.name}-sweep" if first.output == first.default_output else str(first.output))
     folders = [root / ",".join(f"{k}={v}" for k, v in point.items()).replace("/", "_") for point in points]
     return root, {f: (p, _configure(kind, arguments, p | {"output": str(f)})) for f, p in zip(folders, points, strict=True)}
-
-
-def _finished(folder: Path) -> bool:
-    return (read_run(folder) or {}).get("status") == FINISHED
 
 
 def _configure(kind: type[RunConfig], arguments: Sequence[str], point: Mapping[str, str]) -> RunConfig:

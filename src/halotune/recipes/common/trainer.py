@@ -27,7 +27,6 @@ from ...cli.main import require
 from ...core.errors import HalotuneError
 from ...engine.training import parameter_groups
 from ...integrations.transformers import AdapterTrainerMixin
-from ...report.page import write_page
 from . import processes
 from .config import RunConfig
 from .model import count, write_changes
@@ -222,7 +221,7 @@ class RunTrainerMixin(AdapterTrainerMixin):
                 memory={"peak_bytes": max((line.get("memory_bytes", 0) for line in lines), default=0)},
                 results=dict(results),
             )
-            write_page([self.run.folder], self.run.folder / "index.html")
+            self.run.write_page()
             said(f"{self.run.folder}: finished")
             return self.run.record
 

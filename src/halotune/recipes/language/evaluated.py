@@ -12,11 +12,12 @@ import torch
 
 from ...cli.loading import BaseModel, Saved, find_device, load_tokenizer, loadable
 from ...core.errors import HalotuneError
+from ...core.files import WEIGHTS_NAME
 from ...report.page import write_page
 from ...report.record import write_record
 from ..common import processes
 from ..common.model import model_source
-from ..common.run import digest, read_run, said
+from ..common.run import PAGE, configuration, digest, read_run, said
 from .answers import Answers, Sampling, end_tokens, wanted, write_answers, write_answers_vllm
 from .problems import Problem
 from .tokens import set_pad_token, set_template
@@ -56,7 +57,7 @@ class Evaluated:
             raise HalotuneError(
                 f"{folder}: the run has no adapter yet ({record.get('status')}). Let it finish: the same command."
             )
-        return cls(model_source(model or record["model"]), str(folder / "adapter"), folder)
+        return cls(model_source(model or configuration(record)["model"]), str(folder / "adapter"), folder)
 
     def default_output(self, suite: str) -> Path:
         name = Path(self.adapter or self.base).name
@@ -141,10 +142,12 @@ class Evaluated:
         names = ("suite", "data", "template", "suffix", "stop", "max_new_tokens", "temperature", "top_p", "seed", "precision")
         asked = {"base": self.base, "adapter": self.adapter, **{n: getattr(config, n) for n in names}}
         asked["content of data"] = digest(problems)
+        if self.adapter and (weights := Path(self.adapter, WEIGHTS_NAME)).is_file():  # it may be trained anew in its folder
+            asked["content of adapter"] = digest([weights.read_bytes()])
         file = folder / "asked.json"
         if file.is_file() and any(folder.glob("answers*.jsonl")):
             before = json.loads(file.read_text(encoding="utf-8"))
-            differ = [n for n in asked if before.get(n) != asked[n]]
+            differ = [n for n in asked if before.get(n, asked[n]) != asked[n]]
             if differ:
                 n = differ[0]
                 raise HalotuneError(
@@ -165,4 +168,4 @@ class Evaluated:
             suite: {**found, "low": scores["strict"]["low"], "high": scores["strict"]["high"]},
         }
         write_record(self.run / "run.json", record)
-        write_page([self.run], self.run / "index.html")
+        write_page([self.run], self.run / PAGE)
