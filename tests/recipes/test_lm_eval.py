@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -78,3 +79,11 @@ def test_what_are_no_samples(tmp_path: Path) -> None:
     file.write_text('{"resps": [["18"]], "doc": {"answer": "#### 18"}, "doc_id": 0, "filter": "flexible-extract"}\n')
     with pytest.raises(HalotuneError, match=r"line 1: is no sample of lm-eval's with 'exact_match'"):
         evaluate_math(MathEvaluation(suite="gsm8k", answers=str(file)))
+
+
+def test_answers_with_line_breaks_of_other_scripts(tmp_path: Path) -> None:
+    """lm-eval writes them as they are, and JSON lets it; a line of the file ends at a line feed alone."""
+    row = {"resps": [["18\u2028."]], "doc": {"answer": "#### 18"}, "doc_id": 0, "filter": "flexible-extract", "exact_match": 1}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    scores = evaluate_math(MathEvaluation(suite="gsm8k", answers=str(tmp_path / "samples.jsonl"), workers=1))
+    assert scores["lm_eval"]["agree"] == 1

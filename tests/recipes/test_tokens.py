@@ -184,6 +184,23 @@ def test_what_is_no_file(name, tmp_path, monkeypatch):
         read(name)
 
 
+def test_a_file_whose_name_has_a_comma(tmp_path):
+    file = tmp_path / "seed=0,r=8.jsonl"
+    file.write_text('{"text": "a"}\n')
+    assert read(file)[0] == [Text("a")]
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n')
+    assert len(read(f"{tmp_path / 'b.jsonl'}, {tmp_path / 'b.jsonl'}")[0]) == 2
+
+
+def test_templates_that_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(HalotuneError, match="the template of 'nobody/nothing' cannot be loaded"):
+        set_template(tokenizer(), "nobody/nothing")
+    (tmp_path / "mine.jinja").write_bytes(b"\xff{{ messages }}")
+    with pytest.raises(HalotuneError, match=r"mine.jinja: is not UTF-8 .* Save it as UTF-8"):
+        set_template(tokenizer(), str(tmp_path / "mine.jinja"))
+
+
 def test_an_unknown_template_names_the_nearest():
     with pytest.raises(HalotuneError, match="alpaca"):
         set_template(tokenizer(), "alpacca")

@@ -47,8 +47,12 @@ def read_rows(file: Path) -> Iterator[Row]:
 
 def _csv(file: Path) -> Iterator[Row]:
     with file.open(encoding="utf-8-sig", newline="") as f:
+        csv.field_size_limit(2**31 - 1)  # a text may be long
         reader = csv.DictReader(f, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
         try:
+            names = reader.fieldnames or []
+            if twice := [name for name in names if name and names.count(name) > 1]:
+                raise HalotuneError(f"{file}: two columns are named {twice[0]!r}. Rename or delete one.")
             for values in reader:
                 yield Row(file, reader.line_num, values)
         except csv.Error as e:
@@ -92,13 +96,17 @@ def _json(file: Path) -> Iterator[Row]:
 
 
 def _parquet(file: Path) -> Iterator[Row]:
+    import pyarrow
     import pyarrow.parquet  # datasets needs it
 
     number = 0
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-        for values in batch.to_pylist():
-            number += 1
-            yield Row(file, number, values)
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(file, number, values)
+    except pyarrow.ArrowException as e:
+        raise HalotuneError(f"{file}: cannot be read as parquet: {e}. Write it again.") from e
 
 
 READERS = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}

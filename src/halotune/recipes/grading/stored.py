@@ -33,7 +33,7 @@ def read_samples(suite: str, file: Path) -> list[Sample]:
     metric, wanted_filter = VERDICTS[suite]
     column = {"gsm8k": "answer", "math": "solution"}[suite]
     out = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
             if wanted_filter is not None and row.get("filter", wanted_filter) != wanted_filter:

@@ -75,7 +75,8 @@ def read_examples(
     Raises:
         HalotuneError: there is no such file, or a row cannot be used and `skip_bad` is off.
     """
-    rows = (row for part in source.split(",") for row in find_rows(part.strip()))
+    sources = [source] if Path(source).exists() else source.split(",")  # a comma may be part of a file's name
+    rows = (row for part in sources for row in find_rows(part.strip()))
     return usable(rows, convert, skip_bad)
 
 
@@ -164,9 +165,9 @@ def _messages(turns: Any) -> list[dict[str, Any]]:
 
 
 def _conversation(messages: list[dict[str, Any]], first: int) -> Conversation:
-    learned = tuple(i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant")
-    if not learned:
-        raise ValueError("holds no message of the assistant, so there is nothing to learn")
+    learned = tuple(i for i, m in enumerate(messages) if i >= max(first, 1) and m["role"] == "assistant")
+    if not learned:  # one that begins the conversation answers nothing
+        raise ValueError("holds no answer of the assistant, so there is nothing to learn")
     return Conversation(messages, learned)
 
 

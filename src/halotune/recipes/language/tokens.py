@@ -7,6 +7,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from ...cli.loading import loadable
 from ...core.errors import HalotuneError, closest
 from .rows import Conversation, Example, Text
 
@@ -32,11 +33,15 @@ def set_template(tokenizer: Any, name: str) -> None:
                 "pieces. Use --template alpaca or plain."
             )
     elif Path(name).is_file():
-        tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise HalotuneError(f"--template {name}: is not UTF-8 ({e.reason} at byte {e.start}). Save it as UTF-8.") from e
     elif Path(name).is_dir() or name.count("/") == 1:
         from transformers import AutoTokenizer
 
-        other = AutoTokenizer.from_pretrained(name)
+        with loadable("the template of", name):
+            other = AutoTokenizer.from_pretrained(name)
         if other.chat_template is None:
             raise HalotuneError(
                 f"--template {name}: that tokenizer has no chat template. Choose one of {', '.join(TEMPLATES)}."
@@ -157,7 +162,9 @@ def _render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> s
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except TemplateError as e:
-        raise HalotuneError(f"the chat template refuses a conversation: {e}. Correct the row, or choose a --template.") from e
+        raise HalotuneError(
+            f"the chat template refuses a conversation: {str(e).rstrip('.')}. Correct the row, or choose a --template."
+        ) from e
 
 
 def encode_all(tokenizer: Any, rows: Iterable[Example], max_length: int) -> tuple[list[dict[str, list[int]]], int]:
