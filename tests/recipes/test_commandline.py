@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -114,6 +116,20 @@ def test_names_of_modules_are_a_list_and_patterns_stay_patterns(value):
     assert parse(NLUConfig, [*NEEDED, "--target-modules", "query"]).adapter.target_modules == {"query"}
     for kept in ("all-linear", r".*(query|key)"):
         assert parse(NLUConfig, [*NEEDED, "--target-modules", kept]).adapter.target_modules == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", "8"), ("epochs", "3"), ("seed", 1.5), ("schedule", None), ("adapter", 8), ("model", None)],
+)
+def test_values_of_other_types_are_refused_in_python(name, value):
+    with pytest.raises(HalotuneError, match=rf"^{name}: expected .*; got {value!r} \({type(value).__name__}\)"):
+        NLUConfig(**{"model": "m", "task": "cola", name: value})
+
+
+def test_paths_are_as_good_as_texts():
+    config = NLUConfig(model=Path("m"), task="csv", data=Path("d.csv"), output=Path("out"))
+    assert (config.model, config.data, config.output) == ("m", "d.csv", "out")
 
 
 def test_python_says_the_same():

@@ -220,6 +220,10 @@ def test_answers_of_another_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
     with pytest.raises(HalotuneError, match=r"rows.jsonl: expected lines with id and answer"):
         evaluate_math(MathEvaluation(suite="gsm8k", answers=str(tmp_path / "rows.jsonl")))
+    for text in ("[1]\n", "so\n"):
+        (tmp_path / "rows.jsonl").write_text(text)
+        with pytest.raises(HalotuneError, match=r"rows.jsonl: a line is no JSON.* Correct it"):
+            evaluate_math(MathEvaluation(suite="gsm8k", answers=str(tmp_path / "rows.jsonl")))
 
 
 def test_contradictions_are_refused() -> None:

@@ -189,6 +189,12 @@ def test_predictions_keep_the_users_columns(encoder, table, tmp_path, capsys):
     file.write_text("id,sentence\n7,x\n")
     assert main(["predict", str(tmp_path / "run"), "--data", str(file), "--device", "cpu"]) == 2
     assert "has no column 'text'; it has 'id', 'sentence'" in capsys.readouterr().err
+    file.write_text("prediction,text\nmine,x\n")
+    with pytest.raises(HalotuneError, match=r"has a column 'prediction' already, which would be written over. Rename it"):
+        predict_nlu(Prediction(str(tmp_path / "run"), data=str(file), device="cpu"))
+    (tmp_path / "new.jsonl").write_text('{"text": "x"}\n{"text": "y", "id": 8}\n')  # a column that comes later
+    output = predict_nlu(Prediction(str(tmp_path / "run"), data=str(tmp_path / "new.jsonl"), device="cpu"))
+    assert [row["id"] for row in csv.DictReader(output.read_text().splitlines())] == ["", "8"]
     with pytest.raises(HalotuneError, match="is no finished run of `halotune train nlu`"):
         predict_nlu(Prediction(str(tmp_path), data=str(file)))
 

@@ -383,7 +383,7 @@ def test_what_users_folders_hold(root: Path, tmp_path: Path) -> None:
     (folder / "._00.jpg").write_bytes(b"of the system")
     (folder / "thumbnails.png").mkdir()
     Image.new("RGB", (1, 1), "red").save(folder / "один.png")
-    (folder / "один.txt").write_text("фото qwe собаки", encoding="utf-8")
+    (folder / "один.txt").write_text("фото qwe собаки", encoding="utf-8-sig")
     Image.fromarray(np.full((8, 8), 128 << 8, dtype=np.uint16)).save(folder / "deep.png")
     found = find_pictures(folder, "a qwe dog", "qwe")
     assert [p.caption for p in found] == ["a qwe dog", "фото qwe собаки"]

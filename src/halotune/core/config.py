@@ -167,7 +167,7 @@ class AdapterConfig(BaseConfig):
         hints = typing.get_type_hints(type(self))
         for f in fields(self):
             value = getattr(self, f.name)
-            if not _fits(value, hints[f.name]):
+            if not fits(value, hints[f.name]):
                 expected = str(f.type).replace("typing.", "")
                 raise self.error(
                     f.name, f"expected {expected}; got {value!r} ({type(value).__name__})", "Give a value of that type."
@@ -329,21 +329,21 @@ def _jsonable(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else _value(value)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
     """Whether a value has an annotated type; True is no int, and an int is a fine float."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or origin is Any:
         return True
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in args)
+        return any(fits(value, a) for a in args)
     if origin is Literal:
         return any(value == a and type(value) is type(a) for a in args)
     if origin in (list, set):
-        return isinstance(value, origin) and all(_fits(v, args[0]) for v in value)
+        return isinstance(value, origin) and all(fits(v, args[0]) for v in value)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, args[0]) for v in value)
+        return isinstance(value, tuple) and all(fits(v, args[0]) for v in value)
     if origin is dict:
-        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..core.errors import HalotuneError, closest
 from .common import processes
-from .common.config import check_choices, require
+from .common.config import check_types, require
 from .common.run import said
 from .language.evaluated import Evaluated
 
@@ -49,7 +49,7 @@ class HarnessEvaluation:
     allow_code: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         if self.adapter is None and self.model is None:
             raise HalotuneError("needed, and not given: --adapter, or --model alone.")
         for name in ("limit", "batch_size"):

@@ -21,7 +21,7 @@ from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..report.record import write_record
 from .common import processes
-from .common.config import check_choices, require
+from .common.config import check_types, require
 from .common.run import locked, read_lines, said
 from .grading import stored
 from .grading.scores import accuracy, by, vote
@@ -161,7 +161,7 @@ class MathEvaluation:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         paper = self.preset == "paper"
         if self.suffix is None:
             self.suffix = " Let's think step by step." if paper else ""

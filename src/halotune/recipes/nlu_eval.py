@@ -20,7 +20,7 @@ from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..engine.model import PeftModel
 from .common import processes
-from .common.config import check_choices, require
+from .common.config import check_types, require
 from .common.rows import read_rows, text_of, usable
 from .common.run import configuration, read_run, said
 from .common.trainer import placement
@@ -51,7 +51,7 @@ class NLUEvaluation:
     device: Literal["auto", "cpu"] = "auto"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         require(self, "batch_size", self.batch_size >= 1, "must be at least 1", "Use a number such as 64.")
 
 
@@ -111,7 +111,7 @@ class Prediction:
     skip_bad_rows: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         require(self, "batch_size", self.batch_size >= 1, "must be at least 1", "Use a number such as 64.")
 
 
@@ -133,11 +133,13 @@ def predict_nlu(config: Prediction) -> Path:
         odds = np.exp(logits - logits.max(-1, keepdims=True))
         shares = odds / odds.sum(-1, keepdims=True)
         added = [{"prediction": labels[p.argmax()], "probability": f"{p.max():.4f}"} for p in shares]
+    if taken := [name for name in added[0] if any(name in row for row in rows)]:
+        raise HalotuneError(f"{config.data}: has a column {taken[0]!r} already, which would be written over. Rename it.")
     output = Path(config.output) if config.output else trained.folder / "predictions" / f"{Path(config.data).stem}.csv"
 
     def write(file: Path) -> None:
         with file.open("w", encoding="utf-8", newline="") as f:
-            writer = csv.DictWriter(f, list(rows[0] | added[0]), extrasaction="ignore")
+            writer = csv.DictWriter(f, [*dict.fromkeys(name for row in rows for name in row), *added[0]])  # JSON's rows differ
             writer.writeheader()
             writer.writerows(row | more for row, more in zip(rows, added, strict=True))
 

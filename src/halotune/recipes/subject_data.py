@@ -77,7 +77,7 @@ def has_word(text: str | None, word: str) -> bool:
 def own_caption(file: Path) -> str | None:
     text = file.with_suffix(".txt")
     try:
-        return text.read_text(encoding="utf-8").strip() if text.is_file() else None
+        return text.read_text(encoding="utf-8-sig").strip() if text.is_file() else None
     except ValueError as e:
         raise HalotuneError(f"{text}: cannot be read as UTF-8: {e}. Save it as UTF-8.") from e
 

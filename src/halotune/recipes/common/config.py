@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import PurePath
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import yaml  # transformers needs it
 from transformers.trainer_utils import SchedulerType
 
-from ...core.config import AdapterConfig, BaseConfig
+from ...core.config import AdapterConfig, BaseConfig, fits
 from ...core.errors import HalotuneError, closest
 from ...methods.registry import Kind, Method, kinds
 
@@ -89,7 +90,7 @@ class RunConfig:
     WARMUP: ClassVar[float] = 0.06
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         preset = self.preset_fields(vars(self).get("preset"))
         self.method, self.adapter = resolve_adapter(self.method or None, self.adapter, self.TARGETS, self.METHOD, preset)
         self.fill()
@@ -142,13 +143,19 @@ class RunConfig:
         require(self, name, condition, problem, remedy)
 
 
-def check_choices(config: Any) -> None:
-    """Raise an error about a field that is one of several words, and holds another; the command line has looked before."""
-    for name, hint in get_type_hints(type(config)).items():
+def check_types(config: Any) -> None:
+    """Raise an error about a field of another type, or with none of its words, as Python lets be given. Paths become text."""
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        hint, value = hints[f.name], getattr(config, f.name)
+        if isinstance(value, PurePath):
+            setattr(config, f.name, value := str(value))
         choices = [c for h in (hint, *get_args(hint)) if get_origin(h) is Literal for c in get_args(h)]
-        value = getattr(config, name, None)
-        if choices and value is not None and value not in choices:
-            raise HalotuneError(f"{name}: {unknown(str(value), choices, f'there is no {value!r}')}")
+        if isinstance(value, str) and choices and value not in choices:
+            raise HalotuneError(f"{f.name}: {unknown(value, choices, f'there is no {value!r}')}")
+        if not fits(value, hint):
+            found = f"{value!r} ({type(value).__name__})"
+            raise HalotuneError(f"{f.name}: expected {f.type}; got {found}. Give a value of that type.")
 
 
 def require(config: Any, name: str, condition: bool, problem: str, remedy: str) -> None:

@@ -268,7 +268,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def configuration(record: Mapping[str, Any]) -> Any:
-    """The fields of a run's configuration; what they name relative to the folder that the run was started in is found from any other."""
+    """A run's configuration; what it names relative to the folder that the run was started in is found from any other."""
     config, there = record["config"], Path(record.get("directory") or "")
     named = {name: config[name] for name in PATHS if isinstance(config.get(name), str) and not Path(config[name]).exists()}
     return config | {name: str(there / value) for name, value in named.items() if (there / value).exists()}
@@ -280,9 +280,12 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         return []
     *lines, _ = file.read_text(encoding="utf-8", errors="replace").split("\n")  # JSON may hold other line breaks in texts
     try:
-        return [json.loads(line) for line in lines]
+        rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
     except ValueError as e:
         raise HalotuneError(f"{file}: a line is no JSON ({e}). Correct it, or delete the file.") from e
+    if not all(isinstance(row, dict) for row in rows):
+        raise HalotuneError(f"{file}: a line is no JSON object. Correct it, or delete the file.")
+    return rows
 
 
 def digest(rows: Iterable[Any]) -> str:
