@@ -121,7 +121,7 @@ def test_the_offloaded_weights_are_never_written_to(plain: MLP, x: Tensor, offlo
     for path, weights_map in maps.items():
         assert torch.equal(weights_map["weight"], plain.get_submodule(path).weight)
         now = layers(ours)[path].base_layer._hf_hook.weights_map
-        assert differ(now["weight"], weights_map["weight"]) and set(now) == set(weights_map) and len(now) == len(weights_map)
+        assert differ(now["weight"], weights_map["weight"]) and torch.equal(now["bias"], weights_map["bias"])
 
 
 # -- several adapters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
 from .errors import HalotuneError
-from .offload import Overlay, is_offloaded, offload_hook, only_places
+from .offload import is_offloaded, offload_hook, only_places
 from .operator import Operator, WeightShape
 from .sharded_parameters import is_sharded, is_unit, only_shards, store, whole, whole_size
 from .trial import agrees, drawn
@@ -80,7 +81,7 @@ class Base(Operator):
         if (hook := self._offloaded) is None:
             store(self.parameter, self.stored(W))
         else:
-            hook.weights_map = Overlay({"weight": self.stored(W).to("cpu", self.dtype)}, hook.weights_map)
+            hook.weights_map = ChainMap({"weight": self.stored(W).to("cpu", self.dtype)}, hook.weights_map)
 
     @property
     def can_write(self) -> bool:
@@ -109,7 +110,7 @@ class Base(Operator):
         if (hook := self._offloaded) is None:
             store(self.parameter, snapshot if isinstance(snapshot, Tensor) else snapshot["weight"])
         elif isinstance(snapshot, Tensor):
-            hook.weights_map = Overlay({"weight": snapshot.to("cpu")}, hook.weights_map)
+            hook.weights_map = ChainMap({"weight": snapshot.to("cpu")}, hook.weights_map)
         else:
             hook.weights_map = snapshot
 
