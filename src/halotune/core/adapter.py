@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from ..ops.rounding import DROPPED, Dither, rounded
 from .base import has_hooks
-from .operator import Operator, WeightShape
+from .operator import BareOperator, Operator, WeightShape
 from .prepared import (
     Form,
     Preparation,
@@ -87,7 +87,12 @@ class Adapter(nn.Module, ABC):
     weight.requires_grad = False  # type: ignore[attr-defined]  # peft's policy for FSDP1 takes it for a parameter of a leaf
 
     def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
-        """`adapt` without gradients: see `core/weight_form.py`."""
+        """`adapt` without gradients, by a kernel where one wins.
+
+        Args:
+            noise: round W' stochastically by this noise (`ops/rounding.py`); None rounds to nearest.
+            again: it was built before, and is built once more in backward.
+        """
         return rounded(self.adapt, noise, W, *factors)
 
     def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> Sequence[Tensor | None]:
@@ -179,7 +184,7 @@ class Adapter(nn.Module, ABC):
 
     def replaces_weight(self, op: Operator) -> bool:
         """Whether a forward pass runs `op` with another weight, having no other form."""
-        return False
+        return self.reads_weight(op)
 
     @property
     @abstractmethod
@@ -344,8 +349,8 @@ class Adapted(Operator):
         self.inner, self.adapter, self.scale = inner, adapter, scale
 
     @property
-    def shape(self) -> WeightShape:  # type: ignore[override]
-        return self.inner.shape
+    def bare(self) -> BareOperator:
+        return self.inner.bare
 
     def __call__(self, x: Tensor) -> Tensor:
         adapter = self.adapter
@@ -363,33 +368,3 @@ class Adapted(Operator):
     @property
     def transient(self) -> bool:
         return True
-
-    @property
-    def opaque(self) -> bool:
-        return self.inner.opaque
-
-    @property
-    def takes_weight(self) -> bool:
-        return self.inner.takes_weight
-
-    def pad(self, x: Tensor) -> Tensor:
-        return self.inner.pad(x)
-
-    def contract(self, x: Tensor, W: Tensor) -> Tensor:
-        return self.inner.contract(x, W)
-
-    def contract_backward(self, x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
-        return self.inner.contract_backward(x, W, dy, need_x)
-
-    def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        return self.inner.add_low_rank(y, x, B, A)
-
-    def add_bias(self, y: Tensor) -> Tensor:
-        return self.inner.add_bias(y)
-
-    @property
-    def hooked(self) -> bool:
-        return self.inner.hooked
-
-    def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
-        return self.inner.with_weight(x, W)

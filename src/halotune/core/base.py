@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import HalotuneError
 from .offload import is_offloaded, offload_hook, only_places
-from .operator import Operator, WeightShape
+from .operator import BareOperator, WeightShape
 from .sharded_parameters import is_sharded, is_unit, only_shards, store, whole, whole_size
 from .trial import agrees, drawn
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .adapter import Adapter
 
 
-class Base(Operator):
+class Base(BareOperator):
     """One storage kind of a linear operator: a view of the module, made where it is needed.
 
     The module is always called as a module, so that its hooks (offload, quantization, tensor parallelism) fire.
@@ -252,6 +252,9 @@ class LinearLike(Base):
         x = drawn((1, self.shape.in_features))
         return [x, x[None]]  # a forward of its own may want a batch of sequences
 
+    def weight(self) -> Tensor:
+        return self.tensor("weight")
+
     def stored(self, W: Tensor) -> Tensor:
         return W
 
@@ -324,9 +327,6 @@ class Linear(LinearLike):
     @property
     def shape(self) -> WeightShape:  # type: ignore[override]
         return WeightShape(self.module.out_features, self.module.in_features)
-
-    def weight(self) -> Tensor:
-        return self.tensor("weight")
 
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
         module = self.module

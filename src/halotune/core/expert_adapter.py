@@ -203,7 +203,7 @@ class ExpertAdapter(Adapter):
         if isinstance(one, Rotation):
             if one.training and one.dropout:
                 factors = one.drop(*factors)
-            groups = grouped(op).groups
+            groups = cast(Any, op.bare).groups
             rotated = one.rotate(x, *factors) if self.shared else one.rotate_groups(x, groups, *factors)
             return op(rotated if scale == 1.0 else torch.lerp(x, rotated, scale))
         if isinstance(one, LowRank):
@@ -219,7 +219,7 @@ class ExpertAdapter(Adapter):
 
     def _in_parts(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         """By way of W', of some experts at a time. Where their rows end is asked of the device once."""
-        shape, ends = op.shape, grouped(op).groups.ends.tolist()
+        shape, ends = op.bare.shape, cast(Any, op.bare).groups.ends.tolist()
         step = max(1, PART // (shape.out_features * shape.in_features * x.itemsize))
         splits = [t.split(step) for t in self._for_each(len(ends), factors)]
         done: list[Tensor] = []
@@ -271,13 +271,6 @@ class _Replicated(torch.autograd.Function):
 
         partial = DTensor.from_local(grad_outputs[0], ctx.mesh, [Partial()], run_check=False)
         return partial.redistribute(ctx.mesh, ctx.placements)
-
-
-def grouped(op: Operator) -> Any:
-    """The operator on groups of rows, under the adapters on it."""
-    while isinstance(op, Adapted):
-        op = op.inner
-    return op
 
 
 def part_of(op: Operator, begin: int, end: int, top: int, bottom: int) -> Operator:

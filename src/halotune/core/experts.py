@@ -21,7 +21,7 @@ from .errors import HalotuneError
 from .grouped_linear import grouped_low_rank
 from .layer import AdaptedLayer
 from .offload import offload_hook
-from .operator import Operator, WeightShape
+from .operator import BareOperator, WeightShape
 from .prepared import exact
 from .sharded_parameters import is_sharded, local
 from .wrapper import ParameterView, Wrapper
@@ -160,7 +160,7 @@ class Groups:
         return x @ W if W.dim() == 2 else grouped_product(x, W, self.ends, self.whole)
 
 
-class GroupedOperator(Operator):
+class GroupedOperator(BareOperator):
     """`x_i -> W_e x_i + b_e` for rows sorted by expert.
 
     Args:

@@ -11,7 +11,7 @@ from .adapter import Adapted, Adapter
 from .base import Base, base_for
 from .errors import HalotuneError
 from .merge_record import MergeRecord
-from .operator import Operator
+from .operator import Matrix, Operator
 from .prepared import exact_dtype
 from .rows import MIXED, Rows
 from .tensor_parallel import run_inside, shard_of
@@ -130,12 +130,7 @@ class AdaptedLayer(Wrapper):
     def merged_weight(self, names: list[str]) -> Tensor:
         """The weight with these adapters applied in order, in fp32 or better; nothing is written."""
         W = self.base.weight().detach()
-        here = next((p.device for n in names for p in self.adapters[n].parameters()), W.device)  # W may be offloaded
-        W = W.to(here, exact_dtype(W.dtype))
-        for name in names:
-            adapted = self.adapters[name].weight(W)  # type: ignore[operator]
-            W = adapted if self.scales[name] == 1.0 else torch.lerp(W, adapted, self.scales[name])
-        return W
+        return self._on(Matrix(W.to(exact_dtype(W.dtype))), names).weight()
 
     @torch.no_grad()
     def check_finite(self, names: list[str], path: str = "an adapted layer") -> None:

@@ -92,7 +92,7 @@ class Bone(LowRank):
         return D.mT, ops.unfolding(self.r, self.shape.in_features, D)
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
-        if not op.shape.is_linear:
+        if not op.bare.shape.is_linear:
             return super().run(x, op, factors, scale)
         (D,) = factors
         return add_to(op(x), fold(self.drop(x), self.r), D if scale == 1.0 else D * scale)
