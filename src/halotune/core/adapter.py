@@ -7,7 +7,7 @@ definition; `forward(x, op)` applies the adapted operator, and each of three kin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -172,11 +172,6 @@ class Adapter(nn.Module, ABC):
     @property
     def factors_exist(self) -> bool:
         return type(self).factors is not Adapter.factors
-
-    def delta_rows(self, W: Tensor) -> Iterator[Tensor]:
-        """`weight(W) − W`, some rows at a time, top to bottom, in the dtype of the parameters."""
-        W = W.to(next(self.parameters()).dtype)
-        yield self.weight(W) - W
 
     def reads_weight(self, op: Operator) -> bool:
         """Whether a forward pass may ask `op` for its weight, which costs a quantized one dequantization."""

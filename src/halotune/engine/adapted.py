@@ -331,18 +331,15 @@ class AdaptedModel(Wrapper):
         Raises:
             HalotuneError: our own reader would refuse the file; nothing is written then.
         """
+        if not safe_serialization:
+            raise HalotuneError(
+                "save_pretrained: safe_serialization=False would write a pickle, which can run code when it is read. Leave it "
+                "True."
+            )
         if state_dict is None:
             reshard(self)
-        save_adapters(
-            self.tuner,
-            save_directory,
-            safe_serialization=safe_serialization,
-            selected_adapters=selected_adapters,
-            save_embedding_layers=save_embedding_layers,
-            is_main_process=is_main_process,
-            state_dict=state_dict,
-            peft_type="MISS" if bone_as_miss else peft_type,
-        )
+        alias = "MISS" if bone_as_miss else peft_type
+        save_adapters(self.tuner, save_directory, selected_adapters, save_embedding_layers, is_main_process, state_dict, alias)
 
     def export(
         self,
@@ -381,14 +378,4 @@ class AdaptedModel(Wrapper):
         from .files.export import export_adapters  # few need it, and `import halotune` stays light
 
         reshard(self)
-        return export_adapters(
-            self.tuner,
-            to,
-            folder,
-            adapter_name=adapter_name,
-            runtime=runtime,
-            rank=rank,
-            component=component,
-            dtype=dtype,
-            gguf=gguf,
-        )
+        return export_adapters(self.tuner, to, folder, adapter_name, runtime, rank, component, dtype, gguf)

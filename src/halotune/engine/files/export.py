@@ -41,13 +41,12 @@ def export_adapters(
     tuner: AdapterModel,
     to: str,
     folder: str | PathLike[str],
-    *,
-    adapter_name: str | Sequence[str] | None = None,
-    runtime: str = "peft",
-    rank: int | None = None,
-    component: str | None = None,
-    dtype: torch.dtype | None = None,
-    gguf: bool = False,
+    adapter_name: str | Sequence[str] | None,
+    runtime: str,
+    rank: int | None,
+    component: str | None,
+    dtype: torch.dtype | None,
+    gguf: bool,
 ) -> ExportReport:
     """Write adapters as a LoRA; the arguments are those of `PeftModel.export`."""
     if to != "lora":

@@ -31,22 +31,16 @@ if TYPE_CHECKING:
 def save_adapters(
     tuner: AdapterModel,
     save_directory: str | PathLike[str],
-    *,
-    safe_serialization: bool = True,
-    selected_adapters: list[str] | None = None,
-    save_embedding_layers: bool | Literal["auto"] = "auto",
-    is_main_process: bool = True,
-    state_dict: Mapping[str, Tensor] | None = None,
-    peft_type: str | None = None,
+    selected_adapters: list[str] | None,
+    save_embedding_layers: bool | Literal["auto"],
+    is_main_process: bool,
+    state_dict: Mapping[str, Tensor] | None,
+    peft_type: str | None,
 ) -> None:
     """Write adapters: `default` into the folder itself, others into subfolders of their names.
 
     The arguments are those of `PeftModel.save_pretrained`; `state_dict` is that of `tuner`.
     """
-    if not safe_serialization:
-        raise HalotuneError(
-            "save_pretrained: safe_serialization=False would write a pickle, which can run code when it is read. Leave it True."
-        )
     names = list(tuner.peft_config) if selected_adapters is None else selected_adapters
     unknown = [n for n in names if n not in tuner.peft_config]
     if unknown:
