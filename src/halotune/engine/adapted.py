@@ -18,7 +18,7 @@ from ..core.wrapper import Wrapper
 from .files.save import save_adapters
 from .gathering import require_no_units, whole_adapters
 from .injection.activation import activate, enable, per_sample
-from .injection.modules import adapted_layers, modules_to_save_wrappers, public_path
+from .injection.modules import adapted_layers, modules_to_save_wrappers, per_adapter, public_path
 from .injection.offloading import bring_adapters
 from .injection.surgery import remove
 from .training import penalty
@@ -113,10 +113,8 @@ class AdaptedModel(Wrapper):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._check_known(names)
         reshard(self)
-        model = self.get_base_model()
-        held = [layer.adapters for layer in adapted_layers(model).values()]
-        held += [wrapper.modules_to_save for wrapper in modules_to_save_wrappers(model).values()]
-        for p in (p for copies in held for n in names if n in copies for p in copies[n].parameters()):
+        held = [module.by_name for module in per_adapter(self.get_base_model()).values()]
+        for p in (p for own in held for n in names if n in own for p in own[n].parameters()):
             if p.is_floating_point():
                 p.requires_grad_(requires_grad)
 

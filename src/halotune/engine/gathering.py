@@ -13,7 +13,7 @@ from ..core.errors import HalotuneError
 from ..core.expert_adapter import ExpertAdapter
 from ..core.layer import AdaptedLayer
 from ..core.sharded_parameters import has_partitions, is_sharded, is_unit, reshard, whole
-from .injection.modules_to_save import ModulesToSaveWrapper
+from ..core.wrapper import PerAdapter
 
 WAIT = 60.0  # seconds for the other processes to come
 
@@ -38,8 +38,7 @@ def is_divided(model: nn.Module) -> bool:
 
 def takes_all(model: nn.Module) -> bool:
     """Whether reading what is trained takes every process: where it, or a base that is divided, is held in parts."""
-    trained = [m.adapters for m in model.modules() if isinstance(m, AdaptedLayer)]
-    trained += [m.modules_to_save for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    trained = [m.by_name for m in model.modules() if isinstance(m, PerAdapter)]
     return is_divided(model) or any(has_parts(m.parameters()) for m in trained)
 
 

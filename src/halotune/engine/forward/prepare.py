@@ -106,7 +106,7 @@ class Scope:
         self.parents = [m for m in model.modules() if m._modules and m not in own]
         plain = [layer for layer in self.layers if not isinstance(layer, AdaptedExpertWeights)]
         matrices = [p for layer in plain if (p := getattr(layer.base_layer, "weight", None)) is not None]
-        fits = 2 * sum([p.numel() * p.itemsize for p in matrices]) <= self.budget  # W', and the gradients that wait for it
+        fits = 2 * sum([p.nbytes for p in matrices]) <= self.budget  # W', and the gradients that wait for it
         for place, layer in enumerate(self.layers):
             self.parts += [m for m in layer.adapters.modules() if m._parameters]
             adapter: Any

@@ -72,18 +72,14 @@ class WeightCache:
         if kept is not None and not W.is_inference() and unchanged(kept.source, [W]):
             return kept.adapted
         self._forget(adapter)
-        if W.is_inference() or self.used + _bytes(W) > self.budget:
+        if W.is_inference() or self.used + W.nbytes > self.budget:
             return None
         with torch.inference_mode(False), torch.no_grad():  # it may serve outside of inference mode
             adapted = adapter.weight(W)
         self._kept[adapter] = _Kept(seen([W]), adapted)
-        self.used += _bytes(adapted)
+        self.used += adapted.nbytes
         return adapted
 
     def _forget(self, adapter: Adapter) -> None:
         kept = self._kept.pop(adapter, None)
-        self.used -= 0 if kept is None else _bytes(kept.adapted)
-
-
-def _bytes(t: Tensor) -> int:
-    return t.numel() * t.itemsize
+        self.used -= 0 if kept is None else kept.adapted.nbytes
