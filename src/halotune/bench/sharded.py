@@ -9,7 +9,6 @@ anew, since the others may wait for it for ever.
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import tempfile
@@ -139,7 +138,6 @@ def _work(rank: int, config: BenchConfig, store: str, pipe: Connection) -> None:
 
 def _turn(config: BenchConfig, rank: int, entry: Entry) -> Turn:
     work, family = Work.on_model(config), config.preset.family
-    clock = work.clock
     with no_collection():
         torch.manual_seed(SEED)
         model = entry.contender.wrap(work.base, work.targets)
@@ -148,13 +146,9 @@ def _turn(config: BenchConfig, rank: int, entry: Entry) -> Turn:
         torch.manual_seed(SEED + rank)
         sizes = config.preset.shape, config.batch, config.sequence, config.torch_device, config.torch_dtype
         batches = [family.batch(*sizes) for _ in range(INPUTS)]
-        train = training(model, family, clock.cuda)
-        for i in range(config.warmup):
-            train(batches[i % INPUTS])
-        gc.collect()
-        clock.forget_peak()
-        steps = (partial(train, batches[(config.warmup + i) % INPUTS]) for i in range(config.steps))
-        return Turn({"step": clock.laps(*steps)}, trainable, clock.peak())
+        result = work.steps(model, training(model, family, work.clock.cuda), batches)
+        result.trainable = trainable
+        return result
 
 
 def _prepare(model: Any, work: Work, entry: Entry) -> None:
