@@ -89,8 +89,7 @@ class Scope:
         self.local = _Recomputing()
         self.known: dict[Adapter, Known] = {}
         self.kinds: dict[Hashable, int] = {}  # what adapters that prepare alike have in common -> their number
-        self.order: dict[Adapter, int] = {}
-        self.places: dict[Adapter, int] = {}  # of its layer
+        self.places: dict[Adapter, tuple[int, int]] = {}  # its number among adapters, and that of its layer
         self.rounds = False  # whether some W' may be made in training
 
     def find(self, model: nn.Module) -> list[AdaptedLayer]:
@@ -111,9 +110,8 @@ class Scope:
             self.parts += [m for m in layer.adapters.modules() if m._parameters]
             adapter: Any
             for adapter in layer.adapters.values():
-                self.places[adapter] = place
+                self.places[adapter] = len(self.places), place
                 SCOPES[adapter] = ref(self)
-                self.order[adapter] = len(self.order)
                 adapter.form = self.form if fits else "activations"
                 self.rounds |= adapter.makes_weight or adapter.form != "activations"
 
@@ -242,7 +240,7 @@ class ForwardPass:
     def seed(self, adapter: Adapter) -> int | None:
         if self.first_seed is None or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return None  # a captured step draws anew in every replay
-        return self.first_seed + SEEDS * self.scope.order.get(adapter, 0)
+        return self.first_seed + SEEDS * self.scope.places.get(adapter, (0, 0))[0]
 
     def prepare_all(self) -> None:
         """For every adapter, in the dtype that its layer runs in."""
@@ -274,7 +272,7 @@ class ForwardPass:
         """Group this adapter with those after it in the model, as far as their parameters are whole now: a unit of FSDP2."""
         assert self.groups is not None
         layers = self.scope.layers or []
-        start = self.scope.places.get(adapter, len(layers))
+        _, start = self.scope.places.get(adapter, (0, len(layers)))
         for layer in layers[start:]:
             members = self._members(layer)
             if members is None or any(m.adapter in self.kinds for m in members):

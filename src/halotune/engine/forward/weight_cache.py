@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ class WeightCache:
     number by number, so that no write to them is missed, however made; base weights by identity, address and version.
     """
 
-    def __init__(self) -> None:
-        self.budget = 0
+    def __init__(self, budget: int = 0) -> None:
+        self.budget = budget
         self.used = 0
         self._kept: dict[Adapter, _Kept] = {}
         self._numbers: dict[Hashable, tuple[list[Adapter], Tensors]] = {}  # of the parameters
@@ -40,12 +40,8 @@ class WeightCache:
         self._kept.clear()
         self._numbers.clear()
 
-    def __getstate__(self) -> dict[str, int]:
-        return {"budget": self.budget}
-
-    def __setstate__(self, state: dict[str, int]) -> None:
-        WeightCache.__init__(self)
-        self.budget = state["budget"]
+    def __reduce__(self) -> Any:
+        return WeightCache, (self.budget,)
 
     def weights(
         self, key: Hashable, adapters: list[Adapter], tensors: Sequence[Tensors], matrices: Sequence[Tensor | None]
