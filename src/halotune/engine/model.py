@@ -155,12 +155,8 @@ class PeftModel(AdaptedModel):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Put one more adapter into the model, inactive."""
-        self.base_model.add_adapter(
-            adapter_name,
-            self._with_heads(peft_config, self.get_base_model()),
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )
+        config = self._with_heads(peft_config, self.get_base_model())
+        self.base_model.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
 
     # -- counting
 

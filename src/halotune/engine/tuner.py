@@ -78,13 +78,7 @@ class AdapterModel(AdaptedModel):
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
             for name, config in configs.items():
-                self.add_adapter(
-                    name,
-                    config,
-                    low_cpu_mem_usage=low_cpu_mem_usage,
-                    autocast_adapter_dtype=autocast_adapter_dtype,
-                    paths=paths,
-                )
+                self.add_adapter(name, config, low_cpu_mem_usage, autocast_adapter_dtype, paths)
         except BaseException:  # the model as it was, though a first configuration was good
             for name in self.configs:
                 remove(model, name)
@@ -110,14 +104,7 @@ class AdapterModel(AdaptedModel):
         if adapter_name in self.configs:
             raise HalotuneError(f"there is an adapter named {adapter_name!r} already. Delete it, or use another name.")
         check_bias({**getattr(self.model, "peft_config", {}), **self.configs}, peft_config, adapter_name)
-        config = inject(
-            self.model,
-            peft_config,
-            adapter_name,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            paths=paths,
-        )
+        config = inject(self.model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, paths)
         if not peft_config.inference_mode and any(isinstance(m, DistributedDataParallel) for m in self.model.modules()):
             warn(
                 "DistributedDataParallel wraps the base model, and averages the gradients of those parameters alone that it "

@@ -56,18 +56,9 @@ def save_adapters(
         meet("save_pretrained")
     if not (is_main_process or gathers):
         return
-    ready = [
-        prepare(
-            tuner,
-            name,
-            folder if name == "default" else folder / name,
-            save_embedding_layers=save_embedding_layers,
-            state_dict=state_dict,
-            peft_type=peft_type,
-            gather=gathers,
-        )
-        for name in names
-    ]
+    places = {name: folder if name == "default" else folder / name for name in names}
+    how = save_embedding_layers, state_dict, peft_type, gathers
+    ready = [prepare(tuner, name, place, *how) for name, place in places.items()]
     for write in ready if is_main_process else ():
         write()
 
@@ -76,7 +67,6 @@ def prepare(
     tuner: AdapterModel,
     name: str,
     folder: Path,
-    *,
     save_embedding_layers: bool | Literal["auto"] = "auto",
     state_dict: Mapping[str, Tensor] | None = None,
     peft_type: str | None = None,
