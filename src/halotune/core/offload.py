@@ -55,6 +55,14 @@ def only_places(module: nn.Module) -> bool:
     )
 
 
+def brought(module: nn.Module, x: Tensor) -> Tensor:
+    """x on the device to which accelerate's hook would bring it, in a call of the module."""
+    if "_hf_hook" not in module.__dict__:
+        return x
+    devices = [getattr(h, "execution_device", None) for h in _accelerate_hooks(module)]
+    return next((x.to(device) for device in devices if device is not None), x)
+
+
 class Overlay(Mapping[str, Tensor]):
     """A map of offloaded weights with one replaced; the original map is never written to."""
 
