@@ -99,7 +99,9 @@ class AdaptedLayer(Wrapper):
                 f"{type(self.base_layer).__name__}: an adapted layer takes its input alone; got "
                 f"{len(args)} more arguments and {sorted(kwargs)}. Leave this layer out with exclude_modules."
             )
-        x = brought(self._modules["base_layer"], x)  # type: ignore[arg-type]  # adapters meet it where the base does
+        base: Any = self._modules["base_layer"]
+        if "_hf_hook" in base.__dict__:
+            x = brought(x, base)
         rows = self.rows
         return self._run(x, self._running_names()) if rows is None else rows.run(x, self._run_one)
 

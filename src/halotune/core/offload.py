@@ -55,10 +55,8 @@ def only_places(module: nn.Module) -> bool:
     )
 
 
-def brought(module: nn.Module, x: Tensor) -> Tensor:
-    """x on the device to which accelerate's hook would bring it, in a call of the module."""
-    if "_hf_hook" not in module.__dict__:
-        return x
+def brought(x: Tensor, module: nn.Module) -> Tensor:
+    """x where accelerate's hook would bring it in a call of the module: adapters meet it there."""
     devices = [getattr(h, "execution_device", None) for h in _accelerate_hooks(module)]
     return next((x.to(device) for device in devices if device is not None), x)
 
