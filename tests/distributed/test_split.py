@@ -142,8 +142,8 @@ def test_training(places: Places, method: str, way: Callable[[Places, str], Any]
     found = steps(model, batches)
     assert_in_place(model)
     for step, (one, two) in enumerate(zip(expected, found, strict=True)):
-        same(two[0], one[0], what=f"step {step}: the loss")
-        same(two[1], one[1], 1e-4, f"step {step}: the norm of all gradients")  # small ones are noise to Adam
+        same(two[0], one[0], 1e-4 if step else 1e-5, f"step {step}: the loss")  # Adam takes the signs of small gradients
+        same(two[1], one[1], 1e-4, f"step {step}: the norm of all gradients")
         assert one[2].keys() == two[2].keys()
         for name, grad in one[2].items():
             same(two[2][name], grad, 1e-4, f"step {step}: the gradient of {name}")
@@ -231,7 +231,7 @@ def test_an_adapter_for_each_sample(places: Places) -> None:
         found[-1].append(model(**batch(1, places.first)).loss)
     assert_in_place(model)
     for two, one in zip(*reversed(found), strict=True):
-        same(two, one)
+        same(two, one, 1e-4)
 
 
 def test_the_penalty_joins_the_loss(places: Places) -> None:
@@ -243,7 +243,7 @@ def test_the_penalty_joins_the_loss(places: Places) -> None:
         loss.backward()
         found.append([loss, *(p.grad for p in trained(model).values())])
     for two, one in zip(*reversed(found), strict=True):
-        same(two, one)
+        same(two, one, 1e-4)
 
 
 def test_a_trained_output_layer(places: Places) -> None:
@@ -254,8 +254,8 @@ def test_a_trained_output_layer(places: Places) -> None:
         model = randomized(halotune.get_peft_model(base, config))
         found.append(steps(model, lambda step: [batch(step, places.first)]))
     for two, one in zip(*reversed(found), strict=True):
-        same(two[0], one[0], what="loss")
-        same(two[1], one[1], what="norm of the gradients")
+        same(two[0], one[0], 1e-4, "loss")
+        same(two[1], one[1], 1e-4, "norm of the gradients")
 
 
 # -- what lies on one device alone is prepared together
@@ -352,7 +352,7 @@ def test_replicas_on_every_device(method: str, dtype: torch.dtype, tmp_path: Pat
     for _ in range(2):
         found = []
         for m in (one, parallel):
-            loss = m(input_ids=ids).logits.float().square().mean()
+            loss = m(input_ids=ids, use_cache=False).logits.float().square().mean()
             loss.backward()
             found.append([loss, *(p.grad for p in trained(m).values())])
             m.zero_grad()
@@ -365,19 +365,20 @@ def test_replicas_on_every_device(method: str, dtype: torch.dtype, tmp_path: Pat
 
 def test_the_trainer(places: Places) -> None:
     """In one process: it leaves a model that is split where it is."""
-    pytest.importorskip("datasets")
     from transformers import PrinterCallback, Trainer
 
-    from tests.integrations.models import arguments, losses, texts
+    from tests.integrations.models import arguments, losses
 
-    cuda, found = places.moves, []
+    rng, found = torch.Generator().manual_seed(0), []
+    ids = torch.randint(37, (16, 6), generator=rng).tolist()
+    rows = [{"input_ids": row, "labels": row} for row in ids]
     for base in (places.base().to(places.first), places.split(places.base())):
-        args = arguments(places.folder / "run", use_cpu=not cuda, per_device_train_batch_size=4)
+        args = arguments(places.folder / "run", use_cpu=not places.moves, per_device_train_batch_size=4)
         args._n_gpu = min(args.n_gpu, 1)  # else the first one would be replicated
-        trainer = Trainer(put_on(base, "hra"), args, train_dataset=texts(16))
+        trainer = Trainer(put_on(base, "hra"), args, train_dataset=rows)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         found.append(torch.tensor(losses(trainer)))
     assert_in_place(trainer.model)
-    assert len(found[0]) == 4
-    same(found[1], found[0])
+    assert getattr(trainer.model, "hf_device_map", None) == places.map() and len(found[0]) == 4
+    same(found[1], found[0], 1e-4)
