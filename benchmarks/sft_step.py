@@ -148,10 +148,11 @@ def ours(contender: str, checkpointing: bool, args: argparse.Namespace, data: An
     share_mask(model.get_base_model())
     if contender == COMPILED:
         compile_blocks(model)
+    own = {"activation_offloading": True} if checkpointing and contender == COMPILED else {}  # as the recipe has it
     kind = WithoutHead if contender == WITHOUT_HEAD else AdapterSFTTrainer
     return kind(
         model,
-        args=arguments(checkpointing, args, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
+        args=arguments(checkpointing, args, **own, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
         data_collator=PackedCollator(0, args.length),
         train_dataset=trl.pack_dataset(data, args.length),
         processing_class=tokenizer(),
