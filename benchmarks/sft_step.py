@@ -4,7 +4,7 @@
     python benchmarks/sft_step.py --contenders "halotune HRA" "unsloth LoRA" "unsloth LoRA offloaded" --unsloth-site FOLDER
 
 The shape of Llama-3.2-3B with random bf16 weights; one packed row of 4096 tokens; adapters of rank 32 on all linear layers;
-both trainers as they are, TRL's chunked loss and AdamW included, without gradient checkpointing and with it (TRL's default).
+all trainers as they are, TRL's chunked loss and AdamW included, without gradient checkpointing and with it (TRL's default).
 Every contender runs in a process of its own, in turn, several times over; tokens per second are of the median step, memory is
 the peak of allocated tensors in training steps.
 
