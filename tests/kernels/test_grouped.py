@@ -196,3 +196,22 @@ def test_experts_in_a_cuda_graph(name, device):
     torch.cuda.synchronize()
     for a, b in zip(tensors(tuple(captured)), step(up, x, groups), strict=True):
         assert error(a, b.double()) < 2e-2
+
+
+def test_inputs_are_all_that_is_kept():
+    """The input, the weight and the parameters themselves, in whatever dtype they are; and three numbers for each row."""
+    up = layer("lora", "cpu", torch.bfloat16, 5, 40, 24)
+    x, groups = torch.randn(90, 40, dtype=torch.bfloat16), groups_of("cpu", [10, 30, 30, 70, 90], 90)
+    kept: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        up(x, groups)
+    W = up.base_layer.weight  # type: ignore[union-attr]
+    given = {t.data_ptr() for t in (x, W, groups.ends, *up.parameters())}
+    assert {p.dtype for p in up.parameters() if p.requires_grad} == {torch.float32}
+    made = [t for t in kept if t.data_ptr() not in given]
+    assert len(kept) == 6 and [t.shape for t in made] == [(90, 3)]

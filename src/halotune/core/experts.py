@@ -201,11 +201,13 @@ class GroupedOperator(Operator):
         return W if self.experts is None else W[self.experts]
 
     def with_low_rank(self, x: Tensor, B: Tensor, A: Tensor, scale: float = 1.0) -> Tensor | None:
-        """`(W_e + s B_e A_e) x_i + b_e` in one node, for a frozen, plain W; B and A may be finer than x. Else None."""
-        W = self.weight()
-        if W.requires_grad or self.base.module.computed is not None or not in_one_node(B, A):
+        """`(W_e + s B_e A_e) x_i + b_e`, for B and A that may be finer than x; None where they are no delta in one node."""
+        if not in_one_node(B, A):
             return None
-        return self.add_bias(low_rank_linear(x, A, B, W, self.groups.ends, scale, self.groups.whole))
+        groups = self.groups
+        if self.base.module.computed is not None or (W := self.weight()).requires_grad:
+            return add_low_rank(self(x), x, A, B, groups.ends, scale, groups.whole)
+        return self.add_bias(low_rank_linear(x, A, B, W, groups.ends, scale, groups.whole))
 
     @property
     def transient(self) -> bool:
