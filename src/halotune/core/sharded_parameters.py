@@ -6,17 +6,36 @@ is lost, so `reshard` comes before any reading or writing outside of a pass.
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .errors import HalotuneError
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def is_unit(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on this module: its hooks gather what it runs with."""
     return hasattr(type(module), "_get_fsdp_state")
+
+
+def units_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """One module of each unit; `fully_shard` of a list makes all its modules one."""
+    return list({m._get_fsdp_state(): m for m in modules if is_unit(m)}.values())  # type: ignore[operator]
+
+
+def copied(module: M) -> M:
+    """A copy of a module that holds whole parameters, without hooks. It is no unit, whose class cannot be copied."""
+    kind = next(k for k in type(module).__mro__ if not hasattr(k, "_get_fsdp_state"))
+    own = {k: v for k, v in vars(module).items() if not (k.startswith("__") or "fsdp" in k or "hook" in k)}
+    out = object.__new__(kind)
+    nn.Module.__init__(out)
+    vars(out).update(copy.deepcopy(own))
+    return out
 
 
 def is_sharded(t: Tensor) -> bool:
@@ -99,9 +118,8 @@ def divided_like(t: Any, values: Tensor) -> Tensor:
 
 def reshard(model: nn.Module) -> None:
     """Let every unit of FSDP2 hold its own parts again."""
-    for module in model.modules():
-        if is_unit(module):
-            module.reshard()  # type: ignore[operator]
+    for module in units_of(model.modules()):
+        module.reshard()  # type: ignore[operator]
 
 
 def only_shards(module: nn.Module) -> bool:

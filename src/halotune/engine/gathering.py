@@ -5,14 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..core.errors import HalotuneError
 from ..core.expert_adapter import ExpertAdapter
 from ..core.layer import AdaptedLayer
-from ..core.sharded_parameters import has_partitions, is_sharded, is_unit, reshard, whole
+from ..core.sharded_parameters import has_partitions, is_sharded, is_unit, reshard, units_of, whole
 from .injection.modules_to_save import ModulesToSaveWrapper
 
 WAIT = 60.0  # seconds for the other processes to come
@@ -41,6 +44,69 @@ def takes_all(model: nn.Module) -> bool:
     trained = [m.adapters for m in model.modules() if isinstance(m, AdaptedLayer)]
     trained += [m.modules_to_save for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
     return is_divided(model) or any(has_parts(m.parameters()) for m in trained)
+
+
+def shard_adapters(model: nn.Module, **how: Any) -> None:
+    """Make all adapters of a model one unit of FSDP2; to be called before `fully_shard` of the blocks that they are in.
+
+    A forward pass then gathers all of them at its beginning, in one message, and prepares for all layers together, as in one
+    process; they stay whole until backward is over, which reduces their gradients in one message. They may have another dtype,
+    and another `mp_policy`, than the blocks.
+
+    Args:
+        model: a `PeftModel`, or any module with adapters somewhere in it. It is to be a unit too, the last to be made.
+        how: what `fully_shard` takes: mesh, mp_policy, offload_policy …
+
+    Raises:
+        HalotuneError: there are no adapters, or they are sharded already.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
+    adapters: list[Any] = [a for layer in layers for a in layer.adapters.values()]
+    adapters = [a for a in adapters if not (isinstance(a, ExpertAdapter) and has_parts(a.parameters()))]  # expert parallelism's
+    if not adapters:
+        raise HalotuneError(f"shard_adapters: {type(model).__name__} has no adapters. Call get_peft_model first.")
+    if units_of(adapters) or any(has_parts(a.parameters()) for a in adapters):
+        raise HalotuneError(
+            "shard_adapters: the adapters are sharded already, by themselves or with the blocks that they are in. Call it "
+            "once, and before fully_shard of any block."
+        )
+    fully_shard(list(dict.fromkeys(adapters)), **how)
+
+
+class AdapterUnits:
+    """Units of FSDP2 that are adapters: whole from the beginning of a forward pass to the end of its backward.
+
+    FSDP2's own hooks would gather them for single layers, and wait for all layers to have run.
+    """
+
+    def __init__(self) -> None:
+        self.units: list[Any] = []  # a module of each
+
+    def begin(self, adapters: Iterable[nn.Module]) -> None:
+        """A forward pass begins."""
+        self.units = units_of(adapters)
+        if torch._C._current_graph_task_id() == -1:  # else a checkpoint runs the model again
+            for unit in self.units:
+                unit.reshard()  # what a pass without backward has left may be from before the optimizer's step
+        self.gather()
+
+    def gather(self, *_: Any) -> None:
+        for unit in self.units:
+            unit.unshard()
+
+    def end(self, output: Any) -> None:
+        """The pass is over. Backward ends with FSDP2 reducing the gradients of all units, and keeping parts alone."""
+        if not self.units:
+            return
+        if not torch.is_grad_enabled():
+            for unit in self.units:
+                unit.reshard()
+            return
+        for t in tree_leaves(output):
+            if isinstance(t, Tensor) and t.requires_grad:
+                t.register_hook(self.gather)  # the backward of another pass may be over by then
 
 
 def meet(what: str) -> None:
