@@ -183,6 +183,9 @@ CASES += [(method, "block", check) for method in ("hra", "bat") for check in ("g
 CASES += [(method, way, "train") for way in WAYS if way != "block" for method in ("hra", "bat")]
 CASES += [("hra", "root", "generate"), ("hra", "layer", "merge"), ("bat", "base", "merge"), ("loha", "base", "files")]
 CASES += [("lora", "offload", "files"), ("bat", "offload", "merge")]
+CASES += [(method, "adapters-block", "train") for method in METHODS]
+CASES += [("hra", "adapters-block", check) for check in ("generate", "merge", "files")] + [("bone", "adapters-block", "files")]
+CASES += [("hra", f"adapters-{way}", "train") for way in ("offload", "checkpoint-inside", "checkpoint-outside", "compiled")]
 
 
 def report(found: list[dict[tuple[Any, ...], str]], cases: list[tuple[Any, ...]]) -> None:

@@ -7,7 +7,6 @@ is lost, so `reshard` comes before any reading or writing outside of a pass.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -21,11 +20,6 @@ M = TypeVar("M", bound=nn.Module)
 def is_unit(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on this module: its hooks gather what it runs with."""
     return hasattr(type(module), "_get_fsdp_state")
-
-
-def units_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """One module of each unit; `fully_shard` of a list makes all its modules one."""
-    return list({m._get_fsdp_state(): m for m in modules if is_unit(m)}.values())  # type: ignore[operator]
 
 
 def copied(module: M) -> M:
@@ -118,8 +112,9 @@ def divided_like(t: Any, values: Tensor) -> Tensor:
 
 def reshard(model: nn.Module) -> None:
     """Let every unit of FSDP2 hold its own parts again."""
-    for module in units_of(model.modules()):
-        module.reshard()  # type: ignore[operator]
+    for module in model.modules():
+        if is_unit(module):
+            module.reshard()  # type: ignore[operator]
 
 
 def only_shards(module: nn.Module) -> bool:

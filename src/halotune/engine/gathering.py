@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from ..core.errors import HalotuneError
 from ..core.expert_adapter import ExpertAdapter
 from ..core.layer import AdaptedLayer
-from ..core.sharded_parameters import has_partitions, is_sharded, is_unit, reshard, units_of, whole
+from ..core.sharded_parameters import has_partitions, is_sharded, is_unit, reshard, whole
+from .injection.modules import innermost
 from .injection.modules_to_save import ModulesToSaveWrapper
 
 WAIT = 60.0  # seconds for the other processes to come
@@ -54,7 +55,7 @@ def shard_adapters(model: nn.Module, **how: Any) -> None:
     and another `mp_policy`, than the blocks.
 
     Args:
-        model: a `PeftModel`, or any module with adapters somewhere in it. It is to be a unit too, the last to be made.
+        model: with adapters. It, or a model around it, is to be a unit too, the last to be made.
         how: what `fully_shard` takes: mesh, mp_policy, offload_policy …
 
     Raises:
@@ -67,46 +68,47 @@ def shard_adapters(model: nn.Module, **how: Any) -> None:
     adapters = [a for a in adapters if not (isinstance(a, ExpertAdapter) and has_parts(a.parameters()))]  # expert parallelism's
     if not adapters:
         raise HalotuneError(f"shard_adapters: {type(model).__name__} has no adapters. Call get_peft_model first.")
-    if units_of(adapters) or any(has_parts(a.parameters()) for a in adapters):
+    if any(is_unit(a) or has_parts(a.parameters()) for a in adapters):
         raise HalotuneError(
             "shard_adapters: the adapters are sharded already, by themselves or with the blocks that they are in. Call it "
             "once, and before fully_shard of any block."
         )
-    fully_shard(list(dict.fromkeys(adapters)), **how)
+    adapters = list(dict.fromkeys(adapters))
+    fully_shard(adapters, **how)
+    unit = AdapterUnit(adapters[0], innermost(model))
+    for adapter in adapters:
+        adapter.fsdp_unit = unit
 
 
-class AdapterUnits:
-    """Units of FSDP2 that are adapters: whole from the beginning of a forward pass to the end of its backward.
+class AdapterUnit:
+    """A unit of FSDP2, all adapters of a model: whole from the beginning of a forward pass to the end of its backward.
 
-    FSDP2's own hooks would gather them for single layers, and wait for all layers to have run.
+    FSDP2's own hooks, one on every adapter, would look at it at every layer, and before torch 2.13 wait for all to have run.
+
+    Args:
+        member: any of its modules.
     """
 
-    def __init__(self) -> None:
-        self.units: list[Any] = []  # a module of each
-
-    def begin(self, adapters: Iterable[nn.Module]) -> None:
-        """A forward pass begins."""
-        self.units = units_of(adapters)
-        if torch._C._current_graph_task_id() == -1:  # else a checkpoint runs the model again
-            for unit in self.units:
-                unit.reshard()  # what a pass without backward has left may be from before the optimizer's step
-        self.gather()
+    def __init__(self, member: Any, model: nn.Module) -> None:
+        self.member = member
+        model.register_forward_pre_hook(torch.compiler.disable(self._begin), prepend=True)
+        model.register_forward_hook(torch.compiler.disable(self._end), always_call=True)
 
     def gather(self, *_: Any) -> None:
-        for unit in self.units:
-            unit.unshard()
+        self.member.unshard()
 
-    def end(self, output: Any) -> None:
-        """The pass is over. Backward ends with FSDP2 reducing the gradients of all units, and keeping parts alone."""
-        if not self.units:
-            return
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:  # else a checkpoint runs the model again
+            self.member.reshard()  # what a pass without backward has left may be from before the optimizer's step
+        self.gather()
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         if not torch.is_grad_enabled():
-            for unit in self.units:
-                unit.reshard()
+            self.member.reshard()
             return
         for t in tree_leaves(output):
             if isinstance(t, Tensor) and t.requires_grad:
-                t.register_hook(self.gather)  # the backward of another pass may be over by then
+                t.register_hook(self.gather)  # the backward of another pass, which ends by putting parts back, may come first
 
 
 def meet(what: str) -> None:

@@ -23,7 +23,6 @@ from ...core.layer import AdaptedLayer
 from ...core.prepared import LOCAL, SCOPES, Form, Prepared, Tensors, is_transformed, prepare, seen, stream_of
 from ...core.rows import MIXED
 from ...ops.rounding import DROPPED
-from ..gathering import AdapterUnits
 from ..injection.offloading import bring_adapters
 from ..training import warn_if_penalty_unused
 from .weight_cache import WeightCache
@@ -77,7 +76,6 @@ class Scope:
         self.budget = BUDGET
         self.seed: int | None = None
         self.training_passes = 0
-        self.units = AdapterUnits()
         self._reset()
         self.handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -136,7 +134,6 @@ class Scope:
         self.close()  # an earlier pass may have been interrupted past all hooks,
         if torch._C._current_graph_task_id() == -1:
             self.local.clear()  # and an earlier backward
-        self.units.begin(self.order)
         LOCAL.running = running = ForwardPass(self, LOCAL.running, self._draw_seed(model))
         if torch.is_grad_enabled() and any([is_compiled(m) for m in self.parents]):
             if not any([_is_checkpointed(m) for m in self.parents]):  # else it finds nothing prepared when it runs again
@@ -144,7 +141,6 @@ class Scope:
 
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.units.end(output)
             self.close()
 
     def close(self) -> None:
@@ -207,7 +203,6 @@ class Scope:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.seed, self.training_passes = None, 0
-        self.units = AdapterUnits()
         self._reset()
 
 
