@@ -93,8 +93,9 @@ def test_every_row_says_what_was_measured_where_and_on_what(kind: str, capsys: p
         assert row["peak_bytes"] is None  # a CPU does not tell
 
 
-def test_a_step_of_one_process_beside_two(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("step", "frozen,ours:hra-r2", "--nproc", "2", "--json") == 0
+@pytest.mark.parametrize("how", [[], ["--compile"]], ids=["eager", "compiled"])
+def test_a_step_of_one_process_beside_two(how: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("step", "frozen,ours:hra-r2", "--nproc", "2", "--json", *how) == 0
     rows = json.loads(capsys.readouterr().out)["runs"][0]["rows"]
     assert [(r["contender"], r["processes"]) for r in rows] == [(c, n) for c in ("frozen", "ours:hra-r2") for n in (1, 2)]
     for row in rows:

@@ -52,3 +52,9 @@ def only_places(module: nn.Module) -> bool:
         and all(type(h).__name__ == "AlignDevicesHook" for h in hooks)
         and (getattr(own, "__func__", None) is type(module).forward)
     )
+
+
+def brought(x: Tensor, module: nn.Module) -> Tensor:
+    """x where accelerate's hook would bring it in a call of the module: adapters meet it there."""
+    devices = [getattr(h, "execution_device", None) for h in _accelerate_hooks(module)]
+    return next((x.to(device) for device in devices if device is not None), x)

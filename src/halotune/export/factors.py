@@ -5,7 +5,6 @@ Everything here is float64 up to the last rounding.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from ..core.adapter import Adapter
 from ..core.errors import HalotuneError
 from ..core.layer import AdaptedLayer
 from ..core.operator import WeightShape
+from ..core.sharded_parameters import copied
 
 EXACT, TRUNCATED, SKETCHED = "exact", "SVD of the factors", "randomised SVD"
 
@@ -83,7 +83,7 @@ def _work(t: Tensor) -> Tensor:
 
 def _exact_copy(adapter: Adapter) -> Adapter:
     device = next(adapter.parameters()).device
-    return copy.deepcopy(adapter).to("cpu" if device.type == "mps" else device, torch.float64)
+    return copied(adapter).to("cpu" if device.type == "mps" else device, torch.float64)
 
 
 def _composed(W: Tensor, adapters: Sequence[Adapter], scales: Sequence[float]) -> tuple[Tensor, Tensor]:

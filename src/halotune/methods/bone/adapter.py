@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from ...core.errors import HalotuneError
 from ...core.kinds import Dense, LowRank
 from ...core.operator import Operator, WeightShape, add_to
 from ...core.prepared import Tensors, exact_dtype
+from ...core.sharded_parameters import copied
 from ...core.weight_shard import Axis, Shard
 from ...ops.product import fold
 from . import ops
@@ -43,7 +43,7 @@ class _Block(Adapter):
         blocks = [a.get_parameter(a.block).detach() for a in adapters]
         if how != "linear" or len({b.shape for b in blocks}) > 1:
             return None
-        out = copy.deepcopy(adapters[0])
+        out = copied(adapters[0])
         with torch.no_grad():
             out.get_parameter(out.block).copy_(torch.stack([w * b for w, b in zip(weights, blocks, strict=True)]).sum(0))
         return out
