@@ -331,7 +331,9 @@ class Linear(LinearLike):
         module = self.module
         W, b = module._parameters.get("weight"), module._parameters.get("bias")
         frozen = type(W) is nn.Parameter and not W.requires_grad and (b is None or not b.requires_grad)
-        if not frozen or W.dtype is not dtype or W.is_meta or "forward" in module.__dict__ or has_hooks(module):
+        if not frozen or W.dtype is not dtype or W.is_meta or has_hooks(module):
+            return None
+        if "forward" in module.__dict__ and not only_places(module):
             return None
         kind = type(module)
         usual = kind.forward is nn.Linear.forward and kind.__call__ is nn.Module.__call__

@@ -194,8 +194,20 @@ class ExpertAdapter(Adapter):
         return type(self.one), self.one.batch_key(), self.experts, self.shared
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
-        factors = usable(self.factors_now(), x.dtype) if is_transformed() else self.prepared(x).factors
-        return self.run(x, op, factors, scale)
+        if is_transformed():
+            return self.run(x, op, usable(self.factors_now(), x.dtype), scale)
+        y = self._run_unprepared(x, op, scale)
+        return self.run(x, op, self.prepared(x).factors, scale) if y is None else y
+
+    def _run_unprepared(self, x: Tensor, op: Operator, scale: float) -> Tensor | None:
+        """By way of the parameters as they are, where they are factors already."""
+        one = self.one
+        if not isinstance(one, LowRank) or isinstance(op, Adapted) or (self.training and one.dropout):
+            return None
+        if (found := one.parameters_as_factors(*self.tensors())) is None:
+            return None
+        B, A, s = found
+        return cast(Any, op).with_low_rank(x, B, A, scale * s)
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         one = self.one
@@ -209,7 +221,7 @@ class ExpertAdapter(Adapter):
         if isinstance(one, LowRank):
             if not isinstance(op, Adapted) and not (one.training and one.dropout):
                 B, A = one.low_rank(*factors)
-                y = cast(Any, op).with_low_rank(x, B if scale == 1.0 else B * scale, A)
+                y = cast(Any, op).with_low_rank(x, B, A, scale)
                 if y is not None:
                     return y
             return LowRank.run(one, x, op, factors, scale)  # a method's own way may be for a single layer

@@ -79,6 +79,10 @@ class LowRank(Adapter):
         Bt, A = factors
         return Bt.mT, A
 
+    def parameters_as_factors(self, *parameters: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """`B (…, out, k)`, `A (…, k, in)` and s of `W' = W + s B A`, where parameters are such as they are; else None."""
+        return None
+
     def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
         return build_low_rank(W, *self.low_rank(*factors), noise)
 

@@ -11,6 +11,7 @@ from .adapter import Adapted, Adapter
 from .base import Base, base_for
 from .errors import HalotuneError
 from .merge_record import MergeRecord
+from .offload import brought
 from .operator import Operator
 from .prepared import exact_dtype
 from .rows import MIXED, Rows
@@ -98,6 +99,9 @@ class AdaptedLayer(Wrapper):
                 f"{type(self.base_layer).__name__}: an adapted layer takes its input alone; got "
                 f"{len(args)} more arguments and {sorted(kwargs)}. Leave this layer out with exclude_modules."
             )
+        base: Any = self._modules["base_layer"]
+        if "_hf_hook" in base.__dict__:
+            x = brought(x, base)
         rows = self.rows
         return self._run(x, self._running_names()) if rows is None else rows.run(x, self._run_one)
 

@@ -55,6 +55,12 @@ def only_places(module: nn.Module) -> bool:
     )
 
 
+def brought(x: Tensor, module: nn.Module) -> Tensor:
+    """x where accelerate's hook would bring it in a call of the module: adapters meet it there."""
+    devices = [getattr(h, "execution_device", None) for h in _accelerate_hooks(module)]
+    return next((x.to(device) for device in devices if device is not None), x)
+
+
 class Overlay(Mapping[str, Tensor]):
     """A map of offloaded weights with one replaced; the original map is never written to."""
 

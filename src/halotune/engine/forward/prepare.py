@@ -124,6 +124,8 @@ class Scope:
             return
         if is_transformed():  # nothing is shared, and a tracer would write down that weights were looked at
             return
+        if "_is_replica" in vars(model):  # of `DataParallel`: made for this call, it is not to be kept, nor are its layers
+            return
         self.look(model)
         if any(["forward" in part.__dict__ for part in self.parts]):  # offloaded since
             bring_adapters(model)

@@ -109,7 +109,7 @@ class HRA(Rotation):
 
     def rotate_groups(self, x: Tensor, groups: Any, *factors: Tensor) -> Tensor:
         Ût, N = factors
-        return x + groups.product(groups.product(x, Ût.mT), N)
+        return groups.add_low_rank(x, x, N.mT, Ût)
 
     def replaces_weight(self, op: Operator) -> bool:
         return False
