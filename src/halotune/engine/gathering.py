@@ -96,7 +96,8 @@ class AdapterUnit:
         model.register_forward_hook(eager(self._end), always_call=True)
 
     def gather(self, *_: Any) -> None:
-        self.member.unshard()
+        if is_sharded(self.member.tensors()[0]):
+            self.member.unshard()
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if torch._C._current_graph_task_id() == -1:  # else a checkpoint runs the model again
