@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from halotune import HalotuneError
-from halotune.bench import benches
+from halotune.bench import benches, sharded
 from halotune.bench import report as reporting
-from halotune.bench.benches import run_layer, run_step
+from halotune.bench.benches import Work, run_layer, run_step
 from halotune.bench.config import BenchConfig, parse_contenders
 from halotune.bench.contenders import Contender
 from halotune.bench.models import PRESETS, build, target_names
 from halotune.bench.race import Entry, Turn, Watch, race
-from halotune.bench.rows import Ratio, Row, compare
+from halotune.bench.rows import PROCESSES, Ratio, Row, compare
 from halotune.bench.timing import saved_bytes
 from halotune.cli.main import main
 
@@ -93,9 +93,18 @@ def test_every_row_says_what_was_measured_where_and_on_what(kind: str, capsys: p
         assert row["peak_bytes"] is None  # a CPU does not tell
 
 
-@pytest.mark.parametrize("how", [[], ["--compile"]], ids=["eager", "compiled"])
-def test_a_step_of_one_process_beside_two(how: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("step", "frozen,ours:hra-r2", "--nproc", "2", "--json", *how) == 0
+def test_blocks_of_sharded_steps_are_compiled_inside_of_their_units() -> None:
+    one = config("ours:hra-r2", layers=2, nproc=2, compile=True)
+    work = Work.on_model(one)
+    model = one.contenders[0].wrap(work.base, work.targets)
+    sharded._prepare(model, work, Entry(one.contenders[0], {PROCESSES: 1}))
+    layers = model.get_base_model().model.layers
+    assert [type(block).__name__ for block in layers] == ["OptimizedModule"] * 2
+    assert all(type(block._orig_mod).__name__ == "LlamaDecoderLayer" for block in layers)
+
+
+def test_a_step_of_one_process_beside_two(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("step", "frozen,ours:hra-r2", "--nproc", "2", "--json") == 0
     rows = json.loads(capsys.readouterr().out)["runs"][0]["rows"]
     assert [(r["contender"], r["processes"]) for r in rows] == [(c, n) for c in ("frozen", "ours:hra-r2") for n in (1, 2)]
     for row in rows:

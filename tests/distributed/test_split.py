@@ -335,19 +335,19 @@ def test_kernels_on_every_device(method: str, form: Any, tmp_path: Path) -> None
 def test_replicas_on_every_device(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """`DataParallel`: a thread for each device, all of which compile and launch at the same time."""
     places = Places(tuple(range(GPUS)), tmp_path)
-    base = places.base(hidden_size=64, intermediate_size=96).to(places.first, dtype)
-    one, model = put_on(copy.deepcopy(base), method), put_on(base, method)
+    base = places.base(hidden_size=64, intermediate_size=96).to(places.first)
+    exact, one, model = (put_on(copy.deepcopy(base).to(d), method) for d in (torch.float32, dtype, dtype))
     ids = torch.randint(37, (2 * GPUS, 6), device=places.first)
-    parallel = nn.DataParallel(model)
+
+    def results(run: Callable[..., Any], parameters: dict[str, nn.Parameter]) -> list[Tensor]:
+        loss = run(input_ids=ids, use_cache=False).logits.float().square().mean()
+        return [loss.detach(), *torch.autograd.grad(loss, list(parameters.values()))]
+
+    due = results(exact, trained(exact))
     for _ in range(2):
-        found = []
-        for m in (one, parallel):
-            loss = m(input_ids=ids, use_cache=False).logits.float().square().mean()
-            loss.backward()
-            found.append([loss, *(p.grad for p in trained(m).values())])
-            m.zero_grad()
-        for two, due in zip(*reversed(found), strict=True):
-            same(two, due, 1e-4 if dtype is torch.float32 else 0.1)
+        alone, found = results(one, trained(one)), results(nn.DataParallel(model), trained(model))
+        for a, b, c in zip(alone, found, due, strict=True):
+            assert (b - c).norm() <= 3 * (a - c).norm() + (1e-3 if dtype is torch.float32 else 0.03) * c.norm()
 
 
 # -- the Trainer

@@ -159,7 +159,7 @@ def _prepare(model: Any, work: Work, entry: Entry) -> None:
 
     model.train()
     work.let_gradients_through()
-    blocks = {m: m for m in model.modules() if type(m).__name__ in work.blocks}
+    blocks: dict[Any, Any] = {m: m for m in model.modules() if type(m).__name__ in work.blocks}
     if work.config.compile:  # by a module around each, as the hooks of FSDP2, which are not compiled, have to be outside
         torch.compiler.reset()
         blocks = {block: torch.compile(block, fullgraph=True, dynamic=False) for block in blocks}

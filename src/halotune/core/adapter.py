@@ -31,7 +31,7 @@ from .prepared import (
     pass_of,
     prepare,
 )
-from .sharded_parameters import is_sharded, let_gather_inside
+from .sharded_parameters import let_gather_inside
 from .weight_form import Defined
 from .weight_shard import Axis, Shard
 
@@ -354,8 +354,8 @@ class Adapted(Operator):
         if not has_hooks(adapter):
             return adapter.forward(x, self.inner, self.scale)
         if (unit := adapter.fsdp_unit) is not None:
-            if not torch.compiler.is_compiling() and is_sharded(adapter.tensors()[0]):
-                unit.gather()  # the layer is called outside of any pass
+            if not torch.compiler.is_compiling():
+                unit.gather()  # where the layer is called outside of any pass
             return adapter.forward(x, self.inner, self.scale)
         let_gather_inside(adapter)
         return adapter(x, self.inner, self.scale)  # ZeRO-3's hooks gather the parameters of a module that is called

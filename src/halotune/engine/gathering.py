@@ -90,11 +90,13 @@ class AdapterUnit:
 
     def __init__(self, member: Any, model: nn.Module) -> None:
         self.member = member
-        model.register_forward_pre_hook(torch.compiler.disable(self._begin), prepend=True)
-        model.register_forward_hook(torch.compiler.disable(self._end), always_call=True)
+        eager: Any = torch.compiler.disable
+        model.register_forward_pre_hook(eager(self._begin), prepend=True)
+        model.register_forward_hook(eager(self._end), always_call=True)
 
     def gather(self, *_: Any) -> None:
-        self.member.unshard()
+        if is_sharded(self.member.tensors()[0]):
+            self.member.unshard()
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if torch._C._current_graph_task_id() == -1:  # else a checkpoint runs the model again

@@ -83,7 +83,7 @@ def _rows(ends: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _product(x: Tensor, W: Tensor, ends: Tensor, whole: bool) -> Tensor:
-    if _in_one_launch(x, W):
+    if _in_one_launch(x, W, ends):
         k, m = W.shape[-2:]
         if k % ALIGNED or m % ALIGNED:
             y = _grouped(_filled(x), F.pad(W, (0, -m % ALIGNED, 0, -k % ALIGNED)), ends)[:, :m]
@@ -102,7 +102,7 @@ def within(y: Tensor, ends: Tensor) -> Tensor:
 
 
 def _outer(x: Tensor, d: Tensor, ends: Tensor) -> Tensor:
-    if _in_one_launch(x, d):
+    if _in_one_launch(x, d, ends):
         k, m = x.shape[1], d.shape[1]
         return _grouped(_filled(x).mT, _filled(d), ends)[:, :k, :m]
     G = x.new_zeros(ends.shape[0], x.shape[1], d.shape[1])
@@ -132,10 +132,10 @@ product_node.register_autograd(_product_gradients, setup_context=_keep)
 outer_node.register_autograd(_outer_gradients, setup_context=_keep)
 
 
-def _in_one_launch(x: Tensor, other: Tensor) -> bool:
+def _in_one_launch(x: Tensor, other: Tensor, ends: Tensor) -> bool:
     if not (x.is_cuda and x.dtype is other.dtype is torch.bfloat16) or x.shape[0] == 0:
         return False
-    return _is_recent(x.device) and (other.dim() < 3 or other.shape[0] <= MOST_GROUPS)
+    return _is_recent(x.device) and ends.shape[0] <= MOST_GROUPS
 
 
 @cache
