@@ -95,7 +95,7 @@ class AdaptedLayer(PerAdapter):
         base: Any = self._modules["base_layer"]
         if "_hf_hook" in base.__dict__:
             x = brought(x, base)
-        rows = self.rows
+        rows = MIXED.rows.get(self)
         return self._run(x, self._running_names()) if rows is None else rows.run(x, self._run_one)
 
     def _run_one(self, name: str, x: Tensor) -> Tensor:
