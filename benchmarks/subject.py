@@ -287,6 +287,7 @@ def measure(model: Any, inputs: dict[str, Any], method: str, args: argparse.Name
     from halotune.bench.timing import Clock
     from halotune.recipes.diffusion import TARGETS
 
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails on FLUX, frozen or not (torch 2.11, H200)
     model.requires_grad_(False)
     model.enable_gradient_checkpointing()
     rank = args.rank

@@ -8,6 +8,7 @@ from .core.config import TaskType
 from .core.errors import AdapterFileError, HalotuneError
 from .engine.auto import AutoPeftModel
 from .engine.files.hotswap import hotswap_adapter
+from .engine.gathering import shard_adapters
 from .engine.model import PeftModel, get_peft_model
 from .engine.training import parameter_groups
 from .engine.weights.merge import MergeReport
@@ -33,6 +34,7 @@ __all__ = [
     "load_lycoris",
     "parameter_groups",
     "save_lycoris",
+    "shard_adapters",
     "slow_down",
     "speed_up",
 ]

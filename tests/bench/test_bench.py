@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from halotune import HalotuneError
-from halotune.bench import benches
+from halotune.bench import benches, sharded
 from halotune.bench import report as reporting
-from halotune.bench.benches import run_layer, run_step
+from halotune.bench.benches import Work, run_layer, run_step
 from halotune.bench.config import BenchConfig, parse_contenders
 from halotune.bench.contenders import Contender
 from halotune.bench.models import PRESETS, build, target_names
 from halotune.bench.race import Entry, Turn, Watch, race
-from halotune.bench.rows import Ratio, Row, compare
+from halotune.bench.rows import PROCESSES, Ratio, Row, compare
 from halotune.bench.timing import saved_bytes
 from halotune.cli.main import main
 
@@ -91,6 +91,16 @@ def test_every_row_says_what_was_measured_where_and_on_what(kind: str, capsys: p
         assert row["ratios"]["lora"]["to"].startswith("ours:lora-r")
         assert (row["saved_bytes"] is not None) == (kind in ("layer", "scaling"))
         assert row["peak_bytes"] is None  # a CPU does not tell
+
+
+def test_blocks_of_sharded_steps_are_compiled_inside_of_their_units() -> None:
+    one = config("ours:hra-r2", layers=2, nproc=2, compile=True)
+    work = Work.on_model(one)
+    model = one.contenders[0].wrap(work.base, work.targets)
+    sharded._prepare(model, work, Entry(one.contenders[0], {PROCESSES: 1}))
+    layers = model.get_base_model().model.layers
+    assert [type(block).__name__ for block in layers] == ["OptimizedModule"] * 2
+    assert all(type(block._orig_mod).__name__ == "LlamaDecoderLayer" for block in layers)
 
 
 def test_a_step_of_one_process_beside_two(capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,4 +68,6 @@ def count(model: nn.Module) -> int:
 
 if __name__ == "__main__":
     for method in METHODS:
-        print(method, spawn(2, measure, method, ["one", "root", "block", "block-alone", "layer"])[0], flush=True)
+        print(
+            method, spawn(2, measure, method, ["one", "root", "adapters-block", "block", "block-alone", "layer"])[0], flush=True
+        )

@@ -74,7 +74,7 @@ def distributed_checkpoint(rank: int) -> None:
         )
         return optimizer
 
-    for method in ("hra", "bat", "lora"):
+    for method, way in (("hra", "block"), ("bat", "block"), ("lora", "block"), ("hra", "adapters-block")):
         wanted = steps(adapted(method), both, 6)
         with shared_folder() as folder:
             one = adapted(method)
@@ -83,7 +83,7 @@ def distributed_checkpoint(rank: int) -> None:
             if rank == 0:
                 dcp.save(state(one, optimizer), checkpoint_id=folder / "one", no_dist=True)
             dist.barrier()
-            two = sharded(randomized(adapted(method), 2), "block")
+            two = sharded(randomized(adapted(method), 2), way)
             optimizer = resumed(two, folder / "one")
             agree(steps(two, lambda s: [batch(rank + s + 2)], 2, optimizer), wanted[2:4], rank)
             dcp.save(state(two, optimizer), checkpoint_id=folder / "two")

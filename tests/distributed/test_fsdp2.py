@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
+import halotune
 from halotune import HalotuneError
 from halotune.core.layer import AdaptedLayer
 
@@ -24,21 +25,26 @@ from .cases import METHODS, adapted, batch, failures, randomized, same, steps, t
 from .launch import spawn
 
 WAYS = ["root", "block", "layer", "base", "nested", "kept", "offload", "checkpoint-inside", "checkpoint-outside", "compiled"]
+WAYS += [f"adapters-{way}" for way in ("root", "block", "offload", "checkpoint-inside", "checkpoint-outside", "compiled")]
 CHECKS = ["train", "generate", "merge", "files"]
 
 
 def sharded(model: Any, way: str, device: str = "cpu", **how: Any) -> Any:
-    """`fully_shard` in one of the ways that people use; other arguments of it are `how`."""
+    """`fully_shard` in one of the ways that people use, with "adapters-" those as one unit; other arguments are `how`."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     how = {"mesh": mesh, **how}
+    if together := way.startswith("adapters-"):
+        way = way.removeprefix("adapters-")
     if way == "offload":
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=device != "cpu")
     if way == "kept":
         how["reshard_after_forward"] = False
+    if together:
+        halotune.shard_adapters(model, **how)
     blocks = model.get_base_model().model.layers
     if way == "checkpoint-inside":  # the unit holds the checkpoint
         apply_activation_checkpointing(model, check_fn=lambda m: any(m is b for b in blocks))
@@ -177,6 +183,9 @@ CASES += [(method, "block", check) for method in ("hra", "bat") for check in ("g
 CASES += [(method, way, "train") for way in WAYS if way != "block" for method in ("hra", "bat")]
 CASES += [("hra", "root", "generate"), ("hra", "layer", "merge"), ("bat", "base", "merge"), ("loha", "base", "files")]
 CASES += [("lora", "offload", "files"), ("bat", "offload", "merge")]
+CASES += [(method, "adapters-block", "train") for method in METHODS]
+CASES += [("hra", "adapters-block", check) for check in ("generate", "merge", "files")] + [("bone", "adapters-block", "files")]
+CASES += [("hra", f"adapters-{way}", "train") for way in ("offload", "checkpoint-inside", "checkpoint-outside", "compiled")]
 
 
 def report(found: list[dict[tuple[Any, ...], str]], cases: list[tuple[Any, ...]]) -> None:

@@ -101,13 +101,68 @@ def four_bits(rank: int) -> None:
             same(again(**batch(rank)).loss, losses[rank], what=f"{method}: loaded")
 
 
+def own_precision(rank: int) -> None:
+    """Adapters in fp32 that are one unit, beside blocks with a policy of bf16: they are gathered and reduced in fp32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    for method in ("hra", "bat", "lora"):
+        each = [losses_and_gradients(adapted(method, llama().to(torch.bfloat16)), range(r, r + 1)) for r in range(2)]
+        model = adapted(method, llama().to(torch.bfloat16))
+        halotune.shard_adapters(model)
+        for unit in (*model.get_base_model().model.layers, model):
+            fully_shard(unit, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16))
+        (loss,), found = losses_and_gradients(model, range(rank, rank + 1))
+        same(loss, each[rank][0][0], what=f"{method}: loss")
+        assert all(p.dtype is p.grad.dtype is torch.float32 for p in trained(model).values())
+        agree(found, {name: (g + each[1][1][name]) / 2 for name, g in each[0][1].items()})
+
+
 # -- losses
+
+
+def passes(rank: int) -> None:
+    """Adapters as one unit, and passes that are not one forward and its backward each."""
+    for method in ("hra", "lora"):
+        one, model = adapted(method), sharded(adapted(method), "adapters-block")
+        for given in (one, model):
+            ranks = range(2) if given is one else range(rank, rank + 1)
+            first, second = ([given(**batch(r + step)).loss for r in ranks] for step in range(2))
+            for losses in (first, second):  # two forward passes before their backwards
+                torch.stack(losses).mean().backward()
+            with torch.no_grad():  # one between backward and clipping; then one that is not run backward
+                given(**batch(rank))
+            torch.nn.utils.clip_grad_norm_(given.parameters(), 0.1)
+        agree({n: whole(p.grad) for n, p in trained(model).items()}, {n: p.grad for n, p in trained(one).items()})
+        for given in (one, model):
+            optimizer = torch.optim.SGD(trained(given).values(), lr=1.0)
+            given(**batch(rank))
+            optimizer.step()
+        with torch.no_grad():  # a part of the model is called too, outside of any pass of the model
+            for call in (lambda m: m, lambda m: m.get_base_model().model):
+                found, due = (call(m)(batch(rank)["input_ids"])[0] for m in (model, one))
+                same(found, due, what=f"{method}: after a step")
+
+
+def refused(rank: int) -> None:
+    """`shard_adapters` comes after adapters and before blocks, once."""
+    from torch.distributed.fsdp import fully_shard
+
+    with pytest.raises(HalotuneError, match="LlamaForCausalLM has no adapters"):
+        halotune.shard_adapters(llama())
+    model = adapted("hra")
+    fully_shard(model.get_base_model().model.layers[0])
+    with pytest.raises(HalotuneError, match=r"sharded already, .* before fully_shard of any block"):
+        halotune.shard_adapters(model)
+    model = adapted("hra")
+    halotune.shard_adapters(model)
+    with pytest.raises(HalotuneError, match="sharded already"):
+        halotune.shard_adapters(model)
 
 
 def penalty(rank: int) -> None:
     """HRA's, added to the loss: of the parameters, so the same in every process, and not more of it for more of them."""
     how = {"orthogonality_weight": 0.1}
-    for way in ("block", "root", "layer"):
+    for way in ("block", "root", "layer", "adapters-block"):
         losses, wanted = losses_and_gradients(adapted("hra", **how), range(2), lambda m: m.penalty())
         model = sharded(adapted("hra", **how), way)
         same(model.penalty(), adapted("hra", **how).penalty(), what=f"{way}: the penalty")
@@ -126,9 +181,9 @@ def idle_layer(rank: int) -> None:
         mlp.forward = lambda x: run(x) if len(x) == 2 else x
         return model
 
-    for method in ("hra", "bat"):
+    for method, way in (("hra", "block"), ("bat", "block"), ("hra", "adapters-block"), ("bat", "adapters-block")):
         losses, wanted = losses_and_gradients(skipping(adapted(method)), range(2))
-        model = sharded(skipping(adapted(method)), "block")
+        model = sharded(skipping(adapted(method)), way)
         model.set_reduce_scatter_unused_params(True)
         (loss,), found = losses_and_gradients(model, range(rank, rank + 1))
         same(loss, losses[rank], what=f"{method}: loss")
@@ -142,11 +197,12 @@ def accumulated(rank: int) -> None:
     one = adapted("bat")
     torch.stack([one(**batch(r + step)).loss for r in range(2) for step in range(2)]).mean().backward()
     wanted = {name: p.grad for name, p in trained(one).items()}
-    model = sharded(adapted("bat"), "block")
-    for step in range(2):
-        model.set_requires_gradient_sync(step == 1)
-        (model(**batch(rank + step)).loss / 2).backward()
-    agree({name: whole(p.grad) for name, p in trained(model).items()}, wanted)
+    for way in ("block", "adapters-block"):
+        model = sharded(adapted("bat"), way)
+        for step in range(2):
+            model.set_requires_gradient_sync(step == 1)
+            (model(**batch(rank + step)).loss / 2).backward()
+        agree({name: whole(p.grad) for name, p in trained(model).items()}, wanted)
     with fsdp2_on_cpus():
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         given = adapted("bat")
@@ -223,6 +279,11 @@ def more_than_adapters(rank: int) -> None:
 
 def several_adapters(rank: int) -> None:
     """Saved, one more loaded, weights swapped, combined, chosen by sample, taken out: as in one process."""
+    for way in ("block", "adapters-block"):
+        _several_adapters(rank, way)
+
+
+def _several_adapters(rank: int, way: str) -> None:
 
     def made() -> Any:
         model = adapted("hra")
@@ -232,15 +293,16 @@ def several_adapters(rank: int) -> None:
         model.set_adapter(["default", "b"])
         return model
 
-    one, two = made(), sharded(made(), "block")
+    one, two = made(), sharded(made(), way)
 
     def check(what: str, **options: Any) -> None:
+        for model in (one, two):
+            model.zero_grad()
         models = [(one, r) for r in range(2)] + [(two, rank)]
         losses = [model(**batch(r), **{k: v[: 2 + r] for k, v in options.items()}).loss for model, r in models]
         same(losses[2], losses[rank], what=what)
-        for model, loss in ((one, torch.stack(losses[:2]).mean()), (two, losses[2])):
-            model.zero_grad()
-            loss.backward()
+        torch.stack(losses[:2]).mean().backward()
+        losses[2].backward()
         agree({n: whole(p.grad) for n, p in trained(two).items()}, {n: whole(p.grad) for n, p in trained(one).items()})
 
     check("both", adapter_names=["default", "b", "__base__"])
@@ -301,7 +363,18 @@ def alone(rank: int) -> None:
         dist.barrier()  # that of the other's save_pretrained
 
 
-ALL = [mixed_precision, four_bits, penalty, idle_layer, accumulated, reference, accelerates_units]
+ALL = [
+    mixed_precision,
+    own_precision,
+    four_bits,
+    passes,
+    refused,
+    penalty,
+    idle_layer,
+    accumulated,
+    reference,
+    accelerates_units,
+]
 ALL += [more_than_adapters, several_adapters, hybrid, alone]
 CASES = {f.__name__: f for f in ALL}
 NEEDED = {"four_bits": "bitsandbytes"}

@@ -15,7 +15,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices, for NCCL"),
 ]
-CASES = [(method, way, check, "cuda") for way in ("block", "offload") for method in METHODS for check in CHECKS]
+CASES = [
+    (method, way, check, "cuda") for way in ("block", "adapters-block", "offload") for method in METHODS for check in CHECKS
+]
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from .cases import adapted, assert_same, every_method, every_method_and_sped_up, sample, step, trained
+from .cases import adapted, assert_same, every_method, every_method_and_sped_up, sample, step, switches, trained
 
 
 def replicate(model: nn.Module, made: dict[nn.Module, Any] | None = None) -> Any:
@@ -73,3 +75,14 @@ def test_the_model_itself_afterwards(method):
     leaves = [*trained(model), x := sample(6, 12)]
     one_by_one([replicate(model)], [x]).sum().backward()
     assert_same(step(lambda: model(x), leaves), step(lambda: reference(x), leaves))
+
+
+def test_replicas_are_not_kept():
+    """They hold copies of all weights, on a device of their own."""
+    model, _ = adapted("hra")
+    replica = replicate(model)
+    replica(sample()).sum().backward()
+    layer = ref(next(switches(replica)))
+    del replica
+    gc.collect()
+    assert layer() is None

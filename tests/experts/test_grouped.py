@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from halotune.core.grouped_linear import add_low_rank, low_rank_linear
 from halotune.ops import grouped
 from halotune.ops.grouped import grouped_outer, grouped_product
 
@@ -74,18 +75,27 @@ def test_compiled_products_are_the_same():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["", "one-A"])
 @pytest.mark.parametrize("name", ENDS)
-def test_a_low_rank_delta_in_one_node(name):
-    from halotune.core.grouped_linear import grouped_low_rank
-
+def test_a_low_rank_delta_in_one_node(name, shared):
     x, W, _, ends, whole = case(name)
-    W = W.mT.contiguous()  # (groups, m, k)
-    Bt, A = torch.randn(4, 2, 3).double(), torch.randn(4, 2, 5).double()
-    inputs = [t.requires_grad_() for t in (x, Bt, A)]
+    W, s = W.mT.contiguous(), 0.5  # (groups, m, k)
+    A, B = torch.randn(*([] if shared else [4]), 2, 5).double(), torch.randn(4, 3, 2).double()
+    inputs = [t.requires_grad_() for t in ((x, B) if shared else (x, B, A))]
 
-    def run(x: Tensor, Bt: Tensor, A: Tensor) -> Tensor:
-        return grouped_low_rank(x, W, Bt, A, ends, whole)
+    def run(x: Tensor, B: Tensor, A: Tensor = A) -> Tensor:
+        return low_rank_linear(x, A, B, W, ends, s, whole)
 
-    assert torch.allclose(run(*inputs), grouped_product(x, (W + Bt.mT @ A).mT, ends, whole))
-    torch.autograd.gradcheck(run, inputs)
-    torch.autograd.gradgradcheck(run, inputs)
+    def run_apart(x: Tensor, B: Tensor, A: Tensor = A) -> Tensor:
+        return add_low_rank(x.square()[:, :3], x, A, B, ends, s, whole)
+
+    def run_on_itself(x: Tensor, B: Tensor, A: Tensor = A) -> Tensor:
+        return add_low_rank(x, x, A, torch.cat([B, B[:, :2]], 1), ends, s, whole)
+
+    delta = grouped_product(x, (s * B @ A).mT, ends, whole)
+    assert torch.allclose(run(*inputs), grouped_product(x, W.mT, ends, whole) + delta)
+    assert torch.allclose(run_apart(*inputs), x.square()[:, :3] + delta)
+    assert torch.allclose(run_on_itself(*inputs), x + torch.cat([delta, delta[:, :2]], 1))
+    for function in (run, run_apart, run_on_itself):
+        torch.autograd.gradcheck(function, inputs)
+        torch.autograd.gradgradcheck(function, inputs)

@@ -13,6 +13,7 @@ from halotune.methods.bone import ops as bone
 from halotune.methods.loha import ops as loha
 from halotune.ops.build import build_low_rank
 from halotune.ops.dispatch import Op
+from halotune.ops.grouped_low_rank import add_grouped_low_rank, grouped_outer_pair
 from halotune.ops.product import add_product, transposed_products
 
 Make = Callable[..., Tensor]  # sizes -> random numbers
@@ -46,7 +47,62 @@ def layered(make: Make, layers: int, m: int, n: int, r: int) -> tuple[Tensor, ..
     return make(layers, m, r), make(layers, r, n), make(layers, m, r), make(layers, r, n)
 
 
+def ending(make: Make, *ends: int) -> Tensor:
+    return torch.tensor(ends, dtype=torch.int32, device=make(1).device)
+
+
+def grouped(
+    make: Make, n: int, k: int, m: int, r: int, ends: tuple[int, ...], s: float = 1.0, inplace: bool = False
+) -> tuple[Any, ...]:
+    """With factors laid out as parameters are, in fp32."""
+    A, B = make(len(ends), r, k).float(), make(len(ends), m, r).float()
+    return make(n, k), A, B, make(n, m), ending(make, *ends), s, ends[-1] == n, inplace
+
+
+def pair(make: Make, n: int, m: int, k: int, r: int, ends: tuple[int, ...]) -> tuple[Any, ...]:
+    return make(n, m), make(n, r), make(n, r), make(n, k), ending(make, *ends), torch.float32
+
+
+def swapped(x: Tensor, A: Tensor, B: Tensor, b: Tensor, *others: Any) -> tuple[Any, ...]:
+    """As in backward."""
+    return b, B.mT, A.mT, x, *others
+
+
 CASES = [
+    Case("grouped", add_grouped_low_rank, lambda t: grouped(t, 37, 50, 40, 5, (10, 10, 37))),
+    Case("grouped-in-place", add_grouped_low_rank, lambda t: grouped(t, 200, 90, 133, 17, (0, 3, 70, 199), 0.3, True)),
+    Case("grouped-backward", add_grouped_low_rank, lambda t: swapped(*grouped(t, 200, 90, 133, 16, (64, 65, 192, 192), 2.0))),
+    Case("grouped-one-row", add_grouped_low_rank, lambda t: grouped(t, 1, 7, 9, 1, (0, 1))),
+    Case("grouped-large-rank", add_grouped_low_rank, lambda t: grouped(t, 70, 70, 65, 64, (66, 70))),
+    Case(
+        "grouped-strided",
+        add_grouped_low_rank,
+        lambda t: (sliced(t, 99, 40), t(2, 3, 40), t(2, 30, 3), sliced(t, 99, 30), ending(t, 50, 90), 1.0, False, True),
+    ),
+    Case(
+        "grouped-alone",
+        add_grouped_low_rank,
+        lambda t: (t(99, 40), t(2, 3, 40), t(2, 30, 3), None, ending(t, 50, 90), 0.5, False, False),
+    ),
+    Case(
+        "grouped-shared",
+        add_grouped_low_rank,
+        lambda t: (t(99, 40), t(3, 40), t(2, 40, 3), t(99, 40), ending(t, 50, 90), 1.0, False, False),
+    ),
+    Case(
+        "grouped-shared-backward",
+        add_grouped_low_rank,
+        lambda t: (t(99, 30), t(2, 40, 3).mT[..., :30], columns(t, 40, 3), t(99, 40), ending(t, 50, 99), 1.0, True, False),
+    ),
+    Case("grouped-pair", grouped_outer_pair, lambda t: pair(t, 37, 50, 140, 5, (10, 10, 37))),
+    Case("grouped-pair-open", grouped_outer_pair, lambda t: pair(t, 137, 50, 140, 33, (64, 130))),
+    Case("grouped-pair-long", grouped_outer_pair, lambda t: pair(t, 5000, 3, 5, 2, (1280, 1290, 4900, 4900))),
+    Case("grouped-pair-all-in-one", grouped_outer_pair, lambda t: pair(t, 5000, 3, 5, 1, (5000, 5000, 5000))),
+    Case(
+        "grouped-pair-strided",
+        grouped_outer_pair,
+        lambda t: (sliced(t, 99, 40), sliced(t, 99, 3), sliced(t, 99, 3), sliced(t, 99, 30), ending(t, 50, 90), torch.float32),
+    ),
     Case("add-product", add_product, lambda t: (t(37, 50), t(37, 40), t(5, 40), t(5, 50), False)),
     Case("add-product-in-place", add_product, lambda t: (t(70, 133), t(70, 300), t(17, 300), t(17, 133), True)),
     Case(
@@ -104,15 +160,19 @@ def tensors(result: Any) -> tuple[Tensor, ...]:
 def error(result: Any, exact: Any) -> float:
     """The relative error of the worst of the results."""
     pairs = zip(tensors(result), tensors(exact), strict=True)
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+    return max(float((a.detach().double() - b.detach()).norm() / b.detach().norm()) for a, b in pairs)
 
 
 def copied(arguments: tuple[Any, ...], dtype: torch.dtype | None = None) -> tuple[Any, ...]:
-    """For an op that may overwrite them; strides are kept."""
+    """For an op that may overwrite them, in another dtype if that is given; strides are kept."""
 
     def one(a: Any) -> Any:
+        if isinstance(a, torch.dtype):
+            return dtype or a
         if not isinstance(a, Tensor):
             return a
+        if not a.is_floating_point():
+            return a.clone()
         storage = torch.empty(a.untyped_storage().nbytes() // a.itemsize, dtype=dtype or a.dtype, device=a.device)
         return storage.as_strided(a.shape, a.stride(), a.storage_offset()).copy_(a)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from halotune.ops.dispatch import Kernel, backend
+from halotune.ops.product import add_product
 
 from .cases import CASES, copied, error, tensors
 
@@ -41,7 +42,7 @@ def test_as_exact_as_plain_torch(case, dtype):
 
 def test_refusals_are_said():
     b, a, A, Q = torch.randn(8, 8), torch.randn(8, 4), torch.randn(2, 4), torch.randn(2, 8)
-    op = CASES[0].op
+    op = add_product
     with torch.no_grad(), backend("triton"):
         with pytest.warns(UserWarning, match="add_product: the triton kernel cannot run here: the last dimension"):
             assert torch.equal(op(b.t(), a, A, Q, False)[0], torch.addmm(b.t(), a @ A.t(), Q))
@@ -55,7 +56,7 @@ def test_refusals_are_said():
 def test_what_autograd_records_is_plain_torch():
     b, a, A, Q = torch.randn(8, 8), torch.randn(8, 4), torch.randn(2, 4, requires_grad=True), torch.randn(2, 8)
     with backend("triton"):
-        y, _ = CASES[0].op(b, a, A, Q, False)
+        y, _ = add_product(b, a, A, Q, False)
     torch.testing.assert_close(torch.autograd.grad(y.sum(), A)[0], (Q.sum(1, keepdim=True) @ a.sum(0, keepdim=True)))
 
 
@@ -69,9 +70,10 @@ def test_every_kernel_has_cases():
     """A kernel that is added must be added there."""
     import halotune.methods.bone.kernels as bone
     import halotune.methods.loha.kernels as loha
+    import halotune.ops.grouped_kernels as grouped
     import halotune.ops.kernels as product
 
-    launchers = {n for m in (product, bone, loha) for n in vars(m) if n.startswith("_launch")}
+    launchers = {n for m in (product, grouped, bone, loha) for n in vars(m) if n.startswith("_launch")}
     products = {
         "_launch_add_parts",
         "_launch_build",
@@ -79,6 +81,9 @@ def test_every_kernel_has_cases():
         "_launch_few",
         "_launch_fused",
         "_launch_transposed",
+        "_launch_low_rank",
+        "_launch_outer",
+        "_launch_add",
     }
     assert launchers == {*products, "_launch_bat", "_launch_pull_bat", "_launch_hadamard", "_launch_pull"}
     assert all(isinstance(case.op.kernel, Kernel) for case in CASES)

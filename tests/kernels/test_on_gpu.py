@@ -13,16 +13,31 @@ from halotune.methods.bone import ops as bone
 from halotune.methods.loha import ops as loha
 from halotune.ops.build import build_low_rank
 from halotune.ops.dispatch import backend
+from halotune.ops.grouped_low_rank import add_grouped_low_rank, grouped_outer_pair
 from halotune.ops.product import add_product, transposed_products
 
-from .cases import CASES, Case, copied, error, halves, sliced, tensors
+from .cases import CASES, Case, copied, error, grouped, halves, pair, sliced, swapped, tensors
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: kernels at the sizes they are made for"),
 ]
 
+ONES = tuple(range(1, 2501))
+EVEN = tuple(range(250, 8001, 250))
+
 LARGE = [
+    Case("large-grouped", add_grouped_low_rank, lambda t: grouped(t, 8000, 2048, 768, 16, EVEN)),
+    Case("large-grouped-in-place", add_grouped_low_rank, lambda t: grouped(t, 8000, 1024, 512, 16, EVEN, 0.5, True)),
+    Case("large-grouped-backward", add_grouped_low_rank, lambda t: swapped(*grouped(t, 8000, 2048, 768, 8, EVEN, 2.0))),
+    Case("large-grouped-rank", add_grouped_low_rank, lambda t: grouped(t, 3000, 1024, 768, 64, (100, 2900, 3000))),
+    Case("large-grouped-odd", add_grouped_low_rank, lambda t: grouped(t, 3000, 1023, 767, 5, (100, 2900, 2999), 1.0, True)),
+    Case("large-grouped-single-rows", add_grouped_low_rank, lambda t: grouped(t, 2500, 80, 48, 4, ONES)),
+    Case("large-grouped-pair", grouped_outer_pair, lambda t: pair(t, 8000, 768, 2048, 16, EVEN)),
+    Case("large-grouped-pair-rank", grouped_outer_pair, lambda t: pair(t, 3000, 768, 1024, 64, (100, 2900, 3000))),
+    Case("large-grouped-pair-odd", grouped_outer_pair, lambda t: pair(t, 3000, 767, 1023, 5, (100, 2900, 2999))),
+    Case("large-grouped-pair-long", grouped_outer_pair, lambda t: pair(t, 40000, 256, 384, 16, (0, 39000, 39000, 40000))),
+    Case("large-grouped-pair-single-rows", grouped_outer_pair, lambda t: pair(t, 2500, 48, 80, 4, ONES)),
     Case("large-add-product", add_product, lambda t: (t(1031, 3056), t(1031, 1000), t(24, 1000), t(24, 3056), False)),
     Case(
         "large-add-product-strided", add_product, lambda t: (sliced(t, 700, 3000), t(700, 900), t(50, 900), t(50, 3000), True)

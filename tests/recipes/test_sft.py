@@ -217,6 +217,18 @@ def test_blocks_are_compiled_where_it_pays(base: Path, tmp_path: Path, monkeypat
     assert not any(compiled(**own) for own in ({"packing": False}, {"quant": "nf4"}, {"deterministic": True}))
 
 
+def test_activations_are_offloaded_where_it_costs_no_time(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offloads(**changes: Any) -> bool:
+        return config(base, tmp_path, data="rows.jsonl", **{"device": "auto", **changes}).offloads
+
+    with pytest.raises(HalotuneError, match="offload_activations: is for CUDA devices"):
+        offloads(device="cpu", offload_activations=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not offloads() and offloads(gradient_checkpointing=True) and offloads(offload_activations=True)
+    assert not offloads(gradient_checkpointing=True, compile=False)
+    assert not offloads(gradient_checkpointing=True, offload_activations=False)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")  # its own, while it traces
 def test_compiled_blocks_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_peft_model(tiny_llama(), HRAConfig(r=4, target_modules="all-linear", init_weights=False))

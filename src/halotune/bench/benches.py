@@ -124,6 +124,16 @@ class Work:
         times = {measure: list(of_one) for measure, of_one in zip(measures, laps, strict=True)}
         return Turn(times, **{"trainable": count(model), "peak": self.clock.peak(), **more})
 
+    def steps(self, model: nn.Module, run: Callable[[models.Batch], None], batches: Sequence[models.Batch]) -> Turn:
+        """Whole steps, one after the other."""
+        order = [batches[i % len(batches)] for i in range(self.config.warmup + self.config.steps)]
+        for batch in order[: self.config.warmup]:
+            run(batch)
+        if not self.config.cuda_graph:  # whose memory is taken when it is captured
+            self.start()
+        times = self.clock.laps(*(partial(run, batch) for batch in order[self.config.warmup :]))
+        return Turn({"step": times}, count(model), self.clock.peak())
+
     def start(self) -> None:
         """What follows is timed."""
         gc.collect()  # off while timing; what warming up left in cycles is no part of the peak
@@ -181,18 +191,10 @@ def run_step(config: BenchConfig) -> Race:
             clock.forget_peak()
             run = captured(train, batches[0]) if config.cuda_graph else train
 
-            def step(i: int) -> None:
-                run(batches[i % INPUTS])
-
-            for i in range(config.warmup):
-                step(i)
-            if not config.cuda_graph:  # whose memory is taken when it is captured
-                work.start()
-            measured = {"step": clock.laps(*(partial(step, config.warmup + i) for i in range(config.steps)))}
-            peak = clock.peak()
+            result = work.steps(model, run, batches)
             if clock.cuda:
-                measured[KERNELS] = [clock.busy(lambda: step(0))]
-            return Turn(measured, count(model), peak)
+                result.times[KERNELS] = [clock.busy(lambda: run(batches[0]))]
+            return result
 
     about = work.setting(config.batch, config.sequence, cuda_graph=config.cuda_graph)
     return about, everyone(config), ["step", *[KERNELS] * clock.cuda], turn

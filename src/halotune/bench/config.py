@@ -88,8 +88,8 @@ class BenchConfig:
             raise HalotuneError(f"device: {self.device} was asked for, but torch finds no CUDA device. Use cpu.")
         if self.cuda_graph and self.device == "cpu":
             raise HalotuneError("cuda_graph: a CPU has none. Use device cuda, or leave it out.")
-        if self.nproc and (self.compile or self.cuda_graph):
-            raise HalotuneError("nproc: steps of several processes are eager. Leave out compile and cuda_graph.")
+        if self.nproc and self.cuda_graph:
+            raise HalotuneError("nproc: steps of several processes are launched one by one. Leave out cuda_graph.")
 
     @property
     def preset(self) -> Preset:

@@ -1,7 +1,8 @@
 """`halotune bench step --nproc N`: the step of one process beside that of N, which share the model by FSDP2.
 
-Every block is a unit of `fully_shard`, for the frozen model and for every contender alike. A unit has one dtype, so adapters
-are held in the base's here, in one process too. Each process has a batch of its own: N processes do N times the work of one.
+Every block is a unit of `fully_shard`, for the frozen model and for every contender alike; our adapters are one more
+(`halotune.shard_adapters`), those of others belong to their blocks. Each process has a batch of its own: N processes do N times
+the work of one.
 
 The contenders take turns as in the other benchmarks. The workers stay for the whole run; where one fails, all are started
 anew, since the others may wait for it for ever.
@@ -9,7 +10,6 @@ anew, since the others may wait for it for ever.
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import tempfile
@@ -23,6 +23,7 @@ import torch
 from typing_extensions import Self
 
 from ..core.errors import HalotuneError
+from ..engine.gathering import shard_adapters
 from .benches import INPUTS, SEED, SILENT, Work, count, training
 from .config import BenchConfig
 from .contenders import Unavailable
@@ -139,7 +140,6 @@ def _work(rank: int, config: BenchConfig, store: str, pipe: Connection) -> None:
 
 def _turn(config: BenchConfig, rank: int, entry: Entry) -> Turn:
     work, family = Work.on_model(config), config.preset.family
-    clock = work.clock
     with no_collection():
         torch.manual_seed(SEED)
         model = entry.contender.wrap(work.base, work.targets)
@@ -148,22 +148,27 @@ def _turn(config: BenchConfig, rank: int, entry: Entry) -> Turn:
         torch.manual_seed(SEED + rank)
         sizes = config.preset.shape, config.batch, config.sequence, config.torch_device, config.torch_dtype
         batches = [family.batch(*sizes) for _ in range(INPUTS)]
-        train = training(model, family, clock.cuda)
-        for i in range(config.warmup):
-            train(batches[i % INPUTS])
-        gc.collect()
-        clock.forget_peak()
-        steps = (partial(train, batches[(config.warmup + i) % INPUTS]) for i in range(config.steps))
-        return Turn({"step": clock.laps(*steps)}, trainable, clock.peak())
+        result = work.steps(model, training(model, family, work.clock.cuda), batches)
+        result.trainable = trainable
+        return result
 
 
 def _prepare(model: Any, work: Work, entry: Entry) -> None:
-    """One dtype, gradients to the embeddings, and, in several processes, shards."""
+    """Gradients to the embeddings, blocks compiled if they are to be, and, in several processes, shards."""
     from torch.distributed.fsdp import fully_shard
 
-    model.to(work.config.torch_dtype).train()
+    model.train()
     work.let_gradients_through()
+    blocks: dict[Any, Any] = {m: m for m in model.modules() if type(m).__name__ in work.blocks}
+    if work.config.compile:  # by a module around each, as the hooks of FSDP2, which are not compiled, have to be outside
+        torch.compiler.reset()
+        blocks = {block: torch.compile(block, fullgraph=True, dynamic=False) for block in blocks}
+        for parent in [m for m in model.modules() if m not in blocks]:
+            for name, child in parent.named_children():
+                setattr(parent, name, blocks.get(child, child))
     if entry.point[PROCESSES] > 1:
-        for block in [m for m in model.modules() if type(m).__name__ in work.blocks]:
+        if entry.contender.library == "ours":
+            shard_adapters(model)
+        for block in blocks.values():
             fully_shard(block)
         fully_shard(model)

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..core.config import AdapterConfig
+from ..core.config import BOOKKEEPING, AdapterConfig
 from ..core.errors import AdapterFileError, HalotuneError
 from ..core.files import CONFIG_NAME, WEIGHTS_NAME, locate
 from ..engine.files.keys import check_readable, embedding_keys, held_tensors
@@ -25,23 +25,6 @@ from .writing import class_of_base, metadata_for, write
 
 FORMATS = ("peft", *sorted(name.lower() for m in methods() for name in m.aliases), "lycoris", "kohya")
 Adapters = dict[str, StoredAdapter]  # model of a pipeline, or "" -> its adapter
-
-# What a configuration says beside the adapter's own form.
-_BOOKKEEPING = frozenset(
-    {
-        "target_modules",
-        "rank_pattern",
-        "alpha_pattern",
-        "r",
-        "base_model_name_or_path",
-        "revision",
-        "auto_mapping",
-        "peft_type",
-        "peft_version",
-        "inference_mode",
-        "task_type",
-    }
-)
 
 
 @dataclass
@@ -134,7 +117,8 @@ def describe(adapter: StoredAdapter) -> str:
     paths = {key.split(f".{method.prefix}")[0] for key in adapter.tensors if f".{method.prefix}" in key}
     sizes = Counter(config.at(path.removeprefix(PEFT_PREFIX)).size for path in paths)
     shown = ", ".join(f"{k} = {v}" + (f" ({n} modules)" if len(sizes) > 1 else "") for (k, v), n in sizes.most_common())
-    default, named = type(config)().to_dict(), {*_BOOKKEEPING, config.size[0]}
+    default = type(config)().to_dict()
+    named = {*BOOKKEEPING, "target_modules", "rank_pattern", "alpha_pattern", "r", config.size[0]}
     own = {k: v for k, v in config.to_dict().items() if k not in named and v != default.get(k)}
     return "; ".join([f"{method.peft_type}, {len(paths)} modules, {shown}", *(f"{k} = {v}" for k, v in sorted(own.items()))])
 

@@ -14,8 +14,8 @@ from ..core.errors import AdapterFileError, HalotuneError, few, warn
 from ..engine.files.keys import config_of
 from ..engine.files.load import AdapterSource
 from ..engine.files.state_dict import get_peft_model_state_dict, read_metadata, read_tensors, write_tensors
+from ..engine.injection.modules import innermost
 from ..engine.model import PeftModel
-from ..engine.tuner import AdapterModel
 from .base import BaseLayers
 from .lycoris import PEFT_PREFIX, LycorisFile, StoredAdapter, parse
 from .reading import Resolved, best_prefixes, check_written, resolve
@@ -74,7 +74,7 @@ def load_lycoris(
         AdapterFileError: what was found in the file, what was expected, and the remedy.
     """
     source = read_lycoris(file, prefix)
-    base = BaseLayers.of(_base_model(model))
+    base = BaseLayers.of(innermost(model))
     if prefix is not None and prefix not in source.groups:
         raise AdapterFileError(
             file, f"no key begins with {prefix}_; found: {source.prefixes}.", remedy="Give one of these, or none."
@@ -114,7 +114,7 @@ def save_lycoris(
     """
     check_names(names)
     found = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    inner = _base_model(model)
+    inner = innermost(model)
     root = next((f"{n}." for n, m in model.named_modules() if m is inner and n), "")
     own = {PEFT_PREFIX + k.removeprefix(root): t if dtype is None else t.to(dtype) for k, t in found.items()}
     adapter = StoredAdapter(config_of(model, adapter_name), own)
@@ -123,11 +123,6 @@ def save_lycoris(
     path = check_output(file)
     check_written(tensors, about, path, [(prefix, base)])
     write_tensors(tensors, path, about)
-
-
-def _base_model(model: nn.Module) -> nn.Module:
-    """The model inside a `PeftModel` or a tuner's model; any other is its own."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model.model if isinstance(model, AdapterModel) else model
 
 
 def check_names(names: str) -> None:

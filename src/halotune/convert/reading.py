@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.config import AdapterConfig
+from ..core.config import AdapterConfig, matching
 from ..core.errors import AdapterFileError, closest
 from ..engine.injection.targets import matches_suffix, shortest_suffixes
 from ..methods.lycoris_form import LycorisForm
@@ -185,11 +185,7 @@ def _patterns(values: Mapping[str, Hashable], paths: Sequence[str]) -> dict[str,
     for value in dict.fromkeys(values.values()):
         chosen = [path for path in paths if values.get(path) == value]
         short.update({re.escape(s): value for s in sorted(shortest_suffixes(chosen, paths))})
-
-    def given(path: str) -> list[Any]:
-        return [v for pattern, v in short.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path)]
-
-    if all(given(path) == ([values[path]] if path in values else []) for path in paths):
+    if all(matching(short, path) == ([values[path]] if path in values else []) for path in paths):
         return short
     return {f"^{re.escape(path)}": value for path, value in values.items()}
 

@@ -7,7 +7,7 @@ definition; `forward(x, op)` applies the adapted operator, and each of three kin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from ..ops.rounding import DROPPED, Dither, rounded
 from .base import has_hooks
-from .operator import Operator, WeightShape
+from .operator import BareOperator, Operator, WeightShape
 from .prepared import (
     Form,
     Preparation,
@@ -87,7 +87,12 @@ class Adapter(nn.Module, ABC):
     weight.requires_grad = False  # type: ignore[attr-defined]  # peft's policy for FSDP1 takes it for a parameter of a leaf
 
     def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
-        """`adapt` without gradients: see `core/weight_form.py`."""
+        """`adapt` without gradients, by a kernel where one wins.
+
+        Args:
+            noise: round W' stochastically by this noise (`ops/rounding.py`); None rounds to nearest.
+            again: it was built before, and is built once more in backward.
+        """
         return rounded(self.adapt, noise, W, *factors)
 
     def pull(self, G: Tensor, W: Tensor, *factors: Tensor) -> Sequence[Tensor | None]:
@@ -155,6 +160,8 @@ class Adapter(nn.Module, ABC):
     def whole_shape(self) -> WeightShape:
         return self.shape if self.whole is None else self.whole.shape
 
+    fsdp_unit: Any = None  # that gathers it for whole passes, not by the hooks that FSDP2 puts on each adapter
+
     # -- what the engine asks
 
     def start_from(self, op: Operator) -> None:
@@ -168,18 +175,13 @@ class Adapter(nn.Module, ABC):
     def factors_exist(self) -> bool:
         return type(self).factors is not Adapter.factors
 
-    def delta_rows(self, W: Tensor) -> Iterator[Tensor]:
-        """`weight(W) − W`, some rows at a time, top to bottom, in the dtype of the parameters."""
-        W = W.to(next(self.parameters()).dtype)
-        yield self.weight(W) - W
-
     def reads_weight(self, op: Operator) -> bool:
         """Whether a forward pass may ask `op` for its weight, which costs a quantized one dequantization."""
         return False
 
     def replaces_weight(self, op: Operator) -> bool:
         """Whether a forward pass runs `op` with another weight, having no other form."""
-        return False
+        return self.reads_weight(op)
 
     @property
     @abstractmethod
@@ -344,12 +346,16 @@ class Adapted(Operator):
         self.inner, self.adapter, self.scale = inner, adapter, scale
 
     @property
-    def shape(self) -> WeightShape:  # type: ignore[override]
-        return self.inner.shape
+    def bare(self) -> BareOperator:
+        return self.inner.bare
 
     def __call__(self, x: Tensor) -> Tensor:
         adapter = self.adapter
         if not has_hooks(adapter):
+            return adapter.forward(x, self.inner, self.scale)
+        if (unit := adapter.fsdp_unit) is not None:
+            if not torch.compiler.is_compiling():
+                unit.gather()  # where the layer is called outside of any pass
             return adapter.forward(x, self.inner, self.scale)
         let_gather_inside(adapter)
         return adapter(x, self.inner, self.scale)  # ZeRO-3's hooks gather the parameters of a module that is called
@@ -363,33 +369,3 @@ class Adapted(Operator):
     @property
     def transient(self) -> bool:
         return True
-
-    @property
-    def opaque(self) -> bool:
-        return self.inner.opaque
-
-    @property
-    def takes_weight(self) -> bool:
-        return self.inner.takes_weight
-
-    def pad(self, x: Tensor) -> Tensor:
-        return self.inner.pad(x)
-
-    def contract(self, x: Tensor, W: Tensor) -> Tensor:
-        return self.inner.contract(x, W)
-
-    def contract_backward(self, x: Tensor, W: Tensor, dy: Tensor, need_x: bool) -> tuple[Tensor | None, Tensor]:
-        return self.inner.contract_backward(x, W, dy, need_x)
-
-    def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        return self.inner.add_low_rank(y, x, B, A)
-
-    def add_bias(self, y: Tensor) -> Tensor:
-        return self.inner.add_bias(y)
-
-    @property
-    def hooked(self) -> bool:
-        return self.inner.hooked
-
-    def with_weight(self, x: Tensor, W: Tensor) -> Tensor:
-        return self.inner.with_weight(x, W)

@@ -39,9 +39,6 @@ class ProjectionBase(LinearLike):
     def shape(self) -> WeightShape:  # type: ignore[override]
         return WeightShape(*self.module.weight.shape)
 
-    def weight(self) -> Tensor:
-        return self.module.weight
-
 
 register_base(ProjectionBase)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import is_lazy
 
 from .errors import HalotuneError
-from .offload import Overlay, is_offloaded, offload_hook, only_places
-from .operator import Operator, WeightShape
+from .offload import is_offloaded, offload_hook, only_places
+from .operator import BareOperator, WeightShape
 from .sharded_parameters import is_sharded, is_unit, only_shards, store, whole, whole_size
 from .trial import agrees, drawn
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .adapter import Adapter
 
 
-class Base(Operator):
+class Base(BareOperator):
     """One storage kind of a linear operator: a view of the module, made where it is needed.
 
     The module is always called as a module, so that its hooks (offload, quantization, tensor parallelism) fire.
@@ -80,7 +81,7 @@ class Base(Operator):
         if (hook := self._offloaded) is None:
             store(self.parameter, self.stored(W))
         else:
-            hook.weights_map = Overlay({"weight": self.stored(W).to("cpu", self.dtype)}, hook.weights_map)
+            hook.weights_map = ChainMap({"weight": self.stored(W).to("cpu", self.dtype)}, hook.weights_map)
 
     @property
     def can_write(self) -> bool:
@@ -109,7 +110,7 @@ class Base(Operator):
         if (hook := self._offloaded) is None:
             store(self.parameter, snapshot if isinstance(snapshot, Tensor) else snapshot["weight"])
         elif isinstance(snapshot, Tensor):
-            hook.weights_map = Overlay({"weight": snapshot.to("cpu")}, hook.weights_map)
+            hook.weights_map = ChainMap({"weight": snapshot.to("cpu")}, hook.weights_map)
         else:
             hook.weights_map = snapshot
 
@@ -251,6 +252,9 @@ class LinearLike(Base):
         x = drawn((1, self.shape.in_features))
         return [x, x[None]]  # a forward of its own may want a batch of sequences
 
+    def weight(self) -> Tensor:
+        return self.tensor("weight")
+
     def stored(self, W: Tensor) -> Tensor:
         return W
 
@@ -324,14 +328,13 @@ class Linear(LinearLike):
     def shape(self) -> WeightShape:  # type: ignore[override]
         return WeightShape(self.module.out_features, self.module.in_features)
 
-    def weight(self) -> Tensor:
-        return self.tensor("weight")
-
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
         module = self.module
         W, b = module._parameters.get("weight"), module._parameters.get("bias")
         frozen = type(W) is nn.Parameter and not W.requires_grad and (b is None or not b.requires_grad)
-        if not frozen or W.dtype is not dtype or W.is_meta or "forward" in module.__dict__ or has_hooks(module):
+        if not frozen or W.dtype is not dtype or W.is_meta or has_hooks(module):
+            return None
+        if "forward" in module.__dict__ and not only_places(module):
             return None
         kind = type(module)
         usual = kind.forward is nn.Linear.forward and kind.__call__ is nn.Module.__call__

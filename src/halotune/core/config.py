@@ -58,6 +58,9 @@ class BaseConfig:
     inference_mode: bool = False
 
 
+BOOKKEEPING = frozenset(f.name for f in fields(BaseConfig))  # what an adapter computes does not depend on it
+
+
 @dataclass(kw_only=True)
 class AdapterConfig(BaseConfig):
     """The fields that all methods share.
@@ -111,12 +114,9 @@ class AdapterConfig(BaseConfig):
         if self.task_type is not None:
             self.require_choice("task_type", [c.value for c in TaskType])
             self.task_type = TaskType(self.task_type)
-        if isinstance(self.target_modules, (list, tuple)):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.target_parameters, (list, tuple)):
-            self.target_parameters = set(self.target_parameters)
-        if isinstance(self.exclude_modules, (list, tuple)):
-            self.exclude_modules = set(self.exclude_modules)
+        for name in ("target_modules", "target_parameters", "exclude_modules"):
+            if isinstance(names := getattr(self, name), (list, tuple)):
+                setattr(self, name, set(names))
         if self.layers_pattern and self.layers_to_transform is None:
             raise self.error("layers_pattern", "needs layers_to_transform, which is None", "Give the layers' indices.")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -193,12 +193,9 @@ class AdapterConfig(BaseConfig):
     def at(self, name: str) -> Self:
         """The configuration of the module `name`: its entries of `rank_pattern` and the like filled in."""
         own: dict[str, Any] = {}
-        for target, pattern_field in self.PATTERNS.items():
-            patterns: dict[str, Any] = getattr(self, pattern_field, {})
-            for pattern, value in patterns.items():
-                if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name):
-                    own[self.size[0] if target == "r" else target] = value
-                    break
+        for target, patterns in self.PATTERNS.items():
+            if found := matching(getattr(self, patterns, {}), name):
+                own[self.size[0] if target == "r" else target] = found[0]
         return replace(self, **own) if own else self
 
     def combined(self, r: int) -> Self:
@@ -296,6 +293,11 @@ class AdapterConfig(BaseConfig):
 
 
 CLASSES: dict[str, type[AdapterConfig]] = {}  # by the name in files; registering a method adds its own
+
+
+def matching(patterns: Mapping[str, Any], path: str) -> list[Any]:
+    """What patterns, which match endings of paths, give a module; the first counts."""
+    return [value for pattern, value in patterns.items() if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", path)]
 
 
 def peft_types() -> Any:

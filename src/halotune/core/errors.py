@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from os import PathLike
 from typing import TypeVar
 
@@ -25,17 +26,12 @@ class AdapterFileError(HalotuneError):
 
     def __init__(self, file: str | PathLike[str], problem: str, *, key: str | None = None, remedy: str) -> None:
         self.file, self.key = str(file), key
+        self.problem, self.remedy = problem, remedy
         where = f"{self.file}: {key}" if key else self.file
         super().__init__(f"{where}: {problem} {remedy}")
 
     def __reduce__(self):  # the default would call __init__ with the finished message
-        return _restored, (self.args[0], self.file, self.key)
-
-
-def _restored(message: str, file: str, key: str | None) -> AdapterFileError:
-    error = AdapterFileError.__new__(AdapterFileError)
-    error.args, error.file, error.key = (message,), file, key
-    return error
+        return partial(AdapterFileError, key=self.key, remedy=self.remedy), (self.file, self.problem)
 
 
 def warn(message: str) -> None:

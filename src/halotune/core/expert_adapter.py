@@ -194,8 +194,20 @@ class ExpertAdapter(Adapter):
         return type(self.one), self.one.batch_key(), self.experts, self.shared
 
     def forward(self, x: Tensor, op: Operator, scale: float = 1.0) -> Tensor:
-        factors = usable(self.factors_now(), x.dtype) if is_transformed() else self.prepared(x).factors
-        return self.run(x, op, factors, scale)
+        if is_transformed():
+            return self.run(x, op, usable(self.factors_now(), x.dtype), scale)
+        y = self._run_unprepared(x, op, scale)
+        return self.run(x, op, self.prepared(x).factors, scale) if y is None else y
+
+    def _run_unprepared(self, x: Tensor, op: Operator, scale: float) -> Tensor | None:
+        """By way of the parameters as they are, where they are factors already."""
+        one = self.one
+        if not isinstance(one, LowRank) or isinstance(op, Adapted) or (self.training and one.dropout):
+            return None
+        if (found := one.parameters_as_factors(*self.tensors())) is None:
+            return None
+        B, A, s = found
+        return cast(Any, op).with_low_rank(x, B, A, scale * s)
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         one = self.one
@@ -203,13 +215,13 @@ class ExpertAdapter(Adapter):
         if isinstance(one, Rotation):
             if one.training and one.dropout:
                 factors = one.drop(*factors)
-            groups = grouped(op).groups
+            groups = cast(Any, op.bare).groups
             rotated = one.rotate(x, *factors) if self.shared else one.rotate_groups(x, groups, *factors)
             return op(rotated if scale == 1.0 else torch.lerp(x, rotated, scale))
         if isinstance(one, LowRank):
             if not isinstance(op, Adapted) and not (one.training and one.dropout):
                 B, A = one.low_rank(*factors)
-                y = cast(Any, op).with_low_rank(x, B if scale == 1.0 else B * scale, A)
+                y = cast(Any, op).with_low_rank(x, B, A, scale)
                 if y is not None:
                     return y
             return LowRank.run(one, x, op, factors, scale)  # a method's own way may be for a single layer
@@ -219,7 +231,7 @@ class ExpertAdapter(Adapter):
 
     def _in_parts(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         """By way of W', of some experts at a time. Where their rows end is asked of the device once."""
-        shape, ends = op.shape, grouped(op).groups.ends.tolist()
+        shape, ends = op.bare.shape, cast(Any, op.bare).groups.ends.tolist()
         step = max(1, PART // (shape.out_features * shape.in_features * x.itemsize))
         splits = [t.split(step) for t in self._for_each(len(ends), factors)]
         done: list[Tensor] = []
@@ -271,13 +283,6 @@ class _Replicated(torch.autograd.Function):
 
         partial = DTensor.from_local(grad_outputs[0], ctx.mesh, [Partial()], run_check=False)
         return partial.redistribute(ctx.mesh, ctx.placements)
-
-
-def grouped(op: Operator) -> Any:
-    """The operator on groups of rows, under the adapters on it."""
-    while isinstance(op, Adapted):
-        op = op.inner
-    return op
 
 
 def part_of(op: Operator, begin: int, end: int, top: int, bottom: int) -> Operator:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ..ops.grouped import grouped_outer, grouped_product
 from .base import LinearLike, register_base
 from .errors import HalotuneError
-from .grouped_linear import grouped_low_rank
+from .grouped_linear import add_low_rank, low_rank_linear
 from .layer import AdaptedLayer
 from .offload import offload_hook
-from .operator import Operator, WeightShape
-from .prepared import exact
+from .operator import BareOperator, WeightShape
+from .prepared import exact, is_transformed
 from .sharded_parameters import is_sharded, local
 from .wrapper import ParameterView, Wrapper
 
@@ -141,6 +141,12 @@ class ExpertsBase(LinearLike):
 register_base(ExpertsBase)
 
 
+def in_one_node(B: Tensor, A: Tensor) -> bool:
+    """Whether a delta with these factors is one: each expert has a B of its own, and an A, unless that is a constant."""
+    own = B.dim() == 3 and (A.dim() == 3 or not A.requires_grad)
+    return own and not (torch.compiler.is_compiling() or is_transformed())
+
+
 @dataclass(frozen=True)
 class Groups:
     """Rows sorted by expert.
@@ -159,8 +165,14 @@ class Groups:
         """`x_i W_e`: `W (experts, k, m)`, or `(k, m)` for all."""
         return x @ W if W.dim() == 2 else grouped_product(x, W, self.ends, self.whole)
 
+    def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+        """`y_i + B_e A_e x_i`: `B (experts, out, r)`, `A (experts, r, in)`, either or both without experts for all."""
+        if y.dtype is not x.dtype or not in_one_node(B, A):
+            return y + self.product(self.product(x, A.mT), B.mT)
+        return add_low_rank(y, x, A, B, self.ends, 1.0, self.whole)
 
-class GroupedOperator(Operator):
+
+class GroupedOperator(BareOperator):
     """`x_i -> W_e x_i + b_e` for rows sorted by expert.
 
     Args:
@@ -188,13 +200,14 @@ class GroupedOperator(Operator):
         W = self.base.weight()
         return W if self.experts is None else W[self.experts]
 
-    def with_low_rank(self, x: Tensor, B: Tensor, A: Tensor) -> Tensor | None:
-        """`(W_e + B_e A_e) x_i + b_e` in one node, for `B (experts, out, r)`, `A (experts, r, in)` and a frozen, plain W."""
-        W = self.weight()
-        shared = B.dim() == 2 or A.dim() == 2
-        if shared or W.requires_grad or self.base.module.computed is not None or torch.compiler.is_compiling():
+    def with_low_rank(self, x: Tensor, B: Tensor, A: Tensor, scale: float = 1.0) -> Tensor | None:
+        """`(W_e + s B_e A_e) x_i + b_e`, for B and A that may be finer than x; None where they are no delta in one node."""
+        if not in_one_node(B, A):
             return None
-        return self.add_bias(grouped_low_rank(x, W, B.mT, A, self.groups.ends, self.groups.whole))
+        groups = self.groups
+        if self.base.module.computed is not None or (W := self.weight()).requires_grad:
+            return add_low_rank(self(x), x, A, B, groups.ends, scale, groups.whole)
+        return self.add_bias(low_rank_linear(x, A, B, W, groups.ends, scale, groups.whole))
 
     @property
     def transient(self) -> bool:
@@ -208,7 +221,7 @@ class GroupedOperator(Operator):
         return (self.groups.product(dy, W) if need_x else None), dW
 
     def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
-        return y + self.groups.product(self.groups.product(x, A.mT), B.mT)
+        return self.groups.add_low_rank(y, x, B, A)
 
     def add_bias(self, y: Tensor) -> Tensor:
         bias = self.base.bias

@@ -47,15 +47,12 @@ class Rotation(Adapter):
         return factors
 
     def reads_weight(self, op: Operator) -> bool:
-        return not op.shape.is_linear
-
-    def replaces_weight(self, op: Operator) -> bool:
-        return not op.shape.is_linear
+        return not op.bare.shape.is_linear
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         if self.training and self.dropout:
             factors = self.drop(*factors)
-        if not op.shape.is_linear:  # patches of an image cannot be rotated before they are cut
+        if not op.bare.shape.is_linear:  # patches of an image cannot be rotated before they are cut
             return self.run_on_patches(x, op, factors, scale)
         rotated = self.rotate(x, *factors)
         return op(rotated if scale == 1.0 else torch.lerp(x, rotated, scale))
@@ -78,6 +75,10 @@ class LowRank(Adapter):
         """`B (…, out, k)`, `A (…, k, in)` from what was prepared, in its dtype."""
         Bt, A = factors
         return Bt.mT, A
+
+    def parameters_as_factors(self, *parameters: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """`B (…, out, k)`, `A (…, k, in)` and s of `W' = W + s B A`, where parameters are such as they are; else None."""
+        return None
 
     def build(self, W: Tensor, *factors: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
         return build_low_rank(W, *self.low_rank(*factors), noise)
@@ -116,9 +117,6 @@ class Dense(Adapter):
     def reads_weight(self, op: Operator) -> bool:
         return True
 
-    def replaces_weight(self, op: Operator) -> bool:
-        return True
-
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         return weight_form(x, op, self, factors, scale, self.dither(x.dtype))
 
@@ -129,4 +127,4 @@ class Dense(Adapter):
 def add_low_rank(x: Tensor, dropped: Tensor, op: Operator, factors: tuple[Tensor, Tensor], scale: float = 1.0) -> Tensor:
     """`op(x) + scale · (B A) dropped`, for x in its compute dtype."""
     B, A = (t.to(x.dtype) for t in factors)
-    return op.add_low_rank(op(x), dropped, B if scale == 1.0 else B * scale, A)
+    return op.bare.add_low_rank(op(x), dropped, B if scale == 1.0 else B * scale, A)

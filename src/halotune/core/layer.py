@@ -11,20 +11,21 @@ from .adapter import Adapted, Adapter
 from .base import Base, base_for
 from .errors import HalotuneError
 from .merge_record import MergeRecord
-from .operator import Operator
+from .offload import brought
+from .operator import Matrix, Operator
 from .prepared import exact_dtype
-from .rows import MIXED, Rows
+from .rows import MIXED
 from .tensor_parallel import run_inside, shard_of
-from .wrapper import Wrapper
+from .wrapper import PerAdapter
 
 
-class AdaptedLayer(Wrapper):
+class AdaptedLayer(PerAdapter):
     """`base_layer` with named adapters. The active ones compose as functions, in order: `W -> F2(F1(W))`.
 
     Where `merged_adapters` is not empty the stored weight holds those already, and a snapshot of the original is kept.
     """
 
-    _wraps = "base_layer"
+    _wraps, _holds = "base_layer", "adapters"
 
     # As PEFT's `BaseTunerLayer` has them.
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("adapters",)
@@ -40,20 +41,13 @@ class AdaptedLayer(Wrapper):
         self.shard = shard_of(base_layer)
         self.adapters = nn.ModuleDict()
         self.scales: dict[str, float] = {}
-        self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
-        self.enabled = True
         self._original: tuple[nn.Module, nn.Parameter, Any] | None = None  # module, weight, snapshot
 
     @property
     def base(self) -> Base:
         """The base layer as a linear operator."""
         return self._kind(self._modules["base_layer"])  # type: ignore[arg-type]
-
-    @property
-    def rows(self) -> Rows | None:
-        """How to split the batch, inside a call with `adapter_names` in this thread."""
-        return MIXED.rows.get(self)
 
     @property
     def merged(self) -> bool:
@@ -98,7 +92,10 @@ class AdaptedLayer(Wrapper):
                 f"{type(self.base_layer).__name__}: an adapted layer takes its input alone; got "
                 f"{len(args)} more arguments and {sorted(kwargs)}. Leave this layer out with exclude_modules."
             )
-        rows = self.rows
+        base: Any = self._modules["base_layer"]
+        if "_hf_hook" in base.__dict__:
+            x = brought(x, base)
+        rows = MIXED.rows.get(self)
         return self._run(x, self._running_names()) if rows is None else rows.run(x, self._run_one)
 
     def _run_one(self, name: str, x: Tensor) -> Tensor:
@@ -120,22 +117,20 @@ class AdaptedLayer(Wrapper):
     def remove(self, name: str) -> None:
         if name in self.merged_adapters:
             self.unmerge()
-        if name in self.adapters:
-            del self.adapters[name], self.scales[name]
-        self.active_adapters = [n for n in self.active_adapters if n != name]
+        super().remove(name)
+        self.scales.pop(name, None)
 
     # -- merging
+
+    def pending(self, names: list[str]) -> list[str]:
+        """Those of these adapters that the layer has, and that are not merged yet."""
+        return [n for n in names if n in self.adapters and n not in self.merged_adapters]
 
     @torch.no_grad()
     def merged_weight(self, names: list[str]) -> Tensor:
         """The weight with these adapters applied in order, in fp32 or better; nothing is written."""
         W = self.base.weight().detach()
-        here = next((p.device for n in names for p in self.adapters[n].parameters()), W.device)  # W may be offloaded
-        W = W.to(here, exact_dtype(W.dtype))
-        for name in names:
-            adapted = self.adapters[name].weight(W)  # type: ignore[operator]
-            W = adapted if self.scales[name] == 1.0 else torch.lerp(W, adapted, self.scales[name])
-        return W
+        return self._on(Matrix(W.to(exact_dtype(W.dtype))), names).weight()
 
     @torch.no_grad()
     def check_finite(self, names: list[str], path: str = "an adapted layer") -> None:
@@ -166,8 +161,7 @@ class AdaptedLayer(Wrapper):
             untie: write to a parameter of this layer's own; the tied one stays as it is.
             as_float: put a plain layer of this dtype where the quantized one is, instead of requantizing.
         """
-        wanted = self.active_adapters if adapter_names is None else adapter_names
-        names = [n for n in wanted if n in self.adapters and n not in self.merged_adapters]
+        names = self.pending(self.active_adapters if adapter_names is None else adapter_names)
         if not names:
             return MergeRecord.total([])
         base = self.base

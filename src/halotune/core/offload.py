@@ -6,7 +6,6 @@ moves the module's own tensors, for the time of a call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,17 +54,7 @@ def only_places(module: nn.Module) -> bool:
     )
 
 
-class Overlay(Mapping[str, Tensor]):
-    """A map of offloaded weights with one replaced; the original map is never written to."""
-
-    def __init__(self, replaced: dict[str, Tensor], original: Mapping[str, Tensor]) -> None:
-        self.replaced, self.original = replaced, original
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.replaced[key] if key in self.replaced else self.original[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.original)
-
-    def __len__(self) -> int:
-        return len(self.original)
+def brought(x: Tensor, module: nn.Module) -> Tensor:
+    """x where accelerate's hook would bring it in a call of the module: adapters meet it there."""
+    devices = [getattr(h, "execution_device", None) for h in _accelerate_hooks(module)]
+    return next((x.to(device) for device in devices if device is not None), x)

@@ -39,9 +39,12 @@ class WeightShape:
 
 
 class Operator(ABC):
-    """`x -> W x + bias`: a base layer, or a base layer with adapters on it. Unless it says otherwise, on x's last dimension."""
+    """`x -> W x + bias`: a base layer, or a base layer with adapters on it."""
 
-    shape: WeightShape
+    @property
+    @abstractmethod
+    def bare(self) -> BareOperator:
+        """The operator without adapters."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -55,6 +58,20 @@ class Operator(ABC):
     def transient(self) -> bool:
         """Whether `weight()` makes a new tensor, to be recomputed rather than kept."""
         return False
+
+    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+        """`W (out, in)` and the bias, where `x Wᵀ + b` is all that a call on this dtype does and neither is trained."""
+        return None
+
+
+class BareOperator(Operator):
+    """An operator without adapters; unless it says otherwise, on x's last dimension."""
+
+    shape: WeightShape
+
+    @property
+    def bare(self) -> BareOperator:
+        return self
 
     @property
     def opaque(self) -> bool:
@@ -70,10 +87,6 @@ class Operator(ABC):
     def hooked(self) -> bool:
         """Whether somebody's hooks want to see the base layer called."""
         return False
-
-    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
-        """`W (out, in)` and the bias, where `x Wᵀ + b` is all that a call on this dtype does and neither is trained."""
-        return None
 
     def pad(self, x: Tensor) -> Tensor:
         """`x` with the padding that `contract` does not add itself (a convolution's reflect, circular, 'same')."""
@@ -99,11 +112,11 @@ class Operator(ABC):
         return self.add_bias(self.contract(self.pad(x), W))
 
 
-class Matrix(Operator):
+class Matrix(BareOperator):
     """`x Wᵀ + b` of plain tensors."""
 
     def __init__(self, W: Tensor, bias: Tensor | None = None) -> None:
-        n_out, n_in = W.shape
+        n_out, n_in = W.shape[-2:]
         self.W, self.bias, self.shape = W, bias, WeightShape(n_out, n_in)
 
     def __call__(self, x: Tensor) -> Tensor:

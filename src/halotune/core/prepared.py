@@ -289,9 +289,6 @@ class Slot(threading.local):
     def __init__(self) -> None:  # in each thread; a default of the class is all that torch 2.11's compiler would see
         self.prepared = None
 
-    def __deepcopy__(self, memo: Any) -> Slot:
-        return Slot()
-
     def __reduce__(self) -> Any:
         return Slot, ()
 

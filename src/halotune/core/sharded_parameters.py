@@ -6,17 +6,30 @@ is lost, so `reshard` comes before any reading or writing outside of a pass.
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .errors import HalotuneError
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def is_unit(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on this module: its hooks gather what it runs with."""
     return hasattr(type(module), "_get_fsdp_state")
+
+
+def copied(module: M) -> M:
+    """A copy of a module that holds whole parameters, without hooks. It is no unit, whose class cannot be copied."""
+    kind = next(k for k in type(module).__mro__ if not hasattr(k, "_get_fsdp_state"))
+    own = {k: v for k, v in vars(module).items() if not (k.startswith("__") or "fsdp" in k or "hook" in k)}
+    out = object.__new__(kind)
+    nn.Module.__init__(out)
+    vars(out).update(copy.deepcopy(own))
+    return out
 
 
 def is_sharded(t: Tensor) -> bool:

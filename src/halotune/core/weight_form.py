@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,34 +14,14 @@ from ..ops.rounding import Dither
 from .prepared import Preparation, Tensors, compute_dtype, is_transformed
 
 if TYPE_CHECKING:
+    from .adapter import Adapter
     from .operator import Operator
-
-
-class WeightMap(Protocol):
-    """A map `W -> W'` with factors θ, and the way back."""
-
-    def adapt(self, W: Tensor, *θ: Tensor) -> Tensor:
-        """The definition, by operations that autograd sees: `W' (…, out, in)`, in the dtype of W."""
-        ...
-
-    def build(self, W: Tensor, *θ: Tensor, noise: Tensor | None = None, again: bool = False) -> Tensor:
-        """`adapt` by a kernel, where one wins.
-
-        Args:
-            noise: round W' stochastically by this noise (`ops/rounding.py`); None rounds to nearest.
-            again: it was built before, and is built once more in backward.
-        """
-        ...
-
-    def pull(self, G: Tensor, W: Tensor, *θ: Tensor) -> Sequence[Tensor | None]:
-        """The gradients of θ from `G = dL/dW'`, which may be overwritten."""
-        ...
 
 
 class Defined(Preparation):
     """The definition as a function of θ; without a W, of W and θ."""
 
-    def __init__(self, adapter: WeightMap, W: Tensor | None) -> None:
+    def __init__(self, adapter: Adapter, W: Tensor | None) -> None:
         self.adapter, self.W = adapter, W
 
     def make(self, *stacked: Tensor) -> Tensors:
@@ -49,9 +29,9 @@ class Defined(Preparation):
 
 
 class Scaled:
-    """`W + s (W' − W)`."""
+    """An adapter's map, scaled: `W + s (W' − W)`."""
 
-    def __init__(self, adapter: WeightMap, s: float) -> None:
+    def __init__(self, adapter: Adapter, s: float) -> None:
         self.adapter, self.s = adapter, s
 
     def adapt(self, W: Tensor, *θ: Tensor) -> Tensor:
@@ -71,11 +51,11 @@ class _WeightForm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, kept: Tensor | None, bias: Tensor | None, given: Any, noise: Tensor | None, *θ: Tensor
     ) -> Tensor:
-        op, W, adapter = given  # without an operator: a plain matrix
+        op, W, adapter = given  # without an operator: a plain matrix; the adapter may be `Scaled`
         ctx.save_for_backward(x, kept, noise, *θ)
         ctx.op, ctx.adapter = op, adapter
         adapted = adapter.build(W, *θ, noise=noise)
-        return no_view(F.linear(x, adapted, bias) if op is None else op.contract(x, adapted))
+        return no_view(F.linear(x, adapted, bias) if op is None else op.bare.contract(x, adapted))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -87,7 +67,7 @@ class _WeightForm(torch.autograd.Function):
             adapted = ctx.adapter.adapt(W, *θ)
         else:
             adapted = ctx.adapter.build(W, *θ, noise=noise, again=True)
-        backward = linear_backward if ctx.op is None else ctx.op.contract_backward
+        backward = linear_backward if ctx.op is None else ctx.op.bare.contract_backward
         dx, G = backward(x, adapted, grad_outputs[0], need_x)
         dW = None
         if need_W:
@@ -98,26 +78,26 @@ class _WeightForm(torch.autograd.Function):
 
 
 def weight_form(
-    x: Tensor, op: Operator, adapter: WeightMap, θ: Tensors, scale: float = 1.0, dither: Dither | None = None
+    x: Tensor, op: Operator, adapter: Adapter, θ: Tensors, scale: float = 1.0, dither: Dither | None = None
 ) -> Tensor:
     """`op` applied to `x` with `W + scale (W' − W)`.
 
     Args:
         dither: by what W' is rounded stochastically; None rounds to nearest.
     """
-    mapping = adapter if scale == 1.0 else Scaled(adapter, scale)
+    mapping, bare = adapter if scale == 1.0 else Scaled(adapter, scale), op.bare
     x = x.to(compute_dtype(x))
     W = op.weight().to(x)  # the device too: it may be offloaded
-    if torch.compiler.is_compiling() or op.hooked or is_transformed():
-        return op.with_weight(x, mapping.adapt(W, *θ))
-    x = op.pad(x)
+    if torch.compiler.is_compiling() or bare.hooked or is_transformed():
+        return bare.with_weight(x, mapping.adapt(W, *θ))
+    x = bare.pad(x)
     kept = None if op.transient and not W.requires_grad else W  # what is made for a call is made again, not kept
     noise = None if dither is None else dither.noise(0, W)
-    return op.add_bias(_WeightForm.apply(x, kept, None, (op, W, mapping), noise, *θ))  # type: ignore[arg-type]
+    return bare.add_bias(_WeightForm.apply(x, kept, None, (op, W, mapping), noise, *θ))  # type: ignore[arg-type]
 
 
 def weight_form_linear(
-    x: Tensor, W: Tensor, bias: Tensor | None, adapter: WeightMap, *θ: Tensor, dither: Dither | None = None
+    x: Tensor, W: Tensor, bias: Tensor | None, adapter: Adapter, *θ: Tensor, dither: Dither | None = None
 ) -> Tensor:
     """`x W'ᵀ + b` for a frozen matrix W. W' is built, used and dropped, in forward and again in backward."""
     noise = None if dither is None else dither.noise(0, W)

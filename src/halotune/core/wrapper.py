@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from .rows import MIXED, Rows
+
 # accelerate and diffusers hang these on a module that they hook; another module's hook is none of this one's.
 HOOKS = frozenset({"_hf_hook", "_old_forward", "_diffusers_hook"})
 
@@ -14,15 +16,48 @@ class Wrapper(nn.Module):
     """A module around a submodule, `_wraps`: attributes that it lacks are the submodule's."""
 
     _wraps: ClassVar[str]
+    _holds: ClassVar[str] = ""
 
     def __getattr__(self, name: str) -> Any:
         own = nn.Module.__getattr__  # not super(): a subclass may have a second base, which looks further itself
         try:
             return own(self, name)
         except AttributeError:
-            if name == self._wraps or name in HOOKS or name.startswith("__"):
+            if name in (self._wraps, self._holds) or name in HOOKS or name.startswith("__"):
                 raise
-            return getattr(own(self, self._wraps), name)
+            return getattr(self._stand_in(), name)
+
+    def _stand_in(self) -> nn.Module:
+        """Whose attributes are taken for its own."""
+        return nn.Module.__getattr__(self, self._wraps)  # type: ignore[return-value]
+
+
+class PerAdapter(Wrapper):
+    """A wrapper with a module of its own for each adapter, by name, in the dictionary `_holds`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active_adapters: list[str] = []
+        self.enabled = True
+
+    @property
+    def wrapped(self) -> nn.Module:
+        return self._modules[self._wraps]  # type: ignore[return-value]
+
+    @property
+    def by_name(self) -> nn.ModuleDict:
+        """What it has of each adapter."""
+        return self._modules[self._holds]  # type: ignore[return-value]
+
+    @property
+    def rows(self) -> Rows | None:
+        """How to split the batch, inside a call with `adapter_names` in this thread."""
+        return MIXED.rows.get(self)
+
+    def remove(self, name: str) -> None:
+        if name in self.by_name:
+            del self.by_name[name]
+        self.active_adapters = [n for n in self.active_adapters if n != name]
 
 
 class ParameterView(nn.Module):

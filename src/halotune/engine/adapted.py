@@ -18,7 +18,7 @@ from ..core.wrapper import Wrapper
 from .files.save import save_adapters
 from .gathering import require_no_units, whole_adapters
 from .injection.activation import activate, enable, per_sample
-from .injection.modules import adapted_layers, modules_to_save_wrappers, public_path
+from .injection.modules import adapted_layers, modules_to_save_wrappers, per_adapter, public_path
 from .injection.offloading import bring_adapters
 from .injection.surgery import remove
 from .training import penalty
@@ -113,10 +113,8 @@ class AdaptedModel(Wrapper):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._check_known(names)
         reshard(self)
-        model = self.get_base_model()
-        held = [layer.adapters for layer in adapted_layers(model).values()]
-        held += [wrapper.modules_to_save for wrapper in modules_to_save_wrappers(model).values()]
-        for p in (p for copies in held for n in names if n in copies for p in copies[n].parameters()):
+        held = [module.by_name for module in per_adapter(self.get_base_model()).values()]
+        for p in (p for own in held for n in names if n in own for p in own[n].parameters()):
             if p.is_floating_point():
                 p.requires_grad_(requires_grad)
 
@@ -331,18 +329,15 @@ class AdaptedModel(Wrapper):
         Raises:
             HalotuneError: our own reader would refuse the file; nothing is written then.
         """
+        if not safe_serialization:
+            raise HalotuneError(
+                "save_pretrained: safe_serialization=False would write a pickle, which can run code when it is read. Leave it "
+                "True."
+            )
         if state_dict is None:
             reshard(self)
-        save_adapters(
-            self.tuner,
-            save_directory,
-            safe_serialization=safe_serialization,
-            selected_adapters=selected_adapters,
-            save_embedding_layers=save_embedding_layers,
-            is_main_process=is_main_process,
-            state_dict=state_dict,
-            peft_type="MISS" if bone_as_miss else peft_type,
-        )
+        alias = "MISS" if bone_as_miss else peft_type
+        save_adapters(self.tuner, save_directory, selected_adapters, save_embedding_layers, is_main_process, state_dict, alias)
 
     def export(
         self,
@@ -381,14 +376,4 @@ class AdaptedModel(Wrapper):
         from .files.export import export_adapters  # few need it, and `import halotune` stays light
 
         reshard(self)
-        return export_adapters(
-            self.tuner,
-            to,
-            folder,
-            adapter_name=adapter_name,
-            runtime=runtime,
-            rank=rank,
-            component=component,
-            dtype=dtype,
-            gguf=gguf,
-        )
+        return export_adapters(self.tuner, to, folder, adapter_name, runtime, rank, component, dtype, gguf)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..core.errors import HalotuneError
 from ..core.expert_adapter import ExpertAdapter
 from ..core.layer import AdaptedLayer
 from ..core.sharded_parameters import has_partitions, is_sharded, is_unit, reshard, whole
-from .injection.modules_to_save import ModulesToSaveWrapper
+from ..core.wrapper import PerAdapter
+from .injection.modules import innermost
 
 WAIT = 60.0  # seconds for the other processes to come
 
@@ -38,9 +42,74 @@ def is_divided(model: nn.Module) -> bool:
 
 def takes_all(model: nn.Module) -> bool:
     """Whether reading what is trained takes every process: where it, or a base that is divided, is held in parts."""
-    trained = [m.adapters for m in model.modules() if isinstance(m, AdaptedLayer)]
-    trained += [m.modules_to_save for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    trained = [m.by_name for m in model.modules() if isinstance(m, PerAdapter)]
     return is_divided(model) or any(has_parts(m.parameters()) for m in trained)
+
+
+def shard_adapters(model: nn.Module, **how: Any) -> None:
+    """Make all adapters of a model one unit of FSDP2; to be called before `fully_shard` of the blocks that they are in.
+
+    A forward pass then gathers all of them at its beginning, in one message, and prepares for all layers together, as in one
+    process; they stay whole until backward is over, which reduces their gradients in one message. They may have another dtype,
+    and another `mp_policy`, than the blocks.
+
+    Args:
+        model: with adapters. It, or a model around it, is to be a unit too, the last to be made.
+        how: what `fully_shard` takes: mesh, mp_policy, offload_policy …
+
+    Raises:
+        HalotuneError: there are no adapters, or they are sharded already.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
+    adapters: list[Any] = [a for layer in layers for a in layer.adapters.values()]
+    adapters = [a for a in adapters if not (isinstance(a, ExpertAdapter) and has_parts(a.parameters()))]  # expert parallelism's
+    if not adapters:
+        raise HalotuneError(f"shard_adapters: {type(model).__name__} has no adapters. Call get_peft_model first.")
+    if any(is_unit(a) or has_parts(a.parameters()) for a in adapters):
+        raise HalotuneError(
+            "shard_adapters: the adapters are sharded already, by themselves or with the blocks that they are in. Call it "
+            "once, and before fully_shard of any block."
+        )
+    adapters = list(dict.fromkeys(adapters))
+    fully_shard(adapters, **how)
+    unit = AdapterUnit(adapters[0], innermost(model))
+    for adapter in adapters:
+        adapter.fsdp_unit = unit
+
+
+class AdapterUnit:
+    """A unit of FSDP2, all adapters of a model: whole from the beginning of a forward pass to the end of its backward.
+
+    FSDP2's own hooks, one on every adapter, would look at it at every layer, and before torch 2.13 wait for all to have run.
+
+    Args:
+        member: any of its modules.
+    """
+
+    def __init__(self, member: Any, model: nn.Module) -> None:
+        self.member = member
+        eager: Any = torch.compiler.disable
+        model.register_forward_pre_hook(eager(self._begin), prepend=True)
+        model.register_forward_hook(eager(self._end), always_call=True)
+
+    def gather(self, *_: Any) -> None:
+        if is_sharded(self.member.tensors()[0]):
+            self.member.unshard()
+
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:  # else a checkpoint runs the model again
+            self.member.reshard()  # what a pass without backward has left may be from before the optimizer's step
+        self.gather()
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            self.member.reshard()
+            return
+        for t in tree_leaves(output):
+            if isinstance(t, Tensor) and t.requires_grad:
+                t.register_hook(self.gather)  # the backward of another pass, which ends by putting parts back, may come first
 
 
 def meet(what: str) -> None:

@@ -23,7 +23,6 @@ from ..core.errors import HalotuneError
 from ..core.sharded_parameters import is_unit
 from ..methods.registry import method_of
 from .adapted import AdaptedModel
-from .external_types import register_external_types
 from .files.card import CARD_NAME, mark_card
 from .files.hotswap import require_same
 from .files.hub import upload
@@ -35,7 +34,7 @@ from .injection.in_place import add_in_place
 from .injection.modules import adapted_layers, paths_in_state_dict, unwrapped
 from .injection.resolve import task_heads
 from .status import LayerStatus, ModelStatus, layer_status, model_status
-from .tuner import AdapterModel, tuner_class
+from .tuner import AdapterModel, register_external_types, tuner_class
 
 
 class PeftModel(AdaptedModel):
@@ -156,12 +155,8 @@ class PeftModel(AdaptedModel):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Put one more adapter into the model, inactive."""
-        self.base_model.add_adapter(
-            adapter_name,
-            self._with_heads(peft_config, self.get_base_model()),
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )
+        config = self._with_heads(peft_config, self.get_base_model())
+        self.base_model.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
 
     # -- counting
 
@@ -218,16 +213,8 @@ class PeftModel(AdaptedModel):
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
-            return upload(
-                Path(folder),
-                repo_id,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-                commit_description=commit_description,
-            )
+            about = {"commit_message": commit_message, "commit_description": commit_description, "create_pr": create_pr}
+            return upload(Path(folder), repo_id, private, token, revision, **about)
 
     def create_or_update_model_card(self, output_dir: str | PathLike[str]) -> None:
         """Say in a folder's card that it holds adapters; trainers call this after they have written a card of their own."""

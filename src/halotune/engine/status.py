@@ -71,12 +71,11 @@ def layer_status(model: PeftModel) -> list[LayerStatus]:
     base, scope, out = model.get_base_model(), model.base_model.scope, []
     scope.look(base)  # forms are settled then, at the latest in the next pass
     for path, module in {**adapted_layers(base), **modules_to_save_wrappers(base)}.items():
-        is_layer = isinstance(module, AdaptedLayer)
-        copies = module.adapters if is_layer else module.modules_to_save
+        is_layer, copies = isinstance(module, AdaptedLayer), module.by_name
         out.append(
             LayerStatus(
                 name=path,
-                module_type=type(module.base_layer if is_layer else module.original_module).__name__,
+                module_type=type(module.wrapped).__name__,
                 enabled=module.enabled,
                 active_adapters=list(module.active_adapters),
                 merged_adapters=list(module.merged_adapters) if is_layer else [],

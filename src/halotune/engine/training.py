@@ -77,7 +77,7 @@ def penalty(model: nn.Module) -> Tensor | float:
     total: Tensor | float = 0.0
     for key, all_ in alike.items():  # a few launches for all of them, instead of a few for each
         term = one[key].penalty(*[torch.stack(each) for each in zip(*all_, strict=True)])
-        total = total.to(term.device) + term if isinstance(total, Tensor) else term
+        total = total + term.to(total.device) if isinstance(total, Tensor) else term  # where the first layers are, and inputs
     return total
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import ClassVar
 
@@ -16,16 +16,25 @@ from ..core.errors import HalotuneError, warn
 from ..core.layer import AdaptedLayer
 from ..methods.registry import method_of
 from .adapted import AdaptedModel
-from .external_types import register_external_types
+from .files.keys import bias_keys, held_tensors
 from .forward.prepare import Scope
 from .gathering import is_divided
-from .injection.activation import activate, check_bias, freeze, train_biases
+from .injection.activation import activate, check_bias, freeze
 from .injection.default_targets import DEFAULT_TARGETS
 from .injection.first_pass import FirstPass
 from .injection.inject import inject
 from .injection.modules import paths_in_state_dict
 from .injection.surgery import eject, remove
 from .weights.merge import MergeReport
+
+# Other libraries tell adapters by their types. Each of these, called before a model is wrapped, makes our layers known to a
+# library that is in use, and returns the library's types that the wrapped model's class must derive from.
+external_types: list[Callable[[], tuple[type, ...]]] = []
+
+
+def register_external_types() -> tuple[type, ...]:
+    """Make our layers known, and return the types that a wrapper must take on."""
+    return tuple(t for function in external_types for t in function())
 
 
 class AdapterModel(AdaptedModel):
@@ -69,13 +78,7 @@ class AdapterModel(AdaptedModel):
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
             for name, config in configs.items():
-                self.add_adapter(
-                    name,
-                    config,
-                    low_cpu_mem_usage=low_cpu_mem_usage,
-                    autocast_adapter_dtype=autocast_adapter_dtype,
-                    paths=paths,
-                )
+                self.add_adapter(name, config, low_cpu_mem_usage, autocast_adapter_dtype, paths)
         except BaseException:  # the model as it was, though a first configuration was good
             for name in self.configs:
                 remove(model, name)
@@ -101,14 +104,7 @@ class AdapterModel(AdaptedModel):
         if adapter_name in self.configs:
             raise HalotuneError(f"there is an adapter named {adapter_name!r} already. Delete it, or use another name.")
         check_bias({**getattr(self.model, "peft_config", {}), **self.configs}, peft_config, adapter_name)
-        config = inject(
-            self.model,
-            peft_config,
-            adapter_name,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            paths=paths,
-        )
+        config = inject(self.model, peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, paths)
         if not peft_config.inference_mode and any(isinstance(m, DistributedDataParallel) for m in self.model.modules()):
             warn(
                 "DistributedDataParallel wraps the base model, and averages the gradients of those parameters alone that it "
@@ -127,7 +123,10 @@ class AdapterModel(AdaptedModel):
         self.active = active = self.active or [adapter_name]
         activate(self.model, active, trainable=not any(self.configs[n].inference_mode for n in active))
         if not config.inference_mode:
-            train_biases(self.model, config, adapter_name)
+            held = held_tensors(self.model, keep_vars=True)
+            for key in bias_keys(self.model, held, adapter_name, config.bias):
+                if isinstance(held[key], nn.Parameter):
+                    held[key].requires_grad_(True)
 
     def release(self, *, trained: bool) -> nn.Module:
         eject(self.model, trained=trained)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
+from ..core.config import matching
 from ..core.errors import few
 from .header import METADATA_KEY, Header
 
@@ -37,12 +38,10 @@ def _pattern(header: Header, name: str) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _at(pattern: dict[str, Any], path: str, default: Any) -> Any:
-    """What PEFT gives a module: the first entry that its name ends in, be it a regular expression."""
-    for ending, value in pattern.items():
-        with suppress(re.error):
-            if re.fullmatch(rf"(?:.*\.)?(?:{ending})", path):
-                return value
+def _at(patterns: dict[str, Any], path: str, default: Any) -> Any:
+    """What PEFT gives a module."""
+    with suppress(re.error):  # of whatever wrote the file
+        return next(iter(matching(patterns, path)), default)
     return default
 
 
@@ -83,17 +82,14 @@ def not_lora(header: Header) -> str | None:
     return _shown(f"no entry {k}" for k in ("lora_alpha", "target_modules") if k not in header.config)
 
 
-_PARTNER = {
-    ".lora_A.weight": ".lora_B.weight",
-    ".lora_B.weight": ".lora_A.weight",
-    ".lora_down.weight": ".lora_up.weight",
-    ".lora_up.weight": ".lora_down.weight",
-}
+_HALVES = ((".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight"))
 
 
 def alone(header: Header) -> str | None:
+    ends = (*_HALVES, *((b, a) for a, b in _HALVES))
+
     def lonely(key: str) -> bool:
-        return any(key.endswith(s) and key.removesuffix(s) + p not in header.shapes for s, p in _PARTNER.items())
+        return any(key.endswith(own) and key.removesuffix(own) + other not in header.shapes for own, other in ends)
 
     return _shown(k for k in header.shapes if lonely(k))
 
@@ -101,7 +97,7 @@ def alone(header: Header) -> str | None:
 def _pairs(header: Header) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Path -> shapes of A and B."""
     out = {}
-    for a, b in ((".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight")):
+    for a, b in _HALVES:
         for key, shape in header.shapes.items():
             path = key.removesuffix(a)
             other = header.shapes.get(path + b, ())

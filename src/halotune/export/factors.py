@@ -5,8 +5,7 @@ Everything here is float64 up to the last rounding.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +16,7 @@ from ..core.adapter import Adapter
 from ..core.errors import HalotuneError
 from ..core.layer import AdaptedLayer
 from ..core.operator import WeightShape
+from ..core.sharded_parameters import copied
 
 EXACT, TRUNCATED, SKETCHED = "exact", "SVD of the factors", "randomised SVD"
 
@@ -40,31 +40,28 @@ class Factors:
         return self.A.shape[0]
 
 
-def factors_of(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> Factors:
+@torch.no_grad()
+def factors_of(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> list[Factors]:
     """The factors of what these adapters, applied in this order, add to the layer's weight; of at most this rank.
 
     Each is `W + s (F(W) − W)`, so a second one sees the weight that the first one made.
 
+    Returns:
+        one; where the layer holds several experts, one of each.
+
     Raises:
         HalotuneError: a delta of full rank without a rank to truncate it to, or composed with others.
     """
-    (found,) = factors_of_each(layer, names, rank)
-    return found
-
-
-@torch.no_grad()
-def factors_of_each(layer: AdaptedLayer, names: Sequence[str], rank: int | None) -> list[Factors]:
-    """`factors_of` of each expert, where the layer holds several."""
     layer.base.require_known(type(layer.base_layer).__name__, [layer.adapters[n] for n in names])  # type: ignore[misc]
     W, adapters = _work(layer.base.weight()), [_exact_copy(layer.adapters[n]) for n in names]  # type: ignore[arg-type]
     scales = [layer.scales[n] for n in names]
     if W.dim() == 2:
-        return [_factors(W, adapters, scales, layer.base.shape, rank)]
+        return [_factors(W, adapters, scales, rank)]
     each = zip(*(a.each() for a in adapters), strict=True)  # type: ignore[attr-defined]
-    return [_factors(W[e], own, scales, layer.base.shape, rank) for e, own in enumerate(each)]
+    return [_factors(W[e], own, scales, rank) for e, own in enumerate(each)]
 
 
-def _factors(W: Tensor, adapters: Sequence[Adapter], scales: Sequence[float], shape: WeightShape, rank: int | None) -> Factors:
+def _factors(W: Tensor, adapters: Sequence[Adapter], scales: Sequence[float], rank: int | None) -> Factors:
     full = next((type(a).__name__ for a in adapters if not a.factors_exist), None)
     if full is None:
         return truncated(*_composed(W.double(), adapters, scales), rank)
@@ -75,7 +72,8 @@ def _factors(W: Tensor, adapters: Sequence[Adapter], scales: Sequence[float], sh
             f"the delta of {full} has full rank, so no LoRA equals it. Give a rank: the best approximation of that rank is "
             "exported, and its error reported; or merge the adapter into the weights."
         )
-    found = sketched(lambda: adapters[0].delta_rows(W), shape, rank, W.device)
+    W = W.double()
+    found = sketched(adapters[0].weight(W) - W, rank)
     return Factors(scales[0] * found.B, found.A, found.error, found.how)
 
 
@@ -85,7 +83,7 @@ def _work(t: Tensor) -> Tensor:
 
 def _exact_copy(adapter: Adapter) -> Adapter:
     device = next(adapter.parameters()).device
-    return copy.deepcopy(adapter).to("cpu" if device.type == "mps" else device, torch.float64)
+    return copied(adapter).to("cpu" if device.type == "mps" else device, torch.float64)
 
 
 def _composed(W: Tensor, adapters: Sequence[Adapter], scales: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -122,36 +120,18 @@ def truncated(B: Tensor, A: Tensor, rank: int | None = None) -> Factors:
 OVERSAMPLING, PASSES = 16, 4
 
 
-def sketched(rows: Callable[[], Iterable[Tensor]], shape: WeightShape, rank: int, device: torch.device) -> Factors:
-    """Factors of a delta that is only ever seen some rows at a time, by subspace iteration from a fixed seed.
+def sketched(delta: Tensor, rank: int) -> Factors:
+    """Nearly the best factors of at most `rank` of a delta `(out, in)`, by subspace iteration from a fixed seed.
 
-    Each pass goes over the rows twice, `Y = Δ V` and `Z = Δᵀ Q`; nothing of the size of Δ is kept. The error reported is
-    that of these factors exactly, since `B A` is a projection of Δ: `‖Δ − B A‖² = ‖Δ‖² − ‖B A‖²`.
-
-    Args:
-        rows: gives the rows of Δ `(out, in)` anew at each call, in float64, top to bottom.
-
-    Source: Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4.
+    The error reported is that of these factors exactly, since `B A` is a projection of Δ: `‖Δ − B A‖² = ‖Δ‖² − ‖B A‖²`.
     """
-    width = min(rank + OVERSAMPLING, shape.out_features, shape.in_features)
-    start = torch.randn(shape.in_features, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    V = start.to(device)
-    R = Q = V.new_zeros(0)
-    total = 0.0
-    for _ in range(PASSES):
-        Q, _ = torch.linalg.qr(torch.cat([part @ V for part in rows()]))
-        Z, total, top = torch.zeros_like(V), 0.0, 0
-        for part in rows():
-            Z.addmm_(part.mT, Q[top : top + part.shape[0]])
-            total += float(part.square().sum())
-            top += part.shape[0]
-        V, R = torch.linalg.qr(Z)
-    U, s, Wh = torch.linalg.svd(R.mT)  # Q Qᵀ Δ = Q Rᵀ Vᵀ
-    s, keep = s[:rank], min(rank, width)
-    half = s.sqrt()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        U, s, V = torch.svd_lowrank(delta, min(rank + OVERSAMPLING, *delta.shape), niter=PASSES)
+    U, s, V = U[:, :rank], s[:rank], V[:, :rank]
+    half, total = s.sqrt(), float(delta.square().sum())
     rest = max(total - float(s.square().sum()), 0.0)
-    B, A = Q @ (U[:, :keep] * half), (half[:, None] * Wh[:keep]) @ V.mT
-    return Factors(B, A, (rest / total) ** 0.5 if total else 0.0, SKETCHED)
+    return Factors(U * half, half[:, None] * V.mT, (rest / total) ** 0.5 if total else 0.0, SKETCHED)
 
 
 def laid_out(found: Factors, shape: WeightShape, rank: int, blocks: bool) -> tuple[Tensor, Tensor]:

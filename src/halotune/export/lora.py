@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.errors import HalotuneError
 from ..core.layer import AdaptedLayer
 from .components import Component
-from .factors import EXACT, Factors, factors_of_each, laid_out
+from .factors import EXACT, Factors, factors_of, laid_out
 from .runtimes import Runtime
 
 
@@ -91,7 +91,7 @@ def as_lora(
         most = None if rank is None else rank // runtime.blocks(layer)
         try:
             own_dtype = dtype or next(layer.adapters[own[0]].parameters()).dtype
-            found[path] = [_rounded(f, own_dtype) for f in factors_of_each(layer, own, most)]
+            found[path] = [_rounded(f, own_dtype) for f in factors_of(layer, own, most)]
         except HalotuneError as e:
             raise HalotuneError(f"{path}: {e}") from None
     ranks = {path: max(f.rank for f in each) * runtime.blocks(layers[path]) for path, each in found.items()}

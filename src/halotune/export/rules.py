@@ -136,6 +136,8 @@ _ALPHAS = Rule(
 )
 _RSLORA = Rule("rslora", "use_rslora is ignored: the scale is lora_alpha / r, off by √r.", _EXPORT, entries_set("use_rslora"))
 
+_PLAIN, _ALONE = (_LORA, _NAMES, _PAIRS, _MATRICES), (_BIAS, _MODULES, _DORA)
+
 _CLIP = r"encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 _KOHYA_CLIP = r"(te[12]?|prior_te)_text_model_" + _CLIP.replace(r"\.", "_")
 _T5 = r"te[123]_encoder_block_\d+_layer_\d_(SelfAttention_[qkvo]|DenseReluDense_w[io](_\d)?)"
@@ -167,10 +169,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _DORA,
     ),
     "sglang": (
-        _LORA,
-        _NAMES,
-        _PAIRS,
-        _MATRICES,
+        *_PLAIN,
         _UNIFORM,
         _RANKS,
         _ALPHAS,
@@ -193,15 +192,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         _BASE,
         _ACTIVATED,
-        _BIAS,
-        _MODULES,
-        _DORA,
+        *_ALONE,
     ),
     "llama.cpp": (
-        _LORA,
-        _NAMES,
-        _PAIRS,
-        _MATRICES,
+        *_PLAIN,
         _ALPHAS,
         _RSLORA,
         Rule(
@@ -224,9 +218,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         _BASE,
         _VARIANT,
-        _BIAS,
-        _MODULES,
-        _DORA,
+        *_ALONE,
     ),
     "diffusers": (
         Rule(

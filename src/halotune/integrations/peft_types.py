@@ -12,7 +12,7 @@ import sys
 from importlib.util import find_spec
 
 from ..core.layer import AdaptedLayer
-from ..engine.external_types import external_types
+from ..engine.tuner import external_types
 from .peft_state_dict import answer_for_ours
 
 _READERS = ("peft", "transformers", "accelerate", "diffusers")  # the others load one of these

@@ -101,6 +101,13 @@ def low_rank_method() -> Method:
     return next(m for m in methods() if m.low_rank)
 
 
+def low_rank_config(r: int) -> AdapterConfig:
+    """Of that method, with a scale of 1."""
+    create = low_rank_method().low_rank
+    assert create is not None
+    return create(r)
+
+
 def under_alias(config: AdapterConfig, tensors: dict[str, Tensor], peft_type: str) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """A saved adapter under another name of its method.
 

@@ -8,6 +8,7 @@ elsewhere a loop over the groups, which is the reference.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ def grouped_product(x: Tensor, W: Tensor, ends: Tensor, whole: bool = True) -> T
     """`y_i = x_i W_e`: `x (n, k)`, `W (groups, k, m)` -> `(n, m)`, in the dtype of x; differentiable any number of times."""
     if torch.compiler.is_compiling():
         return product_node(x, W, ends, whole)
+    if not torch.is_grad_enabled():  # within an autograd function: another one takes longer than a launch
+        return _product(x, W, ends, whole)
     return _Product.apply(x, W, ends, whole)  # type: ignore[return-value]
 
 
@@ -29,6 +32,8 @@ def grouped_outer(x: Tensor, d: Tensor, ends: Tensor) -> Tensor:
     """`Σ_i x_iᵀ d_i` over the rows of each group: `x (n, k)`, `d (n, m)` -> `(groups, k, m)`, zero for a group without rows."""
     if torch.compiler.is_compiling():
         return outer_node(x, d, ends)
+    if not torch.is_grad_enabled():
+        return _outer(x, d, ends)
     return _Outer.apply(x, d, ends)  # type: ignore[return-value]
 
 
@@ -78,23 +83,26 @@ def _rows(ends: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 def _product(x: Tensor, W: Tensor, ends: Tensor, whole: bool) -> Tensor:
-    if _in_one_launch(x, W):
+    if _in_one_launch(x, W, ends):
         k, m = W.shape[-2:]
         if k % ALIGNED or m % ALIGNED:
             y = _grouped(_filled(x), F.pad(W, (0, -m % ALIGNED, 0, -k % ALIGNED)), ends)[:, :m]
         else:
             y = _grouped(x.contiguous(), W, ends)
-        if whole:
-            return y
-        return torch.where((torch.arange(x.shape[0], device=x.device) < ends[-1])[:, None], y, 0)
+        return y if whole else within(y, ends)
     y = x.new_zeros(x.shape[0], W.shape[-1])
     for e, rows in _rows(ends):
         torch.mm(x[rows], W[e].to(x.dtype), out=y[rows])
     return y
 
 
+def within(y: Tensor, ends: Tensor) -> Tensor:
+    """y with zeros in the rows past the last end."""
+    return torch.where((torch.arange(y.shape[0], device=y.device) < ends[-1])[:, None], y, 0)
+
+
 def _outer(x: Tensor, d: Tensor, ends: Tensor) -> Tensor:
-    if _in_one_launch(x, d):
+    if _in_one_launch(x, d, ends):
         k, m = x.shape[1], d.shape[1]
         return _grouped(_filled(x).mT, _filled(d), ends)[:, :k, :m]
     G = x.new_zeros(ends.shape[0], x.shape[1], d.shape[1])
@@ -124,10 +132,15 @@ product_node.register_autograd(_product_gradients, setup_context=_keep)
 outer_node.register_autograd(_outer_gradients, setup_context=_keep)
 
 
-def _in_one_launch(x: Tensor, other: Tensor) -> bool:
+def _in_one_launch(x: Tensor, other: Tensor, ends: Tensor) -> bool:
     if not (x.is_cuda and x.dtype is other.dtype is torch.bfloat16) or x.shape[0] == 0:
         return False
-    return torch.cuda.get_device_capability(x.device) >= (8, 0) and (other.dim() < 3 or other.shape[0] <= MOST_GROUPS)
+    return _is_recent(x.device) and ends.shape[0] <= MOST_GROUPS
+
+
+@cache
+def _is_recent(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _grouped(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:

@@ -246,9 +246,9 @@ def add_product(
 
 
 @triton.jit
-def _product(left_ptr, right_ptr, out_ptr, tile, first, end, p, left_row, right_row, R: tl.constexpr, RANK: tl.constexpr,
-             ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """Some columns of `leftᵀ right`, summed over some rows."""
+def sum_of_products(left_ptr, right_ptr, tile, first, end, p, left_row, right_row, R: tl.constexpr, RANK: tl.constexpr,
+                    ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    """Some columns of `leftᵀ right`, summed over the rows from `first` to `end`, in fp32."""
     cols = tile * COLS + tl.arange(0, COLS)
     ranks = tl.arange(0, RANK)
     total = tl.full((RANK, COLS), 0.0, tl.float32)
@@ -259,6 +259,15 @@ def _product(left_ptr, right_ptr, out_ptr, tile, first, end, p, left_row, right_
         at = rows[:, None].to(tl.int64) * right_row + cols[None]
         right = tl.load(right_ptr + at, (rows[:, None] < end) & (cols[None] < p), other=0.0)
         total += dot(left, right, INTERPRETED)
+    return total
+
+
+@triton.jit
+def _product(left_ptr, right_ptr, out_ptr, tile, first, end, p, left_row, right_row, R: tl.constexpr, RANK: tl.constexpr,
+             ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    total = sum_of_products(left_ptr, right_ptr, tile, first, end, p, left_row, right_row, R, RANK, ROWS, COLS, INTERPRETED)
+    cols = tile * COLS + tl.arange(0, COLS)
+    ranks = tl.arange(0, RANK)
     inside = (ranks[:, None] < R) & (cols[None] < p)
     tl.store(out_ptr + ranks[:, None] * p + cols[None], rounded(total, out_ptr.dtype.element_ty, INTERPRETED), inside)
 

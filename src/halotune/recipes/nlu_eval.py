@@ -23,7 +23,7 @@ from .common import processes
 from .common.config import check_types, require
 from .common.rows import read_rows, text_of, usable
 from .common.run import configuration, read_run, said
-from .common.trainer import placement
+from .common.trainer import on_one_device, placement
 from .glue.tasks import TASKS, submission
 from .nlu import NLUConfig, answers, load_classifier, load_data, load_tokenizer, tokenized
 from .nlu_data import Example, file_split, hub_split, table_task
@@ -173,6 +173,7 @@ class TrainedRun:
             report_to=[],
             disable_tqdm=not sys.stderr.isatty(),
         )
+        on_one_device(args)
         self.trainer = Trainer(model, args, DataCollatorWithPadding(self.tokenizer))
 
     def logits(self, examples: Sequence[Example]) -> np.ndarray[Any, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Trainer, TrainerCallback
 
 from ..core.errors import HalotuneError
@@ -120,6 +121,10 @@ class PipelineTrainer(RunTrainerMixin, Trainer):
         self.average = EMAModel(self.trained(), decay=self.config.ema) if self.config.ema else None
         if self.average:
             self.add_callback(_Average(self.average, self.trained))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return super().training_step(*args, **kwargs)  # cuDNN's backward fails on FLUX (torch 2.11, H200)
 
     def trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]

@@ -59,6 +59,8 @@ class SFTConfig(RunConfig):
         attention: an implementation that transformers knows (sdpa, eager, flash_attention_2 …).
         compile: compile every block of the model with torch.compile; by default on a CUDA device with packed rows, whose length
             is fixed, unless `quant` or `deterministic` is set.
+        offload_activations: move what is kept until backward to the CPU's memory and back; by default with gradient
+            checkpointing of compiled blocks, where it costs no time.
     """
 
     data: str
@@ -73,6 +75,7 @@ class SFTConfig(RunConfig):
     packing: bool = True
     attention: str = "sdpa"
     compile: bool | None = None
+    offload_activations: bool | None = None
     batch_size: int = 16
     schedule: str = "cosine"
     weight_decay: float = 0.0
@@ -93,6 +96,13 @@ class SFTConfig(RunConfig):
         cuda = self.device != "cpu" and torch.cuda.is_available()
         return cuda and self.packing and not self.quant and not self.deterministic
 
+    @property
+    def offloads(self) -> bool:
+        """Whether what is kept until backward goes to the CPU."""
+        if self.offload_activations is not None:
+            return self.offload_activations
+        return self.compiled and self.gradient_checkpointing and torch.cuda.is_available()
+
     def example(self, values: dict[str, Any]) -> Example:
         """What a row of data means; ValueError where it means nothing."""
         return understood(values, Columns(self.prompt_column, self.response_column, self.text_column))
@@ -103,6 +113,8 @@ class SFTConfig(RunConfig):
         self.require("max_length", self.max_length >= 8, "must be at least 8 tokens", "Use a length such as 1024.")
         columns = (self.prompt_column, self.response_column) if self.text_column else ()
         self.require("text_column", not any(columns), "is for rows without prompts", "Leave out --prompt-column, or this.")
+        cuda = self.device != "cpu" and torch.cuda.is_available()
+        self.require("offload_activations", not self.offload_activations or cuda, "is for CUDA devices", "Leave it out.")
         self.require("max_rows", self.max_rows is None or self.max_rows >= 1, "must be at least 1", "Leave it out for all.")
 
 
@@ -264,6 +276,7 @@ def make_trainer(
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         padding_free=joined,
+        activation_offloading=config.offloads,
         **({} if config.gradient_checkpointing else dict.fromkeys(checkpointing(TRLConfig), False)),
         **({} if held is not None else {"eval_strategy": "no"}),
     )

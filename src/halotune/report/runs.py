@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -110,21 +111,10 @@ def _is_run(folder: Path) -> bool:
 
 def _below(place: Path) -> Iterator[Path]:
     for path, folders, _ in os.walk(place):
-        folders.sort(key=lambda name: [int(part) if part.isdecimal() else part for part in _parts(name)])
+        folders.sort(key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
         if _is_run(Path(path)):
             folders.clear()  # what lies in a run belongs to it
             yield Path(path)
-
-
-def _parts(name: str) -> list[str]:
-    """Text and digits in turn, so that seed-10 comes after seed-9."""
-    parts, digits = [""], False
-    for c in name:
-        if c.isdecimal() != digits:
-            digits = not digits
-            parts.append("")
-        parts[-1] += c
-    return parts
 
 
 def read_run(folder: Path) -> Run:

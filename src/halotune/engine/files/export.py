@@ -23,14 +23,13 @@ from ...export.header import METADATA_KEY, Header
 from ...export.lora import ExportReport, as_lora
 from ...export.rules import RULES, check
 from ...export.runtimes import RUNTIMES, Runtime
-from ...methods.registry import low_rank_method
+from ...methods.registry import low_rank_config
 from ..gathering import whole_adapters
 from ..injection.modules import plain_modules, public_path, tied_parameters, visible_modules
 from ..injection.resolve import spelled_out
-from .card import write_card
 from .experts import experts_written, form_of
 from .keys import adapter_keys, check_readable
-from .save import parameter_count, written_config
+from .save import write_adapter, written_config
 from .state_dict import adapter_tensors, vocabulary_differs, write_tensors
 
 if TYPE_CHECKING:
@@ -41,13 +40,12 @@ def export_adapters(
     tuner: AdapterModel,
     to: str,
     folder: str | PathLike[str],
-    *,
-    adapter_name: str | Sequence[str] | None = None,
-    runtime: str = "peft",
-    rank: int | None = None,
-    component: str | None = None,
-    dtype: torch.dtype | None = None,
-    gguf: bool = False,
+    adapter_name: str | Sequence[str] | None,
+    runtime: str,
+    rank: int | None,
+    component: str | None,
+    dtype: torch.dtype | None,
+    gguf: bool,
 ) -> ExportReport:
     """Write adapters as a LoRA; the arguments are those of `PeftModel.export`."""
     if to != "lora":
@@ -145,8 +143,6 @@ def _lora_config(tuner: AdapterModel, names: Sequence[str], layers: Mapping[str,
     visible = dict(visible_modules(tuner.model))
     named = spelled_out(like, [public_path(path) for path in layers], visible)
     modules_to_save = sorted({m for n in names for m in tuner.peft_config[n].modules_to_save or []})
-    create = low_rank_method().low_rank
-    assert create is not None
     entries = {
         "target_modules": sorted(named.target_modules or ()),
         "target_parameters": sorted(named.target_parameters or ()) or None,
@@ -158,7 +154,7 @@ def _lora_config(tuner: AdapterModel, names: Sequence[str], layers: Mapping[str,
         "auto_mapping": like.auto_mapping,
         "inference_mode": True,
     }
-    config = replace(create(rank), **entries)
+    config = replace(low_rank_config(rank), **entries)
     if config.target_parameters and (form := form_of(config)):
         config.peft_version = form.version
     return config
@@ -178,7 +174,7 @@ def _write(
     problems = check(header, runtime.name) if runtime.name in RULES else []
     if problems:
         raise HalotuneError("export: nothing was written. " + " ".join(map(str, problems)))
-    write_tensors(tensors, file, metadata)
     if runtime.folder:
-        config.save_pretrained(folder)
-        write_card(folder / "README.md", config, sum(parameter_count(t) for t in tensors.values()))
+        write_adapter(folder, config, tensors)
+    else:
+        write_tensors(tensors, file, metadata)

@@ -7,24 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from ...core.config import AdapterConfig
+from ...core.config import BOOKKEEPING, AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.files import WEIGHTS_NAME, locate
 from .keys import config_of
 from .state_dict import LoadResult, read_tensors, set_peft_model_state_dict
 
 # What may differ between two adapters that run the same code.
-_BOOKKEEPING = frozenset(
-    {
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "init_weights",
-    }
-)
+_MAY_DIFFER = {*BOOKKEEPING, "init_weights"} - {"peft_type"}
 
 
 def hotswap_adapter(
@@ -51,7 +41,7 @@ def hotswap_adapter(
 def require_same(old: AdapterConfig, new: AdapterConfig, name: str, source: object) -> None:
     """Raises where two configurations differ in what their adapters compute."""
     here, there = old.to_dict(), new.to_dict()
-    differ = sorted(k for k in {**here, **there} if k not in _BOOKKEEPING and here.get(k) != there.get(k))
+    differ = sorted(k for k in {**here, **there} if k not in _MAY_DIFFER and here.get(k) != there.get(k))
     if differ or old.kind != new.kind:
         shown = "; ".join(f"{k}: {here.get(k)!r} here, {there.get(k)!r} there" for k in differ or ["init_weights"])
         raise HalotuneError(

@@ -13,13 +13,7 @@ if TYPE_CHECKING:
 
 
 def upload(
-    folder: Path,
-    repo_id: str,
-    *,
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None,
-    **commit: Any,
+    folder: Path, repo_id: str, private: bool | None, token: str | bool | None, revision: str | None, **commit: Any
 ) -> CommitInfo:
     """Make the repository, and the branch `revision`, where they are missing; upload the folder in one commit.
 

@@ -22,6 +22,7 @@ from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError, few
 from ...core.layer import AdaptedLayer
 from ...core.sharded_parameters import whole_size
+from ...core.wrapper import PerAdapter
 from ...methods.registry import method_of
 from ..injection.experts import create
 from ..injection.modules import adapted_layers, innermost, is_attention, plain_modules, visible_modules
@@ -57,11 +58,10 @@ def adapter_keys(model: nn.Module, name: str) -> dict[str, str]:
     """File key -> key of the model's state dict, for an adapter's own tensors and its trained modules."""
     out = {}
     for path, module in plain_modules(model):
-        inside = "adapters" if isinstance(module, AdaptedLayer) else "modules_to_save"
-        if isinstance(module, (AdaptedLayer, ModulesToSaveWrapper)) and name in (copies := getattr(module, inside)):
+        if isinstance(module, PerAdapter) and name in module.by_name:
             outer = f"{path}." if path else ""
-            for key in held_tensors(copies[name]):
-                out[f"{outer}{key}".replace(".original_module.", ".")] = f"{outer}{inside}.{name}.{key}"
+            for key in held_tensors(module.by_name[name]):
+                out[f"{outer}{key}".replace(".original_module.", ".")] = f"{outer}{module._holds}.{name}.{key}"
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,14 @@ _KEYWORDS = (
 _PLACEMENT = ("device_map", "max_memory", "offload_folder", "offload_dir", "offload_index", "ephemeral_gpu_offload")
 
 
+@dataclass
 class AdapterSource:
     """An adapter's configuration and tensors, as read."""
 
-    def __init__(self, file: Path, config: AdapterConfig, tensors: dict[str, Tensor], complete: bool) -> None:
-        self.file, self.config, self.tensors = file, config, tensors
-        self.complete = complete  # every parameter comes from the file, so none needs to be initialised
+    file: Path
+    config: AdapterConfig
+    tensors: dict[str, Tensor]
+    complete: bool  # every parameter comes from the file, so none needs to be initialised
 
     @classmethod
     def read(

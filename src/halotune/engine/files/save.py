@@ -31,22 +31,16 @@ if TYPE_CHECKING:
 def save_adapters(
     tuner: AdapterModel,
     save_directory: str | PathLike[str],
-    *,
-    safe_serialization: bool = True,
-    selected_adapters: list[str] | None = None,
-    save_embedding_layers: bool | Literal["auto"] = "auto",
-    is_main_process: bool = True,
-    state_dict: Mapping[str, Tensor] | None = None,
-    peft_type: str | None = None,
+    selected_adapters: list[str] | None,
+    save_embedding_layers: bool | Literal["auto"],
+    is_main_process: bool,
+    state_dict: Mapping[str, Tensor] | None,
+    peft_type: str | None,
 ) -> None:
     """Write adapters: `default` into the folder itself, others into subfolders of their names.
 
     The arguments are those of `PeftModel.save_pretrained`; `state_dict` is that of `tuner`.
     """
-    if not safe_serialization:
-        raise HalotuneError(
-            "save_pretrained: safe_serialization=False would write a pickle, which can run code when it is read. Leave it True."
-        )
     names = list(tuner.peft_config) if selected_adapters is None else selected_adapters
     unknown = [n for n in names if n not in tuner.peft_config]
     if unknown:
@@ -62,18 +56,9 @@ def save_adapters(
         meet("save_pretrained")
     if not (is_main_process or gathers):
         return
-    ready = [
-        prepare(
-            tuner,
-            name,
-            folder if name == "default" else folder / name,
-            save_embedding_layers=save_embedding_layers,
-            state_dict=state_dict,
-            peft_type=peft_type,
-            gather=gathers,
-        )
-        for name in names
-    ]
+    places = {name: folder if name == "default" else folder / name for name in names}
+    how = save_embedding_layers, state_dict, peft_type, gathers
+    ready = [prepare(tuner, name, place, *how) for name, place in places.items()]
     for write in ready if is_main_process else ():
         write()
 
@@ -82,7 +67,6 @@ def prepare(
     tuner: AdapterModel,
     name: str,
     folder: Path,
-    *,
     save_embedding_layers: bool | Literal["auto"] = "auto",
     state_dict: Mapping[str, Tensor] | None = None,
     peft_type: str | None = None,

@@ -89,8 +89,7 @@ class Scope:
         self.local = _Recomputing()
         self.known: dict[Adapter, Known] = {}
         self.kinds: dict[Hashable, int] = {}  # what adapters that prepare alike have in common -> their number
-        self.order: dict[Adapter, int] = {}
-        self.places: dict[Adapter, int] = {}  # of its layer
+        self.places: dict[Adapter, tuple[int, int]] = {}  # its number among adapters, and that of its layer
         self.rounds = False  # whether some W' may be made in training
 
     def find(self, model: nn.Module) -> list[AdaptedLayer]:
@@ -106,14 +105,13 @@ class Scope:
         self.parents = [m for m in model.modules() if m._modules and m not in own]
         plain = [layer for layer in self.layers if not isinstance(layer, AdaptedExpertWeights)]
         matrices = [p for layer in plain if (p := getattr(layer.base_layer, "weight", None)) is not None]
-        fits = 2 * sum([p.numel() * p.itemsize for p in matrices]) <= self.budget  # W', and the gradients that wait for it
+        fits = 2 * sum([p.nbytes for p in matrices]) <= self.budget  # W', and the gradients that wait for it
         for place, layer in enumerate(self.layers):
             self.parts += [m for m in layer.adapters.modules() if m._parameters]
             adapter: Any
             for adapter in layer.adapters.values():
-                self.places[adapter] = place
+                self.places[adapter] = len(self.places), place
                 SCOPES[adapter] = ref(self)
-                self.order[adapter] = len(self.order)
                 adapter.form = self.form if fits else "activations"
                 self.rounds |= adapter.makes_weight or adapter.form != "activations"
 
@@ -123,6 +121,8 @@ class Scope:
         if torch.compiler.is_compiling():  # a whole model in one graph: layers prepare alone, and the compiler arranges it
             return
         if is_transformed():  # nothing is shared, and a tracer would write down that weights were looked at
+            return
+        if "_is_replica" in vars(model):  # of `DataParallel`: made for this call, it is not to be kept, nor are its layers
             return
         self.look(model)
         if any(["forward" in part.__dict__ for part in self.parts]):  # offloaded since
@@ -242,7 +242,7 @@ class ForwardPass:
     def seed(self, adapter: Adapter) -> int | None:
         if self.first_seed is None or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return None  # a captured step draws anew in every replay
-        return self.first_seed + SEEDS * self.scope.order.get(adapter, 0)
+        return self.first_seed + SEEDS * self.scope.places.get(adapter, (0, 0))[0]
 
     def prepare_all(self) -> None:
         """For every adapter, in the dtype that its layer runs in."""
@@ -274,7 +274,7 @@ class ForwardPass:
         """Group this adapter with those after it in the model, as far as their parameters are whole now: a unit of FSDP2."""
         assert self.groups is not None
         layers = self.scope.layers or []
-        start = self.scope.places.get(adapter, len(layers))
+        _, start = self.scope.places.get(adapter, (0, len(layers)))
         for layer in layers[start:]:
             members = self._members(layer)
             if members is None or any(m.adapter in self.kinds for m in members):

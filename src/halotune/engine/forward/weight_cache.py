@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ class WeightCache:
     number by number, so that no write to them is missed, however made; base weights by identity, address and version.
     """
 
-    def __init__(self) -> None:
-        self.budget = 0
+    def __init__(self, budget: int = 0) -> None:
+        self.budget = budget
         self.used = 0
         self._kept: dict[Adapter, _Kept] = {}
         self._numbers: dict[Hashable, tuple[list[Adapter], Tensors]] = {}  # of the parameters
@@ -40,12 +40,8 @@ class WeightCache:
         self._kept.clear()
         self._numbers.clear()
 
-    def __getstate__(self) -> dict[str, int]:
-        return {"budget": self.budget}
-
-    def __setstate__(self, state: dict[str, int]) -> None:
-        WeightCache.__init__(self)
-        self.budget = state["budget"]
+    def __reduce__(self) -> Any:
+        return WeightCache, (self.budget,)
 
     def weights(
         self, key: Hashable, adapters: list[Adapter], tensors: Sequence[Tensors], matrices: Sequence[Tensor | None]
@@ -72,18 +68,14 @@ class WeightCache:
         if kept is not None and not W.is_inference() and unchanged(kept.source, [W]):
             return kept.adapted
         self._forget(adapter)
-        if W.is_inference() or self.used + _bytes(W) > self.budget:
+        if W.is_inference() or self.used + W.nbytes > self.budget:
             return None
         with torch.inference_mode(False), torch.no_grad():  # it may serve outside of inference mode
             adapted = adapter.weight(W)
         self._kept[adapter] = _Kept(seen([W]), adapted)
-        self.used += _bytes(adapted)
+        self.used += adapted.nbytes
         return adapted
 
     def _forget(self, adapter: Adapter) -> None:
         kept = self._kept.pop(adapter, None)
-        self.used -= 0 if kept is None else _bytes(kept.adapted)
-
-
-def _bytes(t: Tensor) -> int:
-    return t.numel() * t.itemsize
+        self.used -= 0 if kept is None else kept.adapted.nbytes

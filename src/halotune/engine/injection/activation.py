@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -12,7 +12,8 @@ from ...core.config import AdapterConfig
 from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
 from ...core.rows import BASE, MIXED, Batch, Rows
-from .modules import adapted_layers, modules_to_save_wrappers, plain_modules, public_path
+from ...core.wrapper import PerAdapter
+from .modules import adapted_layers, modules_to_save_wrappers, per_adapter, plain_modules, public_path
 
 
 def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None:
@@ -31,13 +32,13 @@ def activate(model: nn.Module, names: list[str], trainable: bool = True) -> None
 
 
 def enable(model: nn.Module, on: bool) -> None:
-    for module in (*adapted_layers(model).values(), *modules_to_save_wrappers(model).values()):
+    for module in per_adapter(model).values():
         module.enabled = on
 
 
 @contextmanager
 def per_sample(
-    model: nn.Module, names: Sequence[str], batch: int | None = None, modules: Mapping[str, Any] | None = None
+    model: nn.Module, names: Sequence[str], batch: int | None = None, modules: Mapping[str, PerAdapter] | None = None
 ) -> Iterator[None]:
     """Inside, sample i of a batch goes through adapter `names[i]`, or through the base for `"__base__"`.
 
@@ -48,9 +49,8 @@ def per_sample(
     """
     if batch is not None and len(names) != batch:
         raise HalotuneError(f"adapter_names: got {len(names)} names for a batch of {batch} samples. Give one name per sample.")
-    if modules is None:
-        modules = {**adapted_layers(model), **modules_to_save_wrappers(model)}
-    known = {n for m in modules.values() for n in (m.adapters if isinstance(m, AdaptedLayer) else m.modules_to_save)}
+    modules = per_adapter(model) if modules is None else modules
+    known = {n for m in modules.values() for n in m.by_name}
     unknown = sorted(set(names) - known - {BASE})
     if unknown or not names:
         raise HalotuneError(f"adapter_names: {unknown or 'empty'}; the model has {sorted(known)}, and {BASE!r} for none.")
@@ -66,8 +66,7 @@ def per_sample(
     sizes, around = Batch(model, len(names)), dict(plain_modules(model))
     rows, outer = {}, (MIXED.batch, MIXED.rows)
     for path, m in modules.items():
-        inner = m.base_layer if isinstance(m, AdaptedLayer) else m.original_module
-        is_convolution = isinstance(inner, nn.modules.conv._ConvNd)
+        is_convolution = isinstance(m.wrapped, nn.modules.conv._ConvNd)
         rows[m] = Rows(tuple(names), sizes, public_path(path), _batch_first(path, around), is_convolution)
     MIXED.batch, MIXED.rows = sizes, rows
     try:
@@ -99,11 +98,7 @@ def _batch_first(path: str, modules: Mapping[str, nn.Module]) -> bool | Literal[
 
 def freeze(model: nn.Module) -> None:
     """Freeze what is no adapter and no trained copy."""
-    ours: set[int] = set()
-    for layer in adapted_layers(model).values():
-        ours |= {id(p) for p in layer.adapters.parameters()}
-    for wrapper in modules_to_save_wrappers(model).values():
-        ours |= {id(p) for p in wrapper.modules_to_save.parameters()}
+    ours = {id(p) for module in per_adapter(model).values() for p in module.by_name.parameters()}
     for p in model.parameters():
         if id(p) not in ours:
             p.requires_grad_(False)
@@ -119,17 +114,3 @@ def check_bias(others: Mapping[str, AdapterConfig], config: AdapterConfig, name:
             f"adapter {name!r}: bias={config.bias!r}, but {trained[0]!r} trains biases already, and they belong to the "
             'base. Use bias="none" for all adapters but one.'
         )
-
-
-def train_biases(model: nn.Module, config: AdapterConfig, name: str) -> None:
-    """Make trainable the biases that the configuration names."""
-    bias = config.bias
-    if bias == "none":
-        return
-    for layer in adapted_layers(model).values() if bias != "all" else ():
-        if name in layer.adapters and isinstance(layer.base.bias, nn.Parameter):
-            layer.base.bias.requires_grad_(True)
-    if bias == "all":
-        for key, p in model.named_parameters():
-            if (key == "bias" or key.endswith(".bias")) and ".original_module." not in key:
-                p.requires_grad_(True)

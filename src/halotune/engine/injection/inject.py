@@ -39,10 +39,9 @@ def inject(
     model: nn.Module,
     config: AdapterConfig,
     name: str,
-    *,
-    low_cpu_mem_usage: bool = False,
-    autocast_adapter_dtype: bool = True,
-    paths: list[str] | None = None,
+    low_cpu_mem_usage: bool,
+    autocast_adapter_dtype: bool,
+    paths: list[str] | None,
 ) -> AdapterConfig:
     """Put an adapter named `name` on every target; the model is untouched where an error is raised.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...core.attention import AdaptedAttention
 from ...core.experts import AdaptedExperts, ExpertWeights, is_experts
 from ...core.layer import AdaptedLayer
-from ...core.wrapper import Wrapper
+from ...core.wrapper import PerAdapter, Wrapper
 from .modules_to_save import ModulesToSaveWrapper
 
 M = TypeVar("M", bound=nn.Module)
@@ -71,6 +71,11 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 def modules_to_save_wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     """Every module with trained copies, by its path in `model`."""
     return _of_kind(model, ModulesToSaveWrapper)
+
+
+def per_adapter(model: nn.Module) -> dict[str, PerAdapter]:
+    """All of both, by their paths in `model`."""
+    return _of_kind(model, PerAdapter)
 
 
 def visible_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

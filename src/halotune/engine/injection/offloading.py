@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
 from ...core.attention import AdaptedAttention
@@ -76,8 +77,13 @@ def _release(part: nn.Module) -> None:
     if (hook := offload_hook(part)) is not None:
         from accelerate.hooks import remove_hook_from_module
 
+        away = dict(part._parameters)
         remove_hook_from_module(part)
         part.to(hook.execution_device)
+        for name, p in part._parameters.items():
+            if p is not None and (known := away[name]) is not p:  # an optimizer may know the parameter already
+                torch.utils.swap_tensors(known, p)
+                part._parameters[name] = known
     elif (hook := group_hook(part)) is not None:
         hook.group.onload_()
         if hook.group.stream is not None:

@@ -12,8 +12,8 @@ from torch import nn
 from ...core.attention import AdaptedAttention
 from ...core.experts import AdaptedExperts
 from ...core.layer import AdaptedLayer
-from .modules import HOLDERS, adapted_layers, modules_to_save_wrappers
-from .modules_to_save import ModulesToSaveWrapper
+from ...core.wrapper import PerAdapter
+from .modules import HOLDERS, adapted_layers, modules_to_save_wrappers, per_adapter
 
 
 def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -30,12 +30,7 @@ def eject(model: nn.Module, *, trained: bool) -> None:
     Args:
         trained: keep the active trained copies of `modules_to_save`; else the originals.
     """
-    experts = [m for m in model.modules() if isinstance(m, AdaptedExperts)]
-    swap(model, _bases(model, trained=trained))
-    for m in experts:
-        m.detach()
-    leave_fused_paths(model, back=True)
-    tie_own_modules(model, back=True)
+    _unwrap(model, _bases(model, trained=trained))
 
 
 @contextmanager
@@ -57,18 +52,20 @@ def taken_out(model: nn.Module, *, trained: bool | None = None) -> Iterator[None
 
 def remove(model: nn.Module, name: str) -> None:
     """Take one adapter out; a module that has no other left is as it was before it was wrapped."""
-    layers, wrappers = adapted_layers(model).values(), modules_to_save_wrappers(model).values()
-    for module in (*layers, *wrappers):
+    held = per_adapter(model).values()
+    for module in held:
         module.remove(name)
-    empty: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in layers if not layer.adapters}
-    empty.update({w: w.original_module for w in wrappers if not w.modules_to_save})
-    swap(model, empty)
-    holders = [m for m in model.modules() if isinstance(m, HOLDERS) and not adapted_layers(m)]
-    swap(model, {m: m.base_layer for m in holders})
-    for m in holders:
-        if isinstance(m, AdaptedExperts):
-            m.detach()
-    if not any(isinstance(m, (AdaptedLayer, ModulesToSaveWrapper)) for m in model.modules()):
+    _unwrap(model, {module: module.wrapped for module in held if not module.by_name})
+    _unwrap(model, {m: m.base_layer for m in model.modules() if isinstance(m, HOLDERS) and not adapted_layers(m)})
+
+
+def _unwrap(model: nn.Module, bases: Mapping[nn.Module, nn.Module]) -> None:
+    """Put what is in wrappers where these are; without the last one the model runs as it did before."""
+    swap(model, bases)
+    for wrapper in bases:
+        if isinstance(wrapper, AdaptedExperts):
+            wrapper.detach()
+    if not any(isinstance(m, PerAdapter) for m in model.modules()):
         leave_fused_paths(model, back=True)
         tie_own_modules(model, back=True)
 

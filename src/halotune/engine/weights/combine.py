@@ -15,7 +15,7 @@ from ...core.expert_adapter import ExpertAdapter
 from ...core.layer import AdaptedLayer
 from ...core.operator import WeightShape
 from ...core.prepared import exact_dtype
-from ...methods.registry import low_rank_method, method_of
+from ...methods.registry import low_rank_config, low_rank_method, method_of
 from ..injection.experts import create
 from ..injection.modules import adapted_layers, public_path, visible_modules
 from ..injection.resolve import spelled_out
@@ -42,11 +42,8 @@ def combine(
         how = "lora"
     combined = _as_low_rank(layers, names, weights) if how == "lora" else _within(layers, names, weights, how)
     r = max(a.rank for a in combined.values())
-    if how == "lora":
-        config = _low_rank_config(r)
-    else:
-        config = configs[names[0]].combined(r)
     first = configs[names[0]]
+    config = low_rank_config(r) if how == "lora" else first.combined(r)
     config.task_type, config.base_model_name_or_path = first.task_type, first.base_model_name_or_path
     visible = {p: public_path(p) for p in layers}
     config.rank_pattern = {f"^{re.escape(visible[p])}": a.rank for p, a in combined.items() if a.rank != r}
@@ -54,13 +51,6 @@ def combine(
         _check_described(config, visible[p], layers[p], adapter)
     config = spelled_out(config, list(visible.values()), dict(visible_modules(model)))
     return config, {visible[p]: a for p, a in combined.items()}
-
-
-def _low_rank_config(r: int) -> AdapterConfig:
-    """Of the method that represents every low-rank delta, with a scale of 1."""
-    create = low_rank_method().low_rank
-    assert create is not None
-    return create(r)
 
 
 def _check(
@@ -148,6 +138,6 @@ def _as_low_rank(layers: Mapping[str, AdaptedLayer], names: Sequence[str], weigh
 
 
 def _low_rank(shape: WeightShape, rank: int, B: Tensor, A: Tensor) -> Adapter:
-    adapter = low_rank_method().create(shape, _low_rank_config(rank))
+    adapter = low_rank_method().create(shape, low_rank_config(rank))
     adapter.to(A.device, A.dtype).set_factors(B, A)  # type: ignore[operator]
     return adapter

@@ -74,13 +74,13 @@ def merge(
     if quantized not in ("requantize", "keep_float"):
         raise HalotuneError(f"quantized: expected 'requantize' or 'keep_float'; got {quantized!r}.")
     as_float = _float_dtype(model) if quantized == "keep_float" else None
-    layers = {path: layer for path, layer in adapted_layers(model).items() if _pending(layer, names)}
+    layers = {path: layer for path, layer in adapted_layers(model).items() if layer.pending(names)}
     shared = {n for others in tied_parameters(model) for n in others}
     tied = {path for path in layers if f"{path}.base_layer.weight" in shared}
     for path, layer in layers.items():
-        check_order(path, layer, _pending(layer, names))
+        check_order(path, layer, layer.pending(names))
         layer.base.require_mergeable(path, as_float is not None)
-        _require_called(path, layer, _pending(layer, names))
+        _require_called(path, layer, layer.pending(names))
         if path in tied and layer.shard is None and is_sharded(layer.base.parameter):
             raise HalotuneError(
                 f"{path} shares its weight with another module, and the model is sharded, so that no weight of its own can be "
@@ -88,7 +88,7 @@ def merge(
             )
     if safe:
         for path, layer in layers.items():
-            layer.check_finite(_pending(layer, names), path)
+            layer.check_finite(layer.pending(names), path)
     report, untied = MergeReport(), "_halotune_untied" in vars(model)
     done: list[Callable[[], None]] = []
     try:
@@ -100,7 +100,7 @@ def merge(
                 done.append(layer.unmerge)
             elif kept or safe:
                 done.append(partial(layer.put_back, layer.held()))
-            record = layer.merge(_pending(layer, names), keep=kept, untie=path in tied, as_float=as_float)
+            record = layer.merge(layer.pending(names), keep=kept, untie=path in tied, as_float=as_float)
             _check_written(path, layer, record)
             report.layers[path] = record
     except BaseException:
@@ -157,10 +157,6 @@ def unmerge(model: nn.Module) -> None:
     for layer in adapted_layers(model).values():
         layer.unmerge()
     _retie(model)
-
-
-def _pending(layer: AdaptedLayer, names: list[str]) -> list[str]:
-    return [n for n in names if n in layer.adapters and n not in layer.merged_adapters]
 
 
 def check_order(path: str, layer: AdaptedLayer, names: list[str]) -> None:

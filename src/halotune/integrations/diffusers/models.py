@@ -16,7 +16,7 @@ from ...core.errors import HalotuneError
 from ...core.layer import AdaptedLayer
 from ...core.offload import group_hook
 from ...engine.injection.in_place import adapters_in, forget
-from ...engine.injection.modules import adapted_layers, modules_to_save_wrappers
+from ...engine.injection.modules import adapted_layers, per_adapter
 from ...engine.injection.surgery import remove, taken_out
 from ...engine.tuner import AdapterModel
 
@@ -24,9 +24,7 @@ from ...engine.tuner import AdapterModel
 def follow(model: nn.Module, tuner: AdapterModel) -> None:
     """Take notice of what diffusers' own methods, which act on the layers, changed."""
     layers = adapted_layers(model).values()
-    left = {n for layer in layers for n in layer.adapters} | {
-        n for w in modules_to_save_wrappers(model).values() for n in w.modules_to_save
-    }
+    left = {n for module in per_adapter(model).values() for n in module.by_name}
     for name in [n for n in tuner.peft_config if n not in left]:
         remove(model, name)
         del tuner.peft_config[name]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +16,47 @@ from ...core.errors import HalotuneError
 from ...core.kinds import Dense, LowRank
 from ...core.operator import Operator, WeightShape, add_to
 from ...core.prepared import Tensors, exact_dtype
+from ...core.sharded_parameters import copied
 from ...core.weight_shard import Axis, Shard
 from ...ops.product import fold
 from . import ops
 from .config import BlockConfig, MissConfig
 
 
-class Bone(LowRank):
+class _Block(Adapter):
+    """What has one block as its parameter, in which the delta is linear."""
+
+    block: ClassVar[str] = "bone_block"
+
+    def __init__(self, shape: WeightShape, r: int, *size: int) -> None:
+        super().__init__(shape)
+        self.r = r
+        self.register_parameter(self.block, nn.Parameter(torch.empty(size)))
+
+    @property
+    def rank(self) -> int:
+        return self.r
+
+    @classmethod
+    def combined(cls, adapters: Sequence[Any], weights: Sequence[float], how: str, rank: int) -> Self | None:
+        """Blocks of one r add."""
+        blocks = [a.get_parameter(a.block).detach() for a in adapters]
+        if how != "linear" or len({b.shape for b in blocks}) > 1:
+            return None
+        out = copied(adapters[0])
+        with torch.no_grad():
+            out.get_parameter(out.block).copy_(torch.stack([w * b for w, b in zip(weights, blocks, strict=True)]).sum(0))
+        return out
+
+
+class Bone(_Block, LowRank):
     """`W' = W + tile(Dᵀ)`: column k of the delta is row `k mod r` of D; `bone_block` D: `(r, out)`, zero at the start.
 
     Forward: `base(x) + fold(x) D`. Low-rank factors: `B = Dᵀ`, `A = [I I …]`. Source: arXiv 2409.15371.
     """
 
-    block: ClassVar[str] = "bone_block"
-
     def __init__(self, shape: WeightShape, r: int, columns: int | None = None) -> None:
-        super().__init__(shape)
-        self.r = r
-        self.register_parameter(self.block, nn.Parameter(torch.empty(r, columns or shape.out_features)))
+        super().__init__(shape, r, r, columns or shape.out_features)
 
     @classmethod
     def create(cls, shape: WeightShape, config: AdapterConfig) -> Self:
@@ -68,15 +90,6 @@ class Bone(LowRank):
         (D,) = super().cut(shard, *factors)
         return (D.roll(-shard.spans[0][0], -2) if shard.axis == "in" else D,)
 
-    @property
-    def rank(self) -> int:
-        return self.r
-
-    @classmethod
-    def combined(cls, adapters: Sequence[Any], weights: Sequence[float], how: str, rank: int) -> Self | None:
-        """The delta is linear in D, so blocks of one r add."""
-        return _sum_of_blocks(adapters, weights) if how == "linear" else None
-
     def factors(self, W: Tensor) -> tuple[Tensor, Tensor]:
         """Of rank r; of rank `mini_r` in the mini form, where that is less: `B = [I I …]ᵀ`, `A = tile(blockᵀ)`."""
         block = self.get_parameter(self.block)
@@ -92,23 +105,19 @@ class Bone(LowRank):
         return D.mT, ops.unfolding(self.r, self.shape.in_features, D)
 
     def run(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
-        if not op.shape.is_linear:
+        if not op.bare.shape.is_linear:
             return super().run(x, op, factors, scale)
         (D,) = factors
         return add_to(op(x), fold(self.drop(x), self.r), D if scale == 1.0 else D * scale)
 
 
-class Bat(Dense):
+class Bat(_Block, Dense):
     """`W'_ij = W_ij + W_ij B_i + B_i`, W cut into r×r blocks, i the output block; `bone_block` B: `(out/r, r, r)`, zero at
     the start. The delta has full rank. Source: arXiv 2409.15371, where it is called BAT.
     """
 
-    block: ClassVar[str] = "bone_block"
-
     def __init__(self, shape: WeightShape, r: int) -> None:
-        super().__init__(shape)
-        self.r = r
-        self.register_parameter(self.block, nn.Parameter(torch.empty(shape.out_features // r, r, r)))
+        super().__init__(shape, r, shape.out_features // r, r, r)
 
     @classmethod
     def create(cls, shape: WeightShape, config: AdapterConfig) -> Self:
@@ -128,15 +137,6 @@ class Bat(Dense):
     @property
     def side(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.r
-
-    @property
-    def rank(self) -> int:
-        return self.r
-
-    @classmethod
-    def combined(cls, adapters: Sequence[Any], weights: Sequence[float], how: str, rank: int) -> Self | None:
-        """The delta `W_ij B_i + B_i` is linear in B, so blocks of one r add."""
-        return _sum_of_blocks(adapters, weights) if how == "linear" else None
 
     def prepare(self, *parameters: Tensor) -> Tensors:
         return parameters
@@ -168,26 +168,6 @@ class Bat(Dense):
         if self.rows_in_blocks:
             return super().pull(G, W, *factors)
         return (ops.pull_bat(G, W, factors[0]),)
-
-    def delta_rows(self, W: Tensor) -> Iterator[Tensor]:
-        """One row of blocks at a time."""
-        blocks = self.get_parameter(self.block)
-        for rows, block in zip(W.split(self.r), blocks.split(1), strict=True):
-            rows = rows.to(blocks.dtype)
-            yield ops.bat(rows, block) - rows
-
-
-_Block = TypeVar("_Block", Bone, Bat)
-
-
-def _sum_of_blocks(adapters: Sequence[_Block], weights: Sequence[float]) -> _Block | None:
-    blocks = [a.get_parameter(a.block).detach() for a in adapters]
-    if len({b.shape for b in blocks}) > 1:
-        return None
-    out = copy.deepcopy(adapters[0])
-    with torch.no_grad():
-        out.get_parameter(out.block).copy_(torch.stack([w * b for w, b in zip(weights, blocks, strict=True)]).sum(0))
-    return out
 
 
 class Miss(Bone):

@@ -109,7 +109,7 @@ class HRA(Rotation):
 
     def rotate_groups(self, x: Tensor, groups: Any, *factors: Tensor) -> Tensor:
         Ût, N = factors
-        return x + groups.product(groups.product(x, Ût.mT), N)
+        return groups.add_low_rank(x, x, N.mT, Ût)
 
     def replaces_weight(self, op: Operator) -> bool:
         return False
@@ -117,7 +117,7 @@ class HRA(Rotation):
     def run_on_patches(self, x: Tensor, op: Operator, factors: Tensors, scale: float) -> Tensor:
         y = op(x)  # first: a weight that is computed in a call is fresh after it
         B, A = self.low_rank(op.weight().to(x.device), *factors)  # offloaded weights may be elsewhere
-        return op.add_low_rank(y, x, B.to(x.dtype) * scale, A.to(x.dtype))
+        return op.bare.add_low_rank(y, x, B.to(x.dtype) * scale, A.to(x.dtype))
 
     def run_plain(self, x: Tensor, W: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
         if self.whole is not None and self.whole_shape.in_features > W.shape[1]:  # x Û is summed over processes

@@ -50,39 +50,6 @@ def rank_tolerance(G: Tensor) -> float:
     return G.shape[-1] * torch.finfo(G.dtype).eps * 16
 
 
-class _SpanInverse(torch.autograd.Function):
-    """`G⁺` of a Gram matrix at constant rank; `dG⁺ = −G⁺ dG G⁺` (the other terms vanish between Û and Ûᵀ)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(G: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        eigenvalues, V = torch.linalg.eigh(G)
-        tolerance = rank_tolerance(G)
-        inverse = torch.where(eigenvalues > tolerance, 1.0 / eigenvalues.clamp_min(tolerance), 0.0)
-        return (V * inverse.unsqueeze(-2)) @ V.mT
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        (pinv,) = ctx.saved_tensors
-        dG = -pinv @ grad_outputs[0].mT @ pinv
-        return 0.5 * (dG + dG.mT)
-
-
-class _SpanInverseForward(_SpanInverse):
-    """With forward-mode derivatives, which a compiler refuses to see."""
-
-    @staticmethod
-    def jvp(ctx: Any, *grad_inputs: Tensor) -> Tensor:
-        (pinv,) = ctx.saved_tensors
-        return -pinv @ grad_inputs[0] @ pinv
-
-
 def span_core(Û: Tensor) -> Tensor:
     """`T = 2 G⁺`, so that `Q = I − 2P` with P the projector on span(U).
 
@@ -90,11 +57,7 @@ def span_core(Û: Tensor) -> Tensor:
     one that depends on the others is no reflection.
     """
     G = Û.mT @ Û
-    if torch.compiler.is_compiling():
-        return 2.0 * _SpanInverse.apply(G)
-    if torch._C._get_tracing_state() is not None:  # what is traced must be saved without Python
-        return 2.0 * torch.linalg.pinv(G, atol=rank_tolerance(G), rtol=0.0, hermitian=True)
-    return 2.0 * _SpanInverseForward.apply(G)
+    return 2.0 * torch.linalg.pinv(G, atol=rank_tolerance(G), rtol=0.0, hermitian=True)
 
 
 def wy_factors(U: Tensor, gram_schmidt: bool) -> tuple[Tensor, Tensor]:

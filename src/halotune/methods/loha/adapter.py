@@ -142,7 +142,7 @@ class LoHa(Hadamard):
         return ops.khatri_rao(*self.halves(*self.tensors()), s=self.scaling)
 
     def reads_weight(self, op: Operator) -> bool:
-        return not self.is_small and op.takes_weight
+        return not self.is_small and op.bare.takes_weight
 
     def replaces_weight(self, op: Operator) -> bool:
         return False
@@ -151,7 +151,7 @@ class LoHa(Hadamard):
         if self.is_small:
             Bt, A = factors
             return add_low_rank(x, x, op, (self._drop_rows(Bt.mT), A), scale)
-        if not op.takes_weight or self._low_rank_for(x):
+        if not op.bare.takes_weight or self._low_rank_for(x):
             A1, *others = factors
             return add_low_rank(x, x, op, ops.khatri_rao(self._drop_rows(A1), *others, s=self.scaling), scale)
         return super().run(x, op, factors, scale)

@@ -70,3 +70,7 @@ class Lora(LowRank):
         """`s Bᵀ (…, r, out)` and `A (…, r, in)`."""
         A, B = (t.to(exact_dtype(t.dtype)).flatten(-1 - len(self.shape.kernel)) for t in parameters)
         return (self.scaling * B).mT, A
+
+    def parameters_as_factors(self, *parameters: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        A, B = parameters
+        return (B, A, self.scaling) if self.shape.is_linear else None

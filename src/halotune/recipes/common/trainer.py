@@ -61,7 +61,7 @@ def arguments(config: RunConfig, run: Run, kind: type[TrainingArguments] = Train
     def when(every: int | None) -> dict[str, Any]:
         return {"strategy": "epoch"} if every is None else {"strategy": "steps", "steps": every}
 
-    return kind(
+    made = kind(
         **{
             "output_dir": str(run.checkpoints),
             "per_device_train_batch_size": micro,
@@ -93,6 +93,8 @@ def arguments(config: RunConfig, run: Run, kind: type[TrainingArguments] = Train
             **also,
         }
     )
+    on_one_device(made)
+    return made
 
 
 def seed(config: RunConfig) -> None:
@@ -113,6 +115,11 @@ def placement(device: str) -> dict[str, Any]:
         "ddp_timeout": waits,
         "dataloader_pin_memory": not cpu,
     }
+
+
+def on_one_device(args: TrainingArguments) -> None:
+    """A Trainer in one process would hand a batch of its size to each GPU that it sees. Here a process has one of them."""
+    args._n_gpu = min(args.n_gpu, 1)
 
 
 def checkpointing(kind: type[TrainingArguments]) -> dict[str, Any]:
