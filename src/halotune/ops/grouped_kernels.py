@@ -61,7 +61,8 @@ def _add_low_rank(
     ROWS: tl.constexpr, DEPTH: tl.constexpr, COLS: tl.constexpr, CHUNK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one group of `z = s x Aᵀ` and `y = b + z Bᵀ`."""
-    e, first, end, _, _ = _piece(ends_ptr, tl.program_id(0), groups + 1, groups, n, ROWS, CHUNK)
+    piece = tl.program_id(0)
+    e, first, end, _, _ = _piece(ends_ptr, piece, groups + 1, groups, n, ROWS, CHUNK)  # pyright: ignore[reportGeneralTypeIssues]
     if first >= end:
         return
     known = e < groups  # else z is zero
@@ -103,7 +104,7 @@ _launch_low_rank = Launcher(_add_low_rank, num_warps=4, num_stages=3)
 
 
 def _chunk(groups: int) -> int:
-    return min(MOST_ENDS, triton.next_power_of_2(groups))
+    return min(MOST_ENDS, 1 << (groups - 1).bit_length())
 
 
 def _group_stride(t: Tensor) -> int:
@@ -163,7 +164,7 @@ def _outer_pair(
     of_d = (m + COLS - 1) // COLS
     both = of_d + (k + COLS - 1) // COLS
     tile, piece = tl.program_id(0) % both, tl.program_id(0) // both
-    e, first, end, start, stop = _piece(ends_ptr, piece, groups, groups, n, share, CHUNK)
+    e, first, end, start, stop = _piece(ends_ptr, piece, groups, groups, n, share, CHUNK)  # pyright: ignore[reportGeneralTypeIssues]
     if (piece >= groups) & ((first >= end) | (e >= groups)):
         return
     is_part = (first > start) | (end < stop)
@@ -187,7 +188,7 @@ def _add_parts(
     size = of_d + of_x
     blocks = (size + BLOCK - 1) // BLOCK
     cut = tl.program_id(0) // blocks
-    e, first, end, start, stop = _piece(ends_ptr, cut, 0, groups, n, share, CHUNK)
+    e, first, end, start, stop = _piece(ends_ptr, cut, 0, groups, n, share, CHUNK)  # pyright: ignore[reportGeneralTypeIssues]
     if (e >= groups) | (first >= end) | (start < first - share):
         return
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
