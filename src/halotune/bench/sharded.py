@@ -24,7 +24,7 @@ from typing_extensions import Self
 
 from ..core.errors import HalotuneError
 from ..engine.gathering import shard_adapters
-from .benches import INPUTS, SEED, SILENT, Work, count, training
+from .benches import INPUTS, SEED, SILENT, Work, training
 from .config import BenchConfig
 from .contenders import Unavailable
 from .race import OUT_OF_TIME, Entry, Turn, Watch, attempt, race
@@ -143,14 +143,11 @@ def _turn(config: BenchConfig, rank: int, entry: Entry) -> Turn:
     with no_collection():
         torch.manual_seed(SEED)
         model = entry.contender.wrap(work.base, work.targets)
-        trainable = count(model)
         _prepare(model, work, entry)
         torch.manual_seed(SEED + rank)
         sizes = config.preset.shape, config.batch, config.sequence, config.torch_device, config.torch_dtype
         batches = [family.batch(*sizes) for _ in range(INPUTS)]
-        result = work.steps(model, training(model, family, work.clock.cuda), batches)
-        result.trainable = trainable
-        return result
+        return work.steps(model, training(model, family, work.clock.cuda), batches)
 
 
 def _prepare(model: Any, work: Work, entry: Entry) -> None:
