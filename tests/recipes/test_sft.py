@@ -226,6 +226,7 @@ def test_activations_are_offloaded_where_it_costs_no_time(base: Path, tmp_path: 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not offloads() and offloads(gradient_checkpointing=True) and offloads(offload_activations=True)
     assert not offloads(gradient_checkpointing=True, compile=False)
+    assert not offloads(gradient_checkpointing=True, compile=True, device="cpu")
     assert not offloads(gradient_checkpointing=True, offload_activations=False)
 
 

@@ -89,19 +89,22 @@ class SFTConfig(RunConfig):
         self.fill_in(learning_rate=0.1 * find_method(str(self.method))[1].learning_rate)
 
     @property
+    def on_cuda(self) -> bool:
+        return self.device != "cpu" and torch.cuda.is_available()
+
+    @property
     def compiled(self) -> bool:
         """Whether blocks are compiled, here."""
         if self.compile is not None:
             return self.compile
-        cuda = self.device != "cpu" and torch.cuda.is_available()
-        return cuda and self.packing and not self.quant and not self.deterministic
+        return self.on_cuda and self.packing and not self.quant and not self.deterministic
 
     @property
     def offloads(self) -> bool:
         """Whether what is kept until backward goes to the CPU."""
         if self.offload_activations is not None:
             return self.offload_activations
-        return self.compiled and self.gradient_checkpointing and torch.cuda.is_available()
+        return self.on_cuda and self.compiled and self.gradient_checkpointing
 
     def example(self, values: dict[str, Any]) -> Example:
         """What a row of data means; ValueError where it means nothing."""
@@ -113,8 +116,8 @@ class SFTConfig(RunConfig):
         self.require("max_length", self.max_length >= 8, "must be at least 8 tokens", "Use a length such as 1024.")
         columns = (self.prompt_column, self.response_column) if self.text_column else ()
         self.require("text_column", not any(columns), "is for rows without prompts", "Leave out --prompt-column, or this.")
-        cuda = self.device != "cpu" and torch.cuda.is_available()
-        self.require("offload_activations", not self.offload_activations or cuda, "is for CUDA devices", "Leave it out.")
+        there = self.on_cuda or not self.offload_activations
+        self.require("offload_activations", there, "is for CUDA devices", "Leave it out.")
         self.require("max_rows", self.max_rows is None or self.max_rows >= 1, "must be at least 1", "Leave it out for all.")
 
 
