@@ -323,7 +323,7 @@ def compile_blocks(model: PeftModel, needed: bool = True) -> None:
 
 
 def thrifty_inductor(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-    """torch.compile's own backend, but what is cheap (norms, activation functions) is recomputed in the backward pass, not kept.
+    """torch.compile's own backend, but what is cheap (norms, activation functions) is recomputed in the backward, not kept.
     No matrix product and no attention is, where that alone saves a tenth of what is kept."""
     from torch._functorch import config  # no public name of torch sets it for one compilation alone
     from torch._inductor.compile_fx import compile_fx
