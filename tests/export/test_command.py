@@ -82,7 +82,7 @@ def test_checking_alone_converts_nothing(capsys: pytest.CaptureFixture[str]):
         pytest.param([], ["--output", "--check"], id="nothing-to-do"),
         pytest.param(["--check", "vlm"], ["unknown target runtime 'vlm'", "llama.cpp"], id="unknown-program"),
         pytest.param(["--output", "o", "--base", "/no/such"], ["/no/such", "no such folder", "--base"], id="base"),
-        pytest.param(["--output", "o", "--rank", "0"], ["--rank", "at least 1"], id="rank-0"),
+        pytest.param(["--output", "o", "--rank", "0"], ["--rank", "from 1"], id="rank-0"),
         pytest.param(["--output", "o", "--to", "lokr"], ["--to", "lora"], id="format"),
         pytest.param(["--output", "o", "--for", "ollama"], ["--for", "vllm"], id="runtime"),
         pytest.param(["--output", "o", *BASE, "--for", "diffusers"], ["component", "LlamaForCausalLM"], id="component"),

@@ -6,7 +6,7 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import HalotuneError
@@ -136,12 +136,9 @@ def converse(chat: Chat, read: Callable[[], str]) -> int:
 
 
 def _print_answer(chat: Chat, line: str) -> None:
-    try:
-        with closing(chat.answer(line)) as pieces:
-            for piece in pieces:
-                print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pass  # the answer ends here
+    with suppress(KeyboardInterrupt), closing(chat.answer(line)) as pieces:  # which ends the answer
+        for piece in pieces:
+            print(piece, end="", flush=True)
     print(flush=True)
 
 
@@ -152,10 +149,8 @@ def read_line() -> str:
         if not line:
             raise EOFError
         return line
-    try:
+    with suppress(ImportError):  # Windows
         import readline  # noqa: F401  (input() then has history and editing)
-    except ImportError:  # Windows
-        pass
     try:
         return input("> ")
     except EOFError:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .options import add_parser
-
-if TYPE_CHECKING:
-    from .main import Commands
+from .options import Commands, add_parser
 
 DESCRIPTION = """
 Write an adapter in another format: PEFT's folders, LyCORIS and kohya files, or
@@ -24,7 +20,7 @@ halotune convert my-bone --to miss --output my-miss
 
 
 def add(commands: Commands) -> None:
-    parser = add_parser(commands, "convert", DESCRIPTION, EXAMPLES)
+    parser = add_parser(commands, "convert", DESCRIPTION, EXAMPLES, _run)
     flag = parser.add_argument
     flag("source", metavar="SOURCE", help="a LyCORIS or kohya file, an adapter's folder, or a hub id")
     flag(
@@ -43,10 +39,9 @@ def add(commands: Commands) -> None:
     flag("--output", required=True, type=Path, metavar="PATH", help="a folder; for lycoris and kohya a .safetensors file")
     flag("--prefix", metavar="NAME", help="of keys in the LyCORIS file, if not the usual: lycoris, lora_unet, lora_te1 …")
     flag("--names", choices=("model", "original"), help="of modules in the file written (default: as the format has them)")
-    parser.set_defaults(run=run, prog=parser.prog)
 
 
-def run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     from ..convert.files import convert_adapter
 
     print(convert_adapter(args.source, args.output, args.to, base=args.base, prefix=args.prefix, names=args.names))

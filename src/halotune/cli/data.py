@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..core.errors import HalotuneError
 from ..recipes import CHECKED, DATASETS, dataset
-
-if TYPE_CHECKING:
-    from .main import Commands
+from .options import Commands
 
 
 def add(commands: Commands) -> None:
@@ -28,7 +25,7 @@ def add(commands: Commands) -> None:
         action="store_true",
         help=f"leave out, count and list rows of --from that are broken ({', '.join(CHECKED)})",
     )
-    parser.set_defaults(run=run, prog=parser.prog)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

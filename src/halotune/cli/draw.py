@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING
 
 from ..recipes import RECIPES
 from .main import require
-from .options import integer, number
-
-if TYPE_CHECKING:
-    from .main import Commands
+from .options import Commands, integer, number
 
 FIELDS = ("prompt", "output", "count", "seed", "scale", "resolution", "inference_steps", "guidance_scale", "device")
 
@@ -31,7 +27,7 @@ def add(commands: Commands) -> None:
     flag("--inference-steps", type=integer(1), metavar="N", help="(default: the run's)")
     flag("--guidance-scale", type=number(0, math.inf), metavar="G", help="(default: the run's)")
     flag("--device", choices=["auto", "cpu"], default="auto", help="(default: auto, the accelerator where there is one)")
-    parser.set_defaults(run=run, prog=parser.prog)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

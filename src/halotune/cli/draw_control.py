@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from ..recipes import RECIPES
 from .main import require
-
-if TYPE_CHECKING:
-    from .main import Commands
+from .options import Commands
 
 
 def add(commands: Commands) -> None:
@@ -17,7 +14,7 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser("generate", description=text)
     parser.add_argument("recipe", choices=["control"])
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="the run's folder, and flags")
-    parser.set_defaults(run=run, prog=parser.prog)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

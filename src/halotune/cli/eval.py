@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
 
 from ..core.errors import HalotuneError
 from ..recipes import RECIPES
 from .main import require
+from .options import Commands
 from .train import find
-
-if TYPE_CHECKING:
-    from .main import Commands
 
 KNOWN = [name for name, recipe in RECIPES.items() if recipe.evaluate]
 
@@ -22,7 +19,7 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser("eval", description=text)
     parser.add_argument("recipe", metavar="RECIPE", help=", ".join(KNOWN))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="the recipe's flags")
-    parser.set_defaults(run=run, prog=parser.prog)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

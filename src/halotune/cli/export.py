@@ -13,10 +13,10 @@ from ..core.files import CONFIG_NAME
 from ..export.components import COMPONENTS
 from ..export.rules import RULES
 from ..export.runtimes import RUNTIMES
+from .options import Commands, integer, names
 
 if TYPE_CHECKING:
     from ..export.lora import ExportReport
-    from .main import Commands
 
 OK, BROKEN = 0, 1
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -27,9 +27,7 @@ def add(commands: Commands) -> None:
         "Write an adapter of any method as a LoRA that gives the same outputs, for programs that read nothing else; "
         "or, with --check alone, say which rules of such a program an adapter breaks."
     )
-    parser = commands.add_parser(
-        "export", help="write an adapter as a LoRA; check which programs can read one", description=text
-    )
+    parser = commands.add_parser("export", description=text)
     flag = parser.add_argument
     flag(
         "adapter",
@@ -40,7 +38,7 @@ def add(commands: Commands) -> None:
     flag("--base", metavar="MODEL", help="folder or hub id of the base model (default: the one that the adapter names)")
     flag("--output", type=Path, metavar="DIR", help="the folder to write; without it, nothing is converted")
     flag("--for", dest="runtime", choices=list(RUNTIMES), default="peft", help="the target runtime (default: peft)")
-    flag("--rank", type=_count, metavar="R", help="truncate every layer to this rank; the error is printed layer by layer")
+    flag("--rank", type=integer(1), metavar="R", help="truncate every layer to this rank; the error is printed layer by layer")
     flag(
         "--component",
         metavar="NAME",
@@ -51,20 +49,20 @@ def add(commands: Commands) -> None:
     flag(
         "--check",
         action="append",
-        type=_runtimes,
+        type=names(RULES, "target runtime"),
         metavar="NAME[,NAME]",
         help=f"check the rules of {', '.join(RULES)}, for what was written, or else for ADAPTER; 1 is the exit status where "
         "one is broken",
     )
     flag("--json", action="store_true", help="print the report as JSON alone to stdout")
-    parser.set_defaults(run=run, prog=parser.prog)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..export.header import Header
     from ..export.rules import check
 
-    checked = list(dict.fromkeys(name for names in args.check or [] for name in names))
+    checked = list(dict.fromkeys(name for given in args.check or [] for name in given))
     if args.output is None and not checked:
         raise HalotuneError("give --output DIR to convert the adapter, or --check NAME to check it.")
     source = _source(args)
@@ -115,17 +113,3 @@ def _export(args: argparse.Namespace, source: str) -> ExportReport:
     return model.export(
         args.to, args.output, runtime=args.runtime, rank=args.rank, component=component, dtype=dtype, gguf=args.gguf
     )
-
-
-def _runtimes(text: str) -> list[str]:
-    names = [name.strip().lower() for name in text.split(",")]
-    for name in names:
-        if name not in RULES:
-            raise argparse.ArgumentTypeError(f"unknown target runtime {name!r}; choose from {', '.join(RULES)}")
-    return names
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1; got {text!r}")
-    return int(text)

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from .. import __version__
 from ..core.errors import HalotuneError
 from .options import BAD_INPUT, Parser
-from .options import Commands as Commands  # for type checkers
 
 FAILED, INTERRUPTED = 1, 130
 

@@ -72,10 +72,10 @@ def _size(text: str) -> str:
 
 def save(base: BaseModel, saved: Saved, folder: Path, max_shard_size: str) -> None:
     """The model with all that it needs to run: a tokenizer or processor, or the rest of its pipeline."""
+    from .loading import loadable, tokenizer_source
+
     if base.component is not None:
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-        from .loading import loadable
 
         with loadable("the pipeline", base.name):
             pipeline = DiffusionPipeline.from_pretrained(base.name, **{base.component: base.model})
@@ -84,9 +84,13 @@ def save(base: BaseModel, saved: Saved, folder: Path, max_shard_size: str) -> No
         return
     base.model.save_pretrained(folder, max_shard_size=max_shard_size)  # type: ignore[operator]
     check_weights(base.model, folder)
-    processor = _processor(saved, base.name)
-    if processor is not None:
-        processor.save_pretrained(folder)
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(tokenizer_source(saved, base.name))
+    except (OSError, ValueError, KeyError, ImportError):  # there is none, or a package that it needs is not here
+        return
+    processor.save_pretrained(folder)
 
 
 def check_finite(report: MergeReport) -> None:
@@ -107,9 +111,8 @@ def check_weights(model: Any, folder: Path) -> None:
     """
     if getattr(model, "is_quantized", False):  # which needs its device to be read
         return
-    where = (
-        {} if type(model).__module__.startswith("diffusers.") else {"device_map": "meta"}
-    )  # transformers reads headers alone
+    diffusers = type(model).__module__.startswith("diffusers.")
+    where = {} if diffusers else {"device_map": "meta"}  # transformers reads headers alone
     _, report = type(model).from_pretrained(folder, output_loading_info=True, **where)
     problems = [f"{what.replace('_', ' ')}: {', '.join(sorted(map(str, keys))[:3])}" for what, keys in report.items() if keys]
     if problems:
@@ -117,18 +120,6 @@ def check_weights(model: Any, folder: Path) -> None:
             f"the merged {type(model).__name__} could not be read back, so nothing was written ({'; '.join(problems)}). Keep "
             "the adapter beside the base, and report this."
         )
-
-
-def _processor(saved: Saved, base: str) -> Any:
-    """What turns input into tensors: the tokenizer, for text. None where there is none."""
-    from transformers import AutoProcessor
-
-    from .loading import tokenizer_source
-
-    try:
-        return AutoProcessor.from_pretrained(tokenizer_source(saved, base))
-    except (OSError, ValueError, KeyError, ImportError):  # none, or a package that it needs is not here
-        return None
 
 
 def check_output(output: Path, *, force: bool) -> None:

@@ -23,7 +23,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
 def add_parser(
-    commands: Commands, name: str, description: str, examples: str, run: Callable[[argparse.Namespace], int] | None = None
+    commands: Commands, name: str, description: str, examples: str, run: Callable[[argparse.Namespace], int]
 ) -> Parser:
     """The parser of a command that `run` runs; its description is shown as it is, and examples under the flags."""
     parser = commands.add_parser(

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
 from ..recipes import RECIPES
 from .main import require
-from .options import integer
-
-if TYPE_CHECKING:
-    from .main import Commands
+from .options import Commands, integer
 
 
 def add(commands: Commands) -> None:
@@ -24,7 +20,7 @@ def add(commands: Commands) -> None:
     flag("--batch-size", type=integer(1), default=64, metavar="N", help="examples at once (default: 64)")
     flag("--device", choices=["auto", "cpu"], default="auto", help="(default: auto, the accelerator where there is one)")
     flag("--skip-bad-rows", action="store_true", help="leave out rows that cannot be used, and count them")
-    parser.set_defaults(run=run, prog=parser.prog)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

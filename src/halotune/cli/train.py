@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.errors import HalotuneError, closest
 from ..recipes import RECIPES, Recipe
 from .main import require
-from .options import integer
-
-if TYPE_CHECKING:
-    from .main import Commands
+from .options import Commands, integer
 
 TRAINED = [name for name, recipe in RECIPES.items() if recipe.train]
 
@@ -28,7 +25,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="…", help="the recipe's flags; --config FILE, --print-config"
     )
-    parser.set_defaults(run=run, prog=parser.prog)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

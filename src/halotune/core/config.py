@@ -7,7 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import Enum
 from functools import lru_cache
 from os import PathLike
@@ -100,6 +100,8 @@ class AdapterConfig(BaseConfig):
     FOREIGN: ClassVar[dict[str, str]] = {}
     FILE_NAMES: ClassVar[dict[str, str]] = {}
     PATTERNS: ClassVar[dict[str, str]] = {"r": "rank_pattern"}
+
+    is_prompt_learning: ClassVar[bool] = False  # asked for by code written for PEFT
 
     def __post_init__(self) -> None:
         own = str(_value(self.TYPE))
@@ -206,12 +208,11 @@ class AdapterConfig(BaseConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The entries of `adapter_config.json`, under PEFT's names."""
-        out: dict[str, Any] = {}
+        out, usual = {}, type(self)()
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.metadata.get("beyond_peft") and value == _default(f):
-                continue
-            out[self.FILE_NAMES.get(f.name, f.name)] = _jsonable(value)
+            if not (f.metadata.get("beyond_peft") and value == getattr(usual, f.name)):
+                out[self.FILE_NAMES.get(f.name, f.name)] = _jsonable(value)
         return out
 
     @classmethod
@@ -286,11 +287,6 @@ class AdapterConfig(BaseConfig):
         """Write the entries of `adapter_config.json` into this file."""
         file.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    @property
-    def is_prompt_learning(self) -> bool:
-        """False; asked for by code written for PEFT."""
-        return False
-
 
 CLASSES: dict[str, type[AdapterConfig]] = {}  # by the name in files; registering a method adds its own
 
@@ -321,10 +317,6 @@ def _value(value: Any) -> Any:
     return value.value if isinstance(value, Enum) else value
 
 
-def _default(f: Field[Any]) -> Any:
-    return f.default if f.default_factory is MISSING else f.default_factory()
-
-
 def _jsonable(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
@@ -334,20 +326,16 @@ def _jsonable(value: Any) -> Any:
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value has an annotated type; True is no int, and an int is a fine float."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or origin is Any:
+    if hint is Any:
         return True
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, a) for a in args)
     if origin is Literal:
         return any(value == a and type(value) is type(a) for a in args)
-    if origin in (list, set):
+    if origin in (list, set, tuple):
         return isinstance(value, origin) and all(fits(v, args[0]) for v in value)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(fits(v, args[0]) for v in value)
     if origin is dict:
         return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, type(None) if hint is None else hint)

@@ -63,14 +63,6 @@ class Rows:
     batch_first: bool | Literal["usual"] | None = None
     is_convolution: bool = False
 
-    def groups(self, x: Tensor) -> list[tuple[str, Tensor]]:
-        """Each name with the rows of `x` that it has. Samples may have become several rows each (beams, flat tokens)."""
-        repeats = self._repeats(x)
-        return [
-            (name, torch.tensor([i for i in range(x.shape[0]) if self.names[i // repeats] == name], device=x.device))
-            for name in dict.fromkeys(self.names)
-        ]
-
     def _repeats(self, x: Tensor) -> int:
         """How many rows of x a sample has, where sizes prove it or the model says it."""
         sizes = x.shape[:1] if self.is_convolution else leading(x)
@@ -100,13 +92,15 @@ class Rows:
         return repeats
 
     def run(self, x: Tensor, call: Callable[[str, Tensor], Tensor]) -> Tensor:
-        """`call(name, rows)` for every name, put together again."""
+        """`call(name, rows)` for every name, put together again. Samples may be several rows each (beams, flat tokens)."""
         if len(set(self.names)) == 1:
             return call(self.names[0], x)
-        groups = self.groups(x)
-        parts = [call(name, x.index_select(0, index)) for name, index in groups]
-        order = torch.argsort(torch.cat([index for _, index in groups]))
-        return torch.cat(parts).index_select(0, order)
+        repeats, parts, order = self._repeats(x), [], []
+        for name in dict.fromkeys(self.names):
+            index = [i for i in range(x.shape[0]) if self.names[i // repeats] == name]
+            parts.append(call(name, x.index_select(0, torch.tensor(index, device=x.device))))
+            order += index
+        return torch.cat(parts).index_select(0, torch.tensor(order, device=x.device).argsort())
 
 
 class _Mixed(threading.local):

@@ -34,14 +34,12 @@ def read_alpha(tensors: Mapping[str, Tensor], r: int) -> int | float:
 
 
 def with_alpha(tensors: Mapping[str, Tensor], alpha: float, factor: str, r: int) -> dict[str, Tensor]:
-    """A module's tensors with its alpha. Some readers take 0 for r, so there it is r, and the factor of this name is 0."""
+    """A module's tensors with its alpha, in their dtype or the first wider one that holds it exactly.
+
+    Some readers take 0 for r, so there it is r, and the factor of this name is 0.
+    """
     t = tensors[factor]
     if alpha == 0:
-        return {**tensors, factor: torch.zeros_like(t), "alpha": write_alpha(r, t.dtype)}
-    return {**tensors, "alpha": write_alpha(alpha, t.dtype)}
-
-
-def write_alpha(alpha: float, dtype: torch.dtype) -> Tensor:
-    """The scale's numerator in the dtype of the other tensors, or in the first wider one that holds it exactly."""
-    candidates = (torch.tensor(alpha, dtype=d) for d in (dtype, torch.float32, torch.float64))
-    return next(t for t in candidates if float(t) == alpha)
+        tensors, alpha = {**tensors, factor: torch.zeros_like(t)}, r
+    candidates = (torch.tensor(alpha, dtype=d) for d in (t.dtype, torch.float32, torch.float64))
+    return {**tensors, "alpha": next(c for c in candidates if float(c) == alpha)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import Kernel, Op
+from .dispatch import Kernel, Op, is_half_on_gpu
 from .rounding import rounded
 
 
@@ -41,14 +41,10 @@ def _refuses(W: Tensor, B: Tensor, A: Tensor, noise: Tensor | None) -> str | Non
     return None
 
 
-def _wins(W: Tensor, *_: object) -> bool:
-    return W.is_cuda and W.dtype.itemsize == 2
-
-
 # W `(…, out, in)`, B `(…, out, r)`, A `(…, r, in)` or `(r, in)` for all; noise `(…, out + in)` or None: rounded to nearest.
 build_low_rank = Op(
     "build_low_rank",
     _build_low_rank,
     like=lambda W, *_: W.new_empty(W.shape),
-    kernel=Kernel("halotune.ops.kernels", "build_low_rank", _refuses, _wins),
+    kernel=Kernel("halotune.ops.kernels", "build_low_rank", _refuses, is_half_on_gpu),
 )

@@ -122,6 +122,11 @@ class Op:
         return None
 
 
+def is_half_on_gpu(W: Tensor, *_: object) -> bool:
+    """Where kernels that make a weight win."""
+    return W.is_cuda and W.dtype.itemsize == 2
+
+
 def alike(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Equal for arguments that differ in nothing but their tensors' numbers and addresses."""
     return tuple([(a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a for a in args])

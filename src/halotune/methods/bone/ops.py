@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.prepared import exact
-from ...ops.dispatch import Kernel, Op
+from ...ops.dispatch import Kernel, Op, is_half_on_gpu
 from ...ops.rounding import rounded
 
 
@@ -63,7 +63,7 @@ def _refuses(blocks: Tensor, *matrices: Tensor) -> str | None:
 
 
 def _wins(blocks: Tensor) -> bool:
-    return blocks.is_cuda and blocks.dtype.itemsize == 2 and blocks.shape[-1] % 16 == 0
+    return is_half_on_gpu(blocks) and blocks.shape[-1] % 16 == 0
 
 
 _KERNELS = "halotune.methods.bone.kernels"

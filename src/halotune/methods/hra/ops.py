@@ -41,8 +41,7 @@ def gram(Û: Tensor) -> Tensor:
 def chain_core(Û: Tensor) -> Tensor:
     """`striu(G) + ½ I` `(…, r, r)`: the inverse of T for a product of reflections in order."""
     G = gram(Û)
-    half = torch.full(G.shape[:-1], 0.5, dtype=G.dtype, device=G.device)
-    return torch.triu(G, 1) + torch.diag_embed(half)
+    return torch.triu(G, 1) + torch.eye(G.shape[-1], dtype=G.dtype, device=G.device) / 2
 
 
 def rank_tolerance(G: Tensor) -> float:

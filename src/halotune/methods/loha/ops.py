@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.prepared import exact, exact_dtype
-from ...ops.dispatch import Kernel, Op
+from ...ops.dispatch import Kernel, Op, is_half_on_gpu
 from ...ops.rounding import rounded
 
 
@@ -55,10 +55,6 @@ def _kernel_refuses(W: Tensor, A1: Tensor, B1: Tensor, A2: Tensor, B2: Tensor, s
     return None
 
 
-def _kernel_wins(W: Tensor, *_: object) -> bool:
-    return W.is_cuda and W.dtype.itemsize == 2
-
-
 _KERNELS = "halotune.methods.loha.kernels"
 
 # `add_hadamard` without gradients, W `(…, out, in)`: one pass over W, on an H100 25 µs against 50 for 3072 x 3072 in bf16.
@@ -67,7 +63,7 @@ build = Op(
     _build,
     repeats=True,
     like=lambda W, *_: W.new_empty(W.shape),
-    kernel=Kernel(_KERNELS, "hadamard", _kernel_refuses, _kernel_wins),
+    kernel=Kernel(_KERNELS, "hadamard", _kernel_refuses, is_half_on_gpu),
 )
 
 # From `G = dL/dW'` the gradients of A1, B1, A2, B2: with `M_i = A_i B_i`, `dM1 = s G ∘ M2` and so on. No M is written.
@@ -75,7 +71,7 @@ pull = Op(
     "pull_loha",
     _pull,
     like=lambda G, *factors: tuple(t.new_empty(t.shape) for t in factors[:4]),
-    kernel=Kernel(_KERNELS, "pull", _kernel_refuses, _kernel_wins),
+    kernel=Kernel(_KERNELS, "pull", _kernel_refuses, is_half_on_gpu),
 )
 
 
