@@ -125,12 +125,8 @@ _LLAMA = (
 _BERT = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"
 
 
-def _llama(*sizes: int) -> dict[str, Any]:
-    return dict(zip(_LLAMA, sizes, strict=True))
-
-
-def _bert(*sizes: int) -> dict[str, Any]:
-    return dict(zip(_BERT, sizes, strict=True))
+def _shape(names: tuple[str, ...], *sizes: int) -> dict[str, Any]:
+    return dict(zip(names, sizes, strict=True))
 
 
 def _unet(channels: tuple[int, ...], cross: int, heads: int, layers: int) -> dict[str, Any]:
@@ -146,13 +142,13 @@ def _unet(channels: tuple[int, ...], cross: int, heads: int, layers: int) -> dic
 
 
 PRESETS: dict[str, Preset] = {
-    "llama-8b": Preset(Llama(), _llama(4096, 32, 32, 8, 128, 14336, 128256), 768),
-    "llama-3b": Preset(Llama(), _llama(3072, 28, 24, 8, 128, 8192, 128256), 768),
-    "llama-1b": Preset(Llama(), _llama(2048, 16, 32, 8, 64, 8192, 128256), 768),
-    "llama-135m": Preset(Llama(), {**_llama(576, 30, 9, 3, 64, 1536, 49152), "tie_word_embeddings": True}, 256),
-    "llama-tiny": Preset(Llama(), _llama(128, 2, 4, 2, 32, 256, 512), 64),
-    "bert-base": Preset(Bert(), _bert(768, 12, 12, 3072, 30522), 128),
-    "bert-tiny": Preset(Bert(), _bert(128, 2, 2, 512, 512), 32),
+    "llama-8b": Preset(Llama(), _shape(_LLAMA, 4096, 32, 32, 8, 128, 14336, 128256), 768),
+    "llama-3b": Preset(Llama(), _shape(_LLAMA, 3072, 28, 24, 8, 128, 8192, 128256), 768),
+    "llama-1b": Preset(Llama(), _shape(_LLAMA, 2048, 16, 32, 8, 64, 8192, 128256), 768),
+    "llama-135m": Preset(Llama(), {**_shape(_LLAMA, 576, 30, 9, 3, 64, 1536, 49152), "tie_word_embeddings": True}, 256),
+    "llama-tiny": Preset(Llama(), _shape(_LLAMA, 128, 2, 4, 2, 32, 256, 512), 64),
+    "bert-base": Preset(Bert(), _shape(_BERT, 768, 12, 12, 3072, 30522), 128),
+    "bert-tiny": Preset(Bert(), _shape(_BERT, 128, 2, 2, 512, 512), 32),
     "sd-unet": Preset(UNet(), _unet((320, 640, 1280, 1280), 768, 8, 2), 4096),
     "unet-tiny": Preset(UNet(), _unet((32, 64), 32, 2, 1), 64),
 }

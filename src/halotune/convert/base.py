@@ -104,16 +104,13 @@ def load_bases(where: str | PathLike[str]) -> dict[str, BaseLayers]:
 
 
 def _entries(where: str | PathLike[str], name: str, subfolder: str = "") -> dict[str, Any] | None:
-    folder = Path(where)
-    if folder.is_dir():
-        file = folder / subfolder / name
-        return read_json(file) if file.is_file() else None
     try:
-        return read_json(locate(where, name, subfolder=subfolder or None))
+        file = locate(where, name, subfolder=subfolder or None)
     except AdapterFileError as e:
-        if type(e.__cause__).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
+        if Path(where).is_dir() or type(e.__cause__).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
             return None
         raise HalotuneError(f"{where}: no base model there ({e}). Give a folder or a hub id.") from e
+    return read_json(file)
 
 
 def _build(where: str | PathLike[str], library: str, class_name: str, subfolder: str = "") -> BaseLayers:

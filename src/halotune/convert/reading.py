@@ -52,7 +52,9 @@ def resolve(source: LycorisFile, base: BaseLayers, prefixes: Sequence[str]) -> R
     unmatched: list[str] = []
     for prefix in prefixes:
         for name, theirs in source.groups[prefix].items():
-            meanings = _meanings(base, name, form, theirs)
+            meanings = base.index.get(name, [])
+            if len(meanings) > 1:
+                meanings = [m for m in meanings if _fits(base, m, form, theirs)] or meanings
             full = f"{prefix}_{name}".lstrip("_")
             if len(meanings) > 1:
                 paths = " and ".join(m[0].path for m in meanings)
@@ -79,13 +81,8 @@ def _key(base: BaseLayers, path: str, name: str) -> str:
     return f"{PEFT_PREFIX}{base.keys.get(path, path)}.{name}"
 
 
-def _meanings(base: BaseLayers, name: str, form: LycorisForm, theirs: Mapping[str, Tensor]) -> list[list[Part]]:
-    """The layers that a name may mean; of several, those whose number of outputs fits."""
-    found = base.index.get(name, [])
-    return found if len(found) < 2 else [m for m in found if _fits(base, m, form, theirs)] or found
-
-
 def _fits(base: BaseLayers, parts: Sequence[Part], form: LycorisForm, theirs: Mapping[str, Tensor]) -> bool:
+    """Whether layers that a name may mean have as many outputs as the module."""
     return sum(base.shapes[p.path].out_features for p in parts) in theirs[form.by_row[0]].shape
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..core.config import AdapterConfig
+    from ..methods.registry import Kind, Method
 
 
 @dataclass(frozen=True)
@@ -17,25 +18,24 @@ class Preset:
     r: int
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Arguments of the configuration, beside its targets."""
+    def _kind(self) -> tuple[Method, Kind]:
         from ..methods.registry import kinds
 
-        return dict(kinds()[self.title.upper()][1].fields(self.r))
+        return kinds()[self.title.upper()]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of the configuration, beside its targets."""
+        return dict(self._kind[1].fields(self.r))
 
     def configure(self, targets: str | list[str], modules_to_save: list[str]) -> AdapterConfig:
         """The configuration for these target modules, with these modules fully fine-tuned."""
-        from ..methods.registry import kinds
-
-        config = kinds()[self.title.upper()][0].config
-        return config(target_modules=targets, modules_to_save=modules_to_save, **self.options)
+        return self._kind[0].config(target_modules=targets, modules_to_save=modules_to_save, **self.options)
 
     @property
     def learning_rate(self) -> float:
         """The library's default, which was measured here: the peak of the schedule."""
-        from .. import DEFAULT_LEARNING_RATES
-
-        return DEFAULT_LEARNING_RATES[self.title.upper()]
+        return self._kind[1].learning_rate
 
 
 PRESETS = Preset("HRA", 8), Preset("LoHa", 8), Preset("Bone", 32), Preset("BAT", 32), Preset("LoRA", 8)

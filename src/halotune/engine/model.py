@@ -255,9 +255,7 @@ class PeftModel(AdaptedModel):
         cls, model: nn.Module, source: AdapterSource, adapter_name: str = "default", autocast_adapter_dtype: bool = True
     ) -> PeftModel:
         """`from_pretrained` for an adapter that was read already."""
-        wrapper = PEFT_CLASSES.get(str(source.config.task_type and TaskType(source.config.task_type).value), PeftModel)
-        if cls is not PeftModel:
-            wrapper = cls
+        wrapper = PEFT_CLASSES.get(source.config.task_type or "", PeftModel) if cls is PeftModel else cls
         trained = [p for p in model.parameters() if p.requires_grad]
         wrapped = wrapper(model, source.config, adapter_name, autocast_adapter_dtype, source.complete)
         try:

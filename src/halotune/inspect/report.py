@@ -9,6 +9,7 @@ from typing import Any
 
 from ..cli.loading import BaseModel, Saved
 from ..core.config import AdapterConfig
+from ..core.errors import few
 from ..methods.measures import Column
 from ..methods.registry import method_of
 from ..report.grid import split
@@ -43,7 +44,7 @@ def known_columns(saved: Saved, layers: Sequence[Figures]) -> list[Column]:
 def heading(saved: Saved, base: BaseModel | None, layers: Sequence[Figures]) -> str:
     config = saved.config
     method = method_of(config.peft_type).peft_type
-    rest = {k: t for k, t in saved.tensors.items() if f".{saved.prefix}" not in k}
+    rest = {k.removeprefix("base_model.model."): t for k, t in saved.tensors.items() if f".{saved.prefix}" not in k}
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in saved.tensors.values()})
     ranks = sorted({layer.rank for layer in layers})
     targets = config.target_modules
@@ -54,7 +55,7 @@ def heading(saved: Saved, base: BaseModel | None, layers: Sequence[Figures]) -> 
         "task": str(getattr(config.task_type, "value", config.task_type) or ""),
         "base": _base_line(config.base_model_name_or_path, base),
         "size": f"{len(layers)} layers, {sum(layer.parameters for layer in layers):,} numbers",
-        "beside": f"{_listed(list(rest))} ({sum(t.numel() for t in rest.values()):,} numbers)" if rest else "",
+        "beside": f"{few(rest)} ({sum(t.numel() for t in rest.values()):,} numbers)" if rest else "",
         "file": f"{saved.file.name}, {_bytes(saved.file.stat().st_size)}, {' and '.join(dtypes)}",
     }
     lines = [f"  {name:<8} {text}" for name, text in shown.items() if text]
@@ -79,11 +80,6 @@ def _base_line(named: str | None, base: BaseModel | None) -> str:
 def _bytes(n: int) -> str:
     size, unit = next((n / 10**k, unit) for k, unit in ((9, "GB"), (6, "MB"), (3, "kB"), (0, "bytes")) if n >= 10**k)
     return f"{size:.{2 if n >= 1000 else 0}f} {unit}"
-
-
-def _listed(names: list[str]) -> str:
-    shown = [name.removeprefix("base_model.model.") for name in names[:3]]
-    return ", ".join(shown) + (f", … {len(names)} tensors" if len(names) > 3 else "")
 
 
 def table(saved: Saved, layers: Sequence[Figures]) -> str:

@@ -13,8 +13,6 @@ saves, resumes from and reloads the adapter alone; with this mixin it does so wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -65,12 +63,7 @@ class AdapterTrainerMixin(Trainer if TYPE_CHECKING else object):
     # -- the penalty
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        with self._penalized(model):
-            return super().training_step(model, *args, **kwargs)
-
-    @contextmanager
-    def _penalized(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the Trainer's backward pass is that of `loss + penalty / accumulation steps`.
+        """The Trainer's, with the backward pass of `loss + penalty / accumulation steps`.
 
         Before, Trainers scale the loss by numbers of tokens, of steps and of processes, each in its own way.
         """
@@ -86,7 +79,7 @@ class AdapterTrainerMixin(Trainer if TYPE_CHECKING else object):
 
         self.accelerator.backward = backward_with_penalty  # type: ignore[method-assign]
         try:
-            yield
+            return super().training_step(model, *args, **kwargs)
         finally:
             del self.accelerator.backward
 

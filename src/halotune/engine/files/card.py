@@ -20,18 +20,15 @@ def _tags(config: AdapterConfig) -> list[str]:
 def card_text(config: AdapterConfig, parameters: int) -> str:
     method = method_of(config.peft_type).peft_type
     base = config.base_model_name_or_path
-    front = [
-        f"library_name: {LIBRARY}",
-        *([f"base_model: {base}"] if base else []),
-        "tags:",
-        *(f"- {tag}" for tag in _tags(config)),
-    ]
     field, size = config.size
     targets = config.target_modules
     shown = targets if isinstance(targets, str) else ", ".join(sorted(targets or []))
     lines = [
         "---",
-        *front,
+        f"library_name: {LIBRARY}",
+        *([f"base_model: {base}"] if base else []),
+        "tags:",
+        *(f"- {tag}" for tag in _tags(config)),
         "---",
         "",
         f"# {method} adapter" + (f" for {base}" if base else ""),
@@ -56,8 +53,7 @@ def card_text(config: AdapterConfig, parameters: int) -> str:
 def write_card(file: Path, config: AdapterConfig, parameters: int) -> None:
     """Write the card, unless there is one: it may be its author's."""
     if not file.exists():
-        text = card_text(config, parameters)
-        write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(file, lambda path: path.write_text(card_text(config, parameters), encoding="utf-8"))
 
 
 def mark_card(file: Path, config: AdapterConfig) -> None:

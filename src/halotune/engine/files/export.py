@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...core.base import TransposedLinear
 from ...core.config import AdapterConfig
@@ -95,7 +95,8 @@ def _exportable(tuner: AdapterModel, names: Sequence[str], runtime: Runtime) -> 
     Raises:
         HalotuneError: naming each layer that the runtime cannot represent.
     """
-    layers = {path: layer for path, layer in _every_name(tuner.model) if any(n in layer.adapters for n in names)}
+    adapted = {n: m for n, m in plain_modules(tuner.model) if isinstance(m, AdaptedLayer)}  # one that is shared comes twice
+    layers = {path: layer for path, layer in adapted.items() if any(n in layer.adapters for n in names)}
     refused: dict[str, list[str]] = {}
     for path, layer in layers.items():
         reason = runtime.refusal(path, layer, shared=sum(layer is other for other in layers.values()) > 1)
@@ -108,11 +109,6 @@ def _exportable(tuner: AdapterModel, names: Sequence[str], runtime: Runtime) -> 
             'leave these modules out when training; runtime="halotune" reads all.'
         )
     return layers
-
-
-def _every_name(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
-    """Adapted layers under all their names, as a state dict has them: one that two modules share comes twice."""
-    return [(n, m) for n, m in plain_modules(model) if isinstance(m, AdaptedLayer)]
 
 
 def _beside_the_adapters(tuner: AdapterModel, names: Sequence[str], runtime: Runtime) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -80,11 +81,8 @@ def embedding_keys(model: nn.Module, state_keys: Iterable[str]) -> list[str]:
     """Keys of the input and output embeddings, adapted ones through their base."""
     embeddings = []
     for get in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(innermost(model), get)()
-        except (AttributeError, NotImplementedError):
-            continue
-        embeddings.append(module)
+        with suppress(AttributeError, NotImplementedError):
+            embeddings.append(getattr(innermost(model), get)())
     paths = [n for n, m in visible_modules(model) if any(m is e for e in embeddings if e is not None)]
     wanted = {f"{p}{infix}.weight" for p in paths for infix in ("", ".base_layer")}
     return [k for k in state_keys if k in wanted]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -37,7 +37,7 @@ def add_in_place(model: nn.Module, adapter_name: str, peft_config: AdapterConfig
         if not tuner.peft_config:
             forget(model)
         raise
-    _publish(model, tuner.peft_config)
+    model.peft_config = {**getattr(model, "peft_config", {}), **tuner.peft_config}  # type: ignore[assignment]  # others' too
     return tuner
 
 
@@ -59,11 +59,6 @@ def forget(model: nn.Module, *, merged: bool = False) -> None:
         tuner.merge_and_unload(adapter_names=tuner.merged_adapters)
     else:
         tuner.unload()
-
-
-def _publish(model: nn.Module, configs: Mapping[str, AdapterConfig]) -> None:
-    """Other libraries' adapters stand in the same dict."""
-    model.peft_config = {**getattr(model, "peft_config", {}), **configs}  # type: ignore[assignment]
 
 
 def _unpublish(model: nn.Module, names: Iterable[str]) -> None:

@@ -132,9 +132,9 @@ def paths_in_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> l
     names = {n for n, _ in visible_modules(model) if n}
     found: dict[str, None] = {}
     for key in state_dict:
-        parts = key.removeprefix("base_model.model.").split(".")
-        for k in range(len(parts) - 1, 0, -1):
-            if ".".join(parts[:k]) in names:
-                found[".".join(parts[:k])] = None
-                break
+        path = key.removeprefix("base_model.model.").rpartition(".")[0]
+        while path and path not in names:
+            path = path.rpartition(".")[0]
+        if path:
+            found[path] = None
     return list(found)

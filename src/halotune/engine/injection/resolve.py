@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from torch import nn
 
@@ -48,7 +49,7 @@ def resolve_targets(model: nn.Module, config: AdapterConfig) -> tuple[AdapterCon
     inside = [n for n in modules if n not in everything]
     chosen: set[str] = set()
     if config.target_modules and (linear or not (every and experts)):
-        chosen |= set(_expanded(select(config, free, linear, adaptable, inside), free))
+        chosen |= _expanded(select(config, free, linear, adaptable, inside), free)
     chosen |= set(select_parameters(named, experts, adaptable, _parameters(free)))
     paths = [n for n in everything if n in chosen]
     for path in paths:
@@ -62,9 +63,9 @@ def named_paths(modules: Mapping[str, nn.Module], config: AdapterConfig) -> list
     everything, experts = _free(modules, config)
     free = {n: m for n, m in everything.items() if n not in experts}
     targets = config.target_modules or ()
-    chosen = set(
-        _expanded(select(config, free, (), (), () if isinstance(targets, str) else targets), free) if targets else ()
-    ) | set(select_parameters(config, experts, list(free)))
+    chosen = set(select_parameters(config, experts, list(free)))
+    if targets:
+        chosen |= _expanded(select(config, free, (), (), () if isinstance(targets, str) else targets), free)
     return [n for n in everything if n in chosen]
 
 
@@ -209,13 +210,10 @@ def _warn_of_experts(
         )
 
 
-def _expanded(paths: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+def _expanded(paths: list[str], modules: Mapping[str, nn.Module]) -> set[str]:
     """Attention modules mean their projections."""
-    out: dict[str, None] = {}
-    for path in paths:
-        inside = [n for n in modules if n.startswith(f"{path}.")] if is_attention(modules[path]) else [path]
-        out.update(dict.fromkeys(inside))
-    return list(out)
+    attention = {path for path in paths if is_attention(modules[path])}
+    return {*paths} - attention | {n for n in modules if any(n.startswith(f"{path}.") for path in attention)}
 
 
 def _kind(module: nn.Module) -> type:
@@ -229,12 +227,10 @@ def _inside(name: str, to_save: str) -> bool:
 
 
 def _output_layers(model: nn.Module) -> set[str]:
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        output = get() if get else None
-    except (NotImplementedError, AttributeError):  # transformers' answer for models without one
-        output = None
-    return {n for n, m in visible_modules(model) if n in _HEADS or (output is not None and m is output)}
+    output = None
+    with suppress(NotImplementedError, AttributeError):  # a model without one, and transformers' answers for such
+        output = model.get_output_embeddings()  # type: ignore[operator]
+    return {n for n, m in visible_modules(model) if n in _HEADS or m is output}
 
 
 def _defaults(model: nn.Module) -> tuple[str, ...]:

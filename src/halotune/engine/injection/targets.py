@@ -54,15 +54,13 @@ def select(
     """
     target = config.target_modules
     assert target is not None
-    wanted: str | Collection[str] = target
-    if target == ALL_LINEAR:
-        found = [n for n in names if n in linear]
-    else:
-        found = [n for n in names if matches(n, wanted)]
-        if not isinstance(wanted, str):
-            _report_unmatched(wanted, [*found, *to_save] if found else [], adaptable)
+    found = [n for n in names if (n in linear if target == ALL_LINEAR else matches(n, target))]
     if not found:
-        raise HalotuneError(f"target_modules={_shown(target)}: no module of the model matches. {_hint(wanted, adaptable)}")
+        raise HalotuneError(f"target_modules={_shown(target)}: no module of the model matches. {_hint(target, adaptable)}")
+    if not isinstance(target, str):
+        missed = sorted(t for t in target if not any(matches_suffix(n, t) for n in (*found, *to_save)))
+        if missed:
+            warn(f"target_modules: no module matches {', '.join(missed)}. {_hint(missed, adaptable)}")
     kept = [n for n in found if not matches(n, config.exclude_modules)]
     if not kept:
         raise HalotuneError(
@@ -96,8 +94,6 @@ def select_parameters(
                 + "Modules are named in target_modules, and a router is trained in full with modules_to_save."
             )
         found.update(dict.fromkeys(own))
-    if not found:
-        return []
     kept = [n for n in found if not matches(n, config.exclude_modules)]
     return _of_layers(config, kept) if kept else []
 
@@ -116,12 +112,6 @@ def _of_layers(config: AdapterConfig, found: list[str]) -> list[str]:
             + (f"The targets lie in layers {there}." if there else "No target lies in a numbered list of that name.")
         )
     return kept
-
-
-def _report_unmatched(wanted: Collection[str], found: list[str], adaptable: Collection[str]) -> None:
-    missed = sorted(t for t in wanted if not any(matches_suffix(n, t) for n in found))
-    if missed and found:
-        warn(f"target_modules: no module matches {', '.join(missed)}. {_hint(missed, adaptable)}")
 
 
 def _hint(wanted: str | Collection[str], adaptable: Collection[str]) -> str:
