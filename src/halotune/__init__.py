@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import *  # noqa: F403  (it has an __all__)
+    from .api import *  # noqa: F403
     from .compat import *  # noqa: F403
     from .methods import *  # noqa: F403  (the configurations)
 else:  # out of a type checker's sight, which would take any misspelt name for good
 
     def _public():
-        api, compat = import_module(".api", __name__), import_module(".compat", __name__)
+        api, others = (vars(import_module(name, __name__)) for name in (".api", ".compat"))
         methods = import_module(".methods.registry", __name__).methods()
-        front = {name: getattr(api, name) for name in api.__all__} | {m.config.__name__: m.config for m in methods}
-        others = {name: getattr(compat, name) for name in compat.__all__} | compat.MODELS
-        return {"__all__": sorted(front), **front, **others}
+        front = {k: v for k, v in api.items() if k[0] != "_"} | {m.config.__name__: m.config for m in methods}
+        return {"__all__": sorted(front), **front, **{k: v for k, v in others.items() if k[0] != "_"}}
 
     def __getattr__(name):
         if name == "__all__" or not name.startswith("_"):  # the others are asked for by Python's own machinery

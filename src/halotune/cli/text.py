@@ -24,7 +24,9 @@ def load(args: argparse.Namespace) -> tuple[Saved, BaseModel, Any, Sampling]:
     if not (hasattr(base.model, "can_generate") and base.model.can_generate()):  # type: ignore[operator]
         kind = type(base.model).__name__
         raise HalotuneError(f"{base.name}: a {kind} cannot generate text. Give an adapter of a language model.")
-    return saved, base, load_tokenizer(saved, base.name), Sampling.of(args)
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    return saved, base, load_tokenizer(saved, base.name), Sampling(args.max_new_tokens, args.temperature, args.top_p)
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,6 @@ class Sampling:
     max_new_tokens: int
     temperature: float  # 0 takes the likeliest token each time
     top_p: float  # sample from the likeliest tokens that together have this probability
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Sampling:
-        """From the flags; the seed is set."""
-        if args.seed is not None:
-            torch.manual_seed(args.seed)
-        return cls(args.max_new_tokens, args.temperature, args.top_p)
 
     def arguments(self, most: float) -> dict[str, Any]:
         """For transformers' `generate`, `most` tokens at most; the model's own settings of the same have no say."""

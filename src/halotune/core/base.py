@@ -260,17 +260,15 @@ class LinearLike(Base):
 
 
 # Where the forwards are defined that multiply by the weight and do nothing else.
-_FORWARDS = frozenset(
-    {
-        "torch.nn.modules.linear",
-        "torch.nn.modules.conv",
-        "transformers.pytorch_utils",
-        "bitsandbytes.nn.modules",
-        "hqq.core.quantize",
-        "halotune.core.attention",
-        "halotune.core.experts",
-    }
-)
+_FORWARDS = {
+    "torch.nn.modules.linear",
+    "torch.nn.modules.conv",
+    "transformers.pytorch_utils",
+    "bitsandbytes.nn.modules",
+    "hqq.core.quantize",
+    "halotune.core.attention",
+    "halotune.core.experts",
+}
 
 
 def is_parametrized(module: nn.Module) -> bool:

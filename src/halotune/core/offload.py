@@ -18,10 +18,8 @@ def _accelerate_hooks(module: nn.Module) -> list[Any]:
 
 def offload_hook(module: nn.Module) -> Any | None:
     """The hook that brings the module's weights to where it runs, or None."""
-    for h in _accelerate_hooks(module):
-        if getattr(h, "offload", False) and getattr(h, "weights_map", None) is not None:
-            return h
-    return None
+    offloading = (h for h in _accelerate_hooks(module) if getattr(h, "offload", False))
+    return next((h for h in offloading if getattr(h, "weights_map", None) is not None), None)
 
 
 def at_rest(module: nn.Module, name: str) -> Tensor:

@@ -55,11 +55,8 @@ class ModelStatus:
 
 def _one(values: Iterable[Any]) -> Any:
     """The value that all share, or "irregular"."""
-    distinct: list[Any] = []
-    for v in values:
-        if v not in distinct:
-            distinct.append(v)
-    return distinct[0] if len(distinct) == 1 else "irregular"
+    first, *others = [*values] or ["irregular"]
+    return first if all(v == first for v in others) else "irregular"
 
 
 def _trained(module: nn.Module) -> bool | Literal["irregular"]:
