@@ -86,7 +86,7 @@ def adapter_tensors(
 def vocabulary_differs(model: nn.Module, config: AdapterConfig) -> bool:
     """Whether the model holds another number of words than the base model's own file says, in itself or in a part of it."""
     base, here = config.base_model_name_or_path, getattr(innermost(model), "config", None)
-    if not base or not hasattr(here, "get_text_config"):  # only models of transformers have a vocabulary to resize
+    if not base or here is None or not hasattr(here, "get_text_config"):  # only transformers' have a vocabulary to resize
         return False
     kind: Any = type(here)
     where = {"revision": config.revision or "main", "local_files_only": True}
