@@ -123,7 +123,7 @@ class Op:
 
 
 def is_half_on_gpu(W: Tensor, *_: object) -> bool:
-    """Where kernels that make a weight win."""
+    """Where kernels that go over whole weights win."""
     return W.is_cuda and W.dtype.itemsize == 2
 
 

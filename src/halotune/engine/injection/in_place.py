@@ -37,7 +37,8 @@ def add_in_place(model: nn.Module, adapter_name: str, peft_config: AdapterConfig
         if not tuner.peft_config:
             forget(model)
         raise
-    model.peft_config = {**getattr(model, "peft_config", {}), **tuner.peft_config}  # type: ignore[assignment]  # others' too
+    configs = {**getattr(model, "peft_config", {}), **tuner.peft_config}  # other libraries' adapters stand there, too
+    model.peft_config = configs  # type: ignore[assignment]
     return tuner
 
 

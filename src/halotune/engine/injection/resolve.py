@@ -213,7 +213,7 @@ def _warn_of_experts(
 def _expanded(paths: list[str], modules: Mapping[str, nn.Module]) -> set[str]:
     """Attention modules mean their projections."""
     attention = {path for path in paths if is_attention(modules[path])}
-    return {*paths} - attention | {n for n in modules if any(n.startswith(f"{path}.") for path in attention)}
+    return ({*paths} - attention) | {n for n in modules if any(n.startswith(f"{path}.") for path in attention)}
 
 
 def _kind(module: nn.Module) -> type:
