@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 else:  # out of a type checker's sight, which would take any misspelt name for good
 
     def _public():
-        api, others = (vars(import_module(name, __name__)) for name in (".api", ".compat"))
+        api, others = vars(import_module(".api", __name__)), vars(import_module(".compat", __name__))
         methods = import_module(".methods.registry", __name__).methods()
         front = {k: v for k, v in api.items() if k[0] != "_"} | {m.config.__name__: m.config for m in methods}
         return {"__all__": sorted(front), **front, **{k: v for k, v in others.items() if k[0] != "_"}}
