@@ -15,7 +15,7 @@ the model as it is, without a chat template: `halotune chat` uses that.
 """
 EXAMPLES = """
 halotune generate my-adapter --prompt "Once upon a time"
-halotune generate my-adapter --no-adapter --prompt "Once upon a time"
+halotune generate runs/chats --no-adapter --prompt "Once upon a time"
 halotune generate subject runs/my-dog --prompt "a qwe dog in the snow"    (pictures; see its own --help)
 halotune generate control runs/edges --split val --shard 0/4    (likewise)
 halotune generate my-adapter --temperature 0.8 --top-p 0.95 --seed 0 < prompt.txt
