@@ -83,6 +83,9 @@ def test_a_runs_folder_has_the_adapter_inside(adapters: Path, tmp_path: Path, ca
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] != "\n"
     assert main(["generate", str(tmp_path), "--prompt", "hello"]) == 2  # neither
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": "subject"}))
+    assert main(["generate", str(tmp_path), "--prompt", "a dog"]) == 2
+    assert "is a run of train subject, which draws pictures. Use halotune generate subject." in capsys.readouterr().err
 
 
 def test_the_end_of_the_context(model: PeftModel, tokenizer: Any) -> None:
