@@ -35,7 +35,9 @@ class Preset:
     @property
     def learning_rate(self) -> float:
         """The library's default, which was measured here: the peak of the schedule."""
-        return self._kind[1].learning_rate
+        from .. import DEFAULT_LEARNING_RATES
+
+        return DEFAULT_LEARNING_RATES[self.title.upper()]
 
 
 PRESETS = Preset("HRA", 8), Preset("LoHa", 8), Preset("Bone", 32), Preset("BAT", 32), Preset("LoRA", 8)
