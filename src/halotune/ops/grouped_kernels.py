@@ -26,7 +26,7 @@ MOST_ENDS = 1024  # that are compared at once
 
 
 @triton.jit
-def _add(a, b):  # the library's own sum is no function of the interpreter's unless Triton was imported for it
+def plus(a, b):  # the library's own sum is no function of the interpreter's unless Triton was imported for it
     return a + b
 
 
@@ -44,7 +44,7 @@ def _piece(ends_ptr, piece, heads, groups, n, share, CHUNK: tl.constexpr):
         for begin in range(0, groups, CHUNK):
             ids = begin + tl.arange(0, CHUNK)
             ends = tl.load(ends_ptr + ids, ids < groups, other=n)  # a cut is below n
-            e += tl.reduce((ends <= cut).to(tl.int32), 0, _add)
+            e += tl.reduce((ends <= cut).to(tl.int32), 0, plus)
     start = tl.load(ends_ptr + e - 1, e > 0, other=0)
     stop = tl.load(ends_ptr + e, e < groups, other=n)
     first = tl.where(piece < heads, start, cut)
@@ -107,7 +107,7 @@ def _chunk(groups: int) -> int:
     return min(MOST_ENDS, 1 << (groups - 1).bit_length())
 
 
-def _group_stride(t: Tensor) -> int:
+def group_stride(t: Tensor) -> int:
     return t.stride(0) if t.dim() > 2 else 0
 
 
@@ -122,7 +122,7 @@ def add_grouped_low_rank(
     b_row = 0 if b is None else b.stride(0)
     in_b = inplace and b is not None
     launch = _launch_low_rank.prepare(
-        (pieces, 1, 1), n, k, m, groups, scale, x.stride(0), _group_stride(A), *A.stride()[-2:], _group_stride(B),
+        (pieces, 1, 1), n, k, m, groups, scale, x.stride(0), group_stride(A), *A.stride()[-2:], group_stride(B),
         *B.stride()[-2:], b_row, b_row if in_b else m, r, filled(r), b is not None, in_b, ROWS, DEPTH, COLS, _chunk(groups),
     )  # fmt: skip
 
