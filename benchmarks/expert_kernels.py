@@ -110,10 +110,10 @@ def parts(size: dict[str, int], device: str) -> Any:
 
     best, least = None, float("inf")
     first, *others = runs
-    with ThreadPoolExecutor(8) as pool:  # compilers are programs of their own
+    with ThreadPoolExecutor(8 if device == "cuda" else 1) as pool:  # compilers are programs of their own
         seen = {first: errors(first), **dict(zip(others, pool.map(errors, others), strict=True))}
     for tile, wrong in seen.items():
-        if isinstance(wrong, str):
+        if isinstance(wrong, str) and isinstance(wrong := errors(tile), str):  # nor alone
             print(tuple(tile), wrong, flush=True)
             continue
         found = [milliseconds(lambda run=run, a=a: run(*a), device) for run, a in zip(runs[tile], both, strict=True)]
