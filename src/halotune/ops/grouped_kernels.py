@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import dot, filled, rounded, sum_of_products
+from .kernels import add_dot, dot, filled, rounded, sum_of_products
 from .launch import Launcher, tiles
 
 # Both kernels are bound by bytes. An H100 needs about 30 KB in flight on each of 132 multiprocessors: with tiles of 8 and 16
@@ -83,7 +83,7 @@ def _add_low_rank(
         x = tl.load(x_ptr + at, (rows[:, None] < end) & (ks[None] < k), other=0.0)
         at = ks[:, None] * down_col + ranks[None] * down_row
         a = tl.load(down_ptr + at, (ks[:, None] < k) & (ranks[None] < R), other=0.0)
-        z += dot(x, rounded(a.to(tl.float32), x.dtype, INTERPRETED), INTERPRETED)
+        z = add_dot(z, x, rounded(a.to(tl.float32), x.dtype, INTERPRETED), INTERPRETED)
     z = rounded(z * scale, z_ptr.dtype.element_ty, INTERPRETED)
     at_z = rows[:, None].to(tl.int64) * R + ranks[None]
     tl.store(z_ptr + at_z, z, (rows[:, None] < end) & (ranks[None] < R))

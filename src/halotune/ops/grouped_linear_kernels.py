@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .grouped_kernels import add_grouped_low_rank, group_stride, plus
-from .kernels import dot, filled, rounded
+from .kernels import add_dot, dot, filled, rounded
 from .launch import Launcher, tiles
 
 
@@ -98,7 +98,7 @@ def _tile(
         else:
             x = tl.load(x_at, in_rows & (start + ks[None] < k), other=0.0)
             w = tl.load(w_at, in_cols & (start + ks[:, None] < k), other=0.0)
-        y += dot(x, w, INTERPRETED)
+        y = add_dot(y, x, w, INTERPRETED)
         x_at += DEPTH
         w_at += DEPTH * w_in
     _finish(y, e, z_ptr, up_ptr, y_ptr, rows, cols, end, m, up_group, up_row, up_col, R, RANK, INTERPRETED)
@@ -148,7 +148,7 @@ def _linear_by_blocks(
                 w = w_blocks.load([e, begin, at]).reshape(COLS, DEPTH).trans()
             else:
                 w = w_blocks.load([e, at, begin]).reshape(DEPTH, COLS)
-            y += dot(x, w, INTERPRETED)
+            y = add_dot(y, x, w, INTERPRETED)
         rows = first + tl.arange(0, ROWS)
         cols = begin + tl.arange(0, COLS)
         _finish(y, e, z_ptr, up_ptr, y_ptr, rows, cols, end, m, up_group, up_row, up_col, R, RANK, INTERPRETED)
