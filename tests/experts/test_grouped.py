@@ -69,9 +69,10 @@ def test_compiled_products_are_the_same(says_so, monkeypatch):
     """Also where the compiler, up to torch 2.11, does not say that it is one while it traces backward."""
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        if not says_so:
-            monkeypatch.setattr(torch.compiler, "_is_compiling_flag", False)
-        return aot_eager(graph, inputs)
+        with monkeypatch.context() as patch:
+            if not says_so:
+                patch.setattr(torch.compiler, "_is_compiling_flag", False)
+            return aot_eager(graph, inputs)
 
     x, W, d, ends, _ = case("usual", torch.float32)
     x.requires_grad_()

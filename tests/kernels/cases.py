@@ -65,6 +65,12 @@ def weighted(make: Make, n: int, k: int, m: int, r: int, ends: tuple[int, ...], 
     return make(n, k), make(len(ends), m, k), A, B, ending(make, *ends), s, ends[-1] == n
 
 
+def pulled(make: Make, n: int, k: int, m: int, r: int, ends: tuple[int, ...], s: float = 1.0) -> tuple[Any, ...]:
+    """The same as in backward."""
+    A, B = make(len(ends), r, k).float(), make(len(ends), m, r).float()
+    return make(n, m), make(len(ends), m, k).mT, B.mT, A.mT, ending(make, *ends), s, ends[-1] == n
+
+
 def pair(make: Make, n: int, m: int, k: int, r: int, ends: tuple[int, ...]) -> tuple[Any, ...]:
     return make(n, m), make(n, r), make(n, r), make(n, k), ending(make, *ends), torch.float32
 
@@ -104,11 +110,7 @@ CASES = [
     Case("grouped-linear-open", grouped_low_rank_linear, lambda t: weighted(t, 300, 128, 300, 16, (0, 140, 141, 270), 0.5)),
     Case("grouped-linear-one-row", grouped_low_rank_linear, lambda t: weighted(t, 1, 7, 9, 1, (0, 1))),
     Case("grouped-linear-all-in-one", grouped_low_rank_linear, lambda t: weighted(t, 290, 64, 33, 33, (0, 290, 290))),
-    Case(
-        "grouped-linear-backward",
-        grouped_low_rank_linear,
-        lambda t: (t(200, 60), t(3, 60, 90).mT, t(3, 60, 16).mT, t(3, 16, 90).mT, ending(t, 64, 65, 200), 2.0, True),
-    ),
+    Case("grouped-linear-backward", grouped_low_rank_linear, lambda t: pulled(t, 200, 90, 60, 16, (64, 65, 200), 2.0)),
     Case(
         "grouped-linear-strided",
         grouped_low_rank_linear,

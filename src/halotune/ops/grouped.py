@@ -28,6 +28,14 @@ def grouped_product(x: Tensor, W: Tensor, ends: Tensor, whole: bool = True) -> T
     return _Product.apply(x, W, ends, whole)  # type: ignore[return-value]
 
 
+def product_of_each(x: Tensor, W: Tensor, ends: Tensor, whole: bool) -> Tensor:
+    """`y_i = x_i W_e`: `W (groups, k, m)`, or `(k, m)` for all, in whatever dtype; zero for the rows past the last end."""
+    W = W.to(x.dtype)
+    if W.dim() > 2:
+        return grouped_product(x, W, ends, whole)
+    return x @ W if whole else within(x @ W, ends)
+
+
 def grouped_outer(x: Tensor, d: Tensor, ends: Tensor) -> Tensor:
     """`Σ_i x_iᵀ d_i` over the rows of each group: `x (n, k)`, `d (n, m)` -> `(groups, k, m)`, zero for a group without rows."""
     if torch.compiler.is_compiling():

@@ -11,19 +11,11 @@ import torch
 from torch import Tensor
 
 from .dispatch import Kernel, Op
-from .grouped import MOST_GROUPS, grouped_outer, grouped_product, within
+from .grouped import MOST_GROUPS, grouped_outer, product_of_each
 from .product import MOST
 
 COLUMNS = 512  # of what is added in place: made at once
 ROWS = 128  # of a group on average, from which on our product is faster than torch's and an addition to it
-
-
-def product_of_each(x: Tensor, W: Tensor, ends: Tensor, whole: bool) -> Tensor:
-    """`x_i W_e`: `W (groups, k, m)` or `(k, m)`, in the dtype of x; zero for the rows past the last end."""
-    W = W.to(x.dtype)
-    if W.dim() > 2:
-        return grouped_product(x, W, ends, whole)
-    return x @ W if whole else within(x @ W, ends)
 
 
 def low_rank_rows(x: Tensor, A: Tensor, ends: Tensor, scale: float, whole: bool) -> Tensor:
