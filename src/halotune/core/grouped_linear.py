@@ -16,13 +16,13 @@ from ..ops.grouped_low_rank import add_grouped_low_rank, grouped_low_rank_linear
 from ..ops.product import apply
 
 
-def _gradients(ctx: Any, dy: Tensor, pull: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor, pull: Callable[..., tuple[Tensor, Tensor]], *saved: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of x, where that is needed, of A and of B.
 
     Args:
         pull: from `dy, Bᵀ, Aᵀ, ends, s, whole` what the gradient of x is, and `dz = s Bᵀ dy`.
     """
-    x, A, B, ends, z = ctx.saved_tensors[:5]
+    x, A, B, ends, z = saved
     scale, whole = ctx.scale, ctx.whole
     need_x, need_A, need_B, *_ = ctx.needs_input_grad
     if torch.is_grad_enabled():
@@ -56,7 +56,7 @@ class _AddLowRank(torch.autograd.Function):
         def pull(dy: Tensor, B: Tensor, A: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
             return add_grouped_low_rank(dy, B, A, dy if to_itself else None, *how, False)
 
-        return *_gradients(ctx, dy, pull), (None if to_itself else dy), None, None, None
+        return *_gradients(ctx, dy, pull, *ctx.saved_tensors), (None if to_itself else dy), None, None, None
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -71,10 +71,12 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        def pull(dy: Tensor, B: Tensor, A: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
-            return grouped_low_rank_linear(dy, ctx.saved_tensors[-1].mT, B, A, *how)
+        *saved, W = ctx.saved_tensors
 
-        return *_gradients(ctx, _rows(grad_outputs[0]), pull), None, None, None, None
+        def pull(dy: Tensor, B: Tensor, A: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+            return grouped_low_rank_linear(dy, W.mT, B, A, *how)
+
+        return *_gradients(ctx, _rows(grad_outputs[0]), pull, *saved), None, None, None, None
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, ends: Tensor, scale: float, whole: bool) -> Tensor:
