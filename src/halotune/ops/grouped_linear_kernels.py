@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -29,15 +30,15 @@ class Tile(NamedTuple):
     depth: int
     warps: int
     stages: int  # loads ahead
-    blocks: bool = False
-    persistent: int = 0
-    flat: bool = False
-    halves: bool = False
+    blocks: bool = False  # x and W are read in blocks, by tensor descriptors
+    persistent: int = 0  # programs that take such tiles in turn; 0 is one for each tile
+    flat: bool = False  # their loops are made one: the next tile is on its way while the last is written
+    halves: bool = False  # else: the last tile of a group, where it is half empty, is computed as half of one
 
 
 # Rows of a group fill its last tile in part, and each tile reads its columns of W: with tiles of 128 × 256 a group of some 256
 # rows reads W two to three times from the cache, and x once for each 256 columns.
-TILE = Tile(128, 256, 64, 8, 3)
+TILE = Tile(128, 256, 64, 8, 3, halves=True)
 FINE_TILE = Tile(32, 64, 32, 4, 2)  # fp32 has no matrix unit that is exact
 
 
@@ -135,10 +136,11 @@ def _linear_by_blocks(
     R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, OUT_FIRST: tl.constexpr,
     CHUNK: tl.constexpr, FLAT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
+    """The same, with x and W read in blocks; programs take tiles in turn."""
     of_columns = (m + COLS - 1) // COLS
     begins, ends, counts, up_to = _groups(ends_ptr, groups, ROWS, CHUNK)  # pyright: ignore[reportGeneralTypeIssues]
     total = tl.reduce(counts, 0, plus) * of_columns
-    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLAT):
+    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLAT):  # pyright: ignore
         e, first, end = _rows_of_tile(begins, ends, counts, up_to, tile // of_columns, ROWS, CHUNK)  # pyright: ignore[reportGeneralTypeIssues]
         begin = tile % of_columns * COLS
         y = tl.full((ROWS, COLS), 0.0, tl.float32)
@@ -154,6 +156,21 @@ def _linear_by_blocks(
         _finish(y, e, z_ptr, up_ptr, y_ptr, rows, cols, end, m, up_group, up_row, up_col, R, RANK, INTERPRETED)
 
 
+def _fits_blocks(*tensors: Tensor) -> bool:
+    """Whether there can be tensor descriptors: Triton 3.4 has them, for strides of whole 16 bytes and one of 1."""
+    strides = [s * t.itemsize % 16 for t in tensors for s in t.stride() if s != 1]
+    return not any(strides) and all(t.stride(-1) == 1 or t.stride(-2) == 1 for t in tensors) and _has_descriptors()
+
+
+@cache
+def _has_descriptors() -> bool:
+    return find_spec("triton.tools.tensor_descriptor") is not None
+
+
+def _aligned(t: Tensor) -> Tensor:
+    return t if t.data_ptr() % 16 == 0 else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
 @cache
 def _launcher(kernel: Any, warps: int, stages: int) -> Launcher:
     return Launcher(kernel, num_warps=warps, num_stages=stages)
@@ -165,6 +182,8 @@ def grouped_low_rank_linear(
     """Two launches: z, and the product with the delta."""
     (n, k), (groups, m, _), r = x.shape, W.shape, A.shape[-2]
     tile = FINE_TILE if x.dtype is torch.float32 else TILE
+    if tile.blocks and not _fits_blocks(x, W):
+        tile = tile._replace(blocks=False, persistent=0)
     down = add_grouped_low_rank(x, A, B[..., :0, :], None, ends, scale, whole, False)
     most = (n // tile.rows + groups) * tiles(m, tile.cols)  # a group fills all of its tiles but one
     programs = min(most, tile.persistent or most)
@@ -188,8 +207,8 @@ def grouped_low_rank_linear(
 
             W, block = (W, [1, tile.cols, tile.depth]) if out_first else (W.mT, [1, tile.depth, tile.cols])
             blocks = (
-                TensorDescriptor(x, list(x.shape), list(x.stride()), [tile.rows, tile.depth]),
-                TensorDescriptor(W, list(W.shape), list(W.stride()), block),
+                TensorDescriptor(_aligned(x), list(x.shape), list(x.stride()), [tile.rows, tile.depth]),
+                TensorDescriptor(_aligned(W), list(W.shape), list(W.stride()), block),
             )
             launch(z, B, ends, y, blocks=blocks)
         else:
