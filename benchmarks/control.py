@@ -249,7 +249,7 @@ def train_one(job: tuple[str, str, int], args: argparse.Namespace) -> str:
     drawn = run / "drawn" / "val"
     names = evenly(sorted(f.name for f in (drawn / "results").glob("[!.]*")), 6)
     shown = [Image.open(drawn / kind / n).convert("RGB") for kind in ("hints", "source", "base", "results") for n in names]
-    make_image_grid(shown, 4, len(names)).save(results / f"{run.name}.png")
+    make_image_grid(shown, 4, len(names)).save(results / f"{run.name}.webp", quality=90)
     entries = {"task": task, "method": method, "seed": seed, "workers": args.workers, "figures": figures, **seconds, **kept}
     write_result(results / f"{run.name}.json", entries)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
@@ -266,18 +266,19 @@ def table(args: argparse.Namespace) -> None:
     found = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(Path(args.results).glob("*.json"))}
     for task in args.tasks:
         names = FIGURES[task]
+        drawn = [name for name in names if name not in ("floor", "original_undetected")]
         lines = []
         for method in args.methods:
             runs = [r for s in SEEDS if (r := found.get(name_of(task, method, s)))]
             parameters = f"{runs[0]['parameters']['trainable']:,}" if runs else "–"
             memory = f"{statistics.fmean(r['memory']['peak_bytes'] for r in runs) / 2**30:.2f}" if runs else "–"
             own = [_spread(runs, name) for name in names]
-            base = [_spread(runs, "base", name) for name in names[:2]]
+            base = [_spread(runs, "base", name) for name in drawn]
             original = [_spread(runs, "original", names[-1])] if task == "segm" else []
             lines.append(
                 [method, str(len(runs)), parameters, spread([r["seconds"] for r in runs]), memory, *own, *base, *original]
             )
-        heads = ["method", "seeds", "parameters", "seconds", "peak GiB", *names, *(f"base {n}" for n in names[:2])]
+        heads = ["method", "seeds", "parameters", "seconds", "peak GiB", *names, *(f"base {n}" for n in drawn)]
         print(f"\n{task}\n" + text_table(heads + [f"original {names[-1]}"] * (task == "segm"), lines, left=["method"]))
 
 

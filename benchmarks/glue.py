@@ -121,9 +121,10 @@ def train(point: tuple[str, str, float, int], args: argparse.Namespace) -> str:
         record = train_nlu(config, command=COMMAND)
         record["substitutes"] = [*record["substitutes"], "model: DeBERTa-v2 warm-started from MiniLM, not DeBERTa-v3"]
         record["substitutes"] += ["SST-2: 10,000 of its 67,349 rows"] * (task == "sst2")
+        record.pop("directory", None)  # where it ran is nobody's business
         record["workers"] = args.workers  # runs shared the GPU, so seconds are comparable within a sitting alone
         target = args.output / ("rates" if seed == 0 else "runs") / name
-        text = json.dumps(record, ensure_ascii=False).replace(f"{scratch}/", "")  # where it ran is nobody's business
+        text = json.dumps(record, ensure_ascii=False).replace(f"{scratch}/", "")
         for path, shown in ((args.model, "warm-started"), (args.data, "GLUE")):
             text = text.replace(json.dumps(str(path)), json.dumps(shown))
         keep(text, folder, target, whole=seed > 0)

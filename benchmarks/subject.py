@@ -214,7 +214,7 @@ def train_one(job: Job, args: argparse.Namespace) -> str:
     real = sorted(f for f in found.folder.iterdir() if f.suffix == ".jpg")[:4]
     drawn = [sorted((run / "evaluation" / kind).glob("a_photo_of_a_qwe*.png"))[:4] for kind in ("base", "run")]
     shown = [Image.open(f).convert("RGB").resize((64, 64)) for row in (real, *drawn) for f in row]
-    make_image_grid(shown, 3, 4).save(results / f"{run.name}.png")
+    make_image_grid(shown, 3, 4).save(results / f"{run.name}.webp", quality=90)
     entries = {"subject": subject, "method": method, "seed": seed, "workers": args.workers, "figures": figures, **kept}
     write_result(results / f"{run.name}.json", entries)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
@@ -408,7 +408,7 @@ def picture(args: argparse.Namespace) -> None:
     from PIL import Image, ImageDraw, ImageFont
 
     side, head = 96, 22
-    found = {m: f for m in METHODS if (f := Path(args.results) / f"{name_of(args.subject, m, SEEDS[0])}.png").is_file()}
+    found = {m: f for m in METHODS if (f := Path(args.results) / f"{name_of(args.subject, m, SEEDS[0])}.webp").is_file()}
     if not found:
         raise SystemExit(f"{args.results}: holds no picture of {args.subject}. Run `train` first.")
     columns = ["subject", "base", *found]

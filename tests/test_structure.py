@@ -164,6 +164,19 @@ NAMED: dict[str, set[str]] = {
 }
 
 
+def calls(file: Path, name: str) -> Iterator[ast.Call]:
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    return (node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == name)
+
+
+def test_fork_rng_is_told_the_devices():
+    """Without them it initializes every GPU that there is, and warns of it where there are two."""
+    tests = sorted(Path(__file__).parent.rglob("*.py"))
+    found = [(file, call) for file in [*files(), *tests] for call in calls(file, "fork_rng")]
+    assert {ROOT / "core" / "generators.py", Path(__file__).with_name("demo") / "conftest.py"} <= {file for file, _ in found}
+    assert [str(file) for file, call in found if not (call.args or call.keywords)] == []
+
+
 def code_texts(file: Path) -> Iterator[str]:
     """Identifiers and strings of a file, without docstrings."""
     tree = ast.parse(file.read_text(encoding="utf-8"))

@@ -71,7 +71,7 @@ def test_a_sitting(
     given = [*small, "--model", str(save_stable_diffusion(tmp_path / "sd")), "--runs", str(tmp_path / "runs")]
     given += ["--results", str(tmp_path / "results"), "--tasks", "segm", "--methods", "HRA", "--steps", "2", "--limit", "2"]
     script["main"](["train", *given, "--inference-steps", "2"])
-    assert sorted(f.name for f in (tmp_path / "results").iterdir()) == ["segm-HRA-0.json", "segm-HRA-0.png"]
+    assert sorted(f.name for f in (tmp_path / "results").iterdir()) == ["segm-HRA-0.json", "segm-HRA-0.webp"]
     found = json.loads((tmp_path / "results" / "segm-HRA-0.json").read_text())
     assert found["figures"]["pictures"] == 2
     assert str(tmp_path) not in json.dumps(found["config"])  # where it ran is nobody's business

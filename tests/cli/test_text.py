@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,19 @@ def test_the_continuation(
         assert main(["generate", hra, "--prompt", "hello", "--temperature", "5", "--top-p", "0.9", "--seed", seed, *flags]) == 0
         drawn.append(capsys.readouterr().out)
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_runs_folder_has_the_adapter_inside(adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(adapters / "hra", tmp_path / "run" / "adapter")
+    said = []
+    for folder in (adapters / "hra", tmp_path / "run"):
+        assert main(["generate", str(folder), "--prompt", "hello", "--max-new-tokens", "8", "--device", "cpu"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != "\n"
+    assert main(["generate", str(tmp_path), "--prompt", "hello"]) == 2  # neither
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": "subject"}))
+    assert main(["generate", str(tmp_path), "--prompt", "a dog"]) == 2
+    assert "is a run of train subject, which draws pictures. Use halotune generate subject." in capsys.readouterr().err
 
 
 def test_the_end_of_the_context(model: PeftModel, tokenizer: Any) -> None:

@@ -17,7 +17,7 @@ def language_model() -> Any:
     """A Llama of two layers, 32 wide; always the same."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(
             LlamaConfig(
@@ -38,7 +38,7 @@ def encoder(kind: str = "BertForSequenceClassification") -> Any:
     """A BERT of two layers, 32 wide, with a head; always the same."""
     import transformers
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return getattr(transformers, kind)(
             transformers.BertConfig(
@@ -54,7 +54,7 @@ def encoder(kind: str = "BertForSequenceClassification") -> Any:
 
 
 def adapted(config: Any = None, base: nn.Module | None = None) -> halotune.PeftModel:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         config = config or halotune.HRAConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         return halotune.get_peft_model(base or language_model(), config)

@@ -139,9 +139,10 @@ def test_in_a_cuda_graph(name):
     for p in trained:
         p.grad = None
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         y = model(x)
         y.float().square().mean().backward()
+        y = y.detach()  # else the parameters' nodes of this stream would be those of the pass below, on another
     with torch.no_grad():
         x.normal_()
         for p in trained:

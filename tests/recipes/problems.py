@@ -65,7 +65,7 @@ def tiny_llama(**changes: Any) -> Any:
         "eos_token_id": 1,
         "pad_token_id": None,
     }
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
 

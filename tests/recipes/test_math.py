@@ -100,6 +100,8 @@ def test_answers_are_kept_and_graded(place: Path, whole: Path, capsys: pytest.Ca
     text = (folder / "answers.jsonl").read_text().splitlines(keepends=True)
     (folder / "answers.jsonl").write_text("".join(text[:5]) + text[5][:20])  # as a killed process leaves it
     assert len(Answers(folder / "answers.jsonl").found) == 5
+    (folder / "answers.jsonl").write_text("".join(text[:6]).rstrip("\n"))  # as an editor, or a download, may leave it
+    assert len(Answers(folder / "answers.jsonl").found) == 6
     evaluate_math(config)
     again = read_lines(folder / "answers.jsonl")
     assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, lines))

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,7 +24,7 @@ from halotune.core.errors import HalotuneError  # noqa: E402
 from halotune.integrations.trl import AdapterSFTTrainer  # noqa: E402
 from halotune.recipes import SFTConfig, train_sft  # noqa: E402
 from halotune.recipes.common.run import read_lines  # noqa: E402
-from halotune.recipes.sft import compile_blocks, read_data  # noqa: E402
+from halotune.recipes.sft import compile_blocks, read_data, thrifty_inductor  # noqa: E402
 
 from .problems import base_folder, problem, sft_arguments, tiny_llama, tokenizer  # noqa: E402
 
@@ -239,7 +242,7 @@ def test_compiled_blocks_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) 
     compiled: list[Any] = []
     usual = torch.nn.Module.compile
 
-    def traced(module: torch.nn.Module) -> None:
+    def traced(module: torch.nn.Module, backend: Any) -> None:
         compiled.append(module)
         usual(module, backend="aot_eager")  # the graphs, without a C++ compiler
 
@@ -249,3 +252,44 @@ def test_compiled_blocks_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) 
     assert torch.allclose(model(ids, use_cache=False).logits, plain, atol=1e-5)
     with pytest.raises(HalotuneError, match=r"has no repeated blocks\. Leave out --compile"):
         compile_blocks(get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), HRAConfig(r=2, target_modules=["0"])))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:torch")  # its own, while it traces
+def test_compiled_blocks_keep_no_more_than_products_and_attention_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def eager(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    inductor = aot_autograd(fw_compiler=eager, bw_compiler=eager, partition_fn=min_cut_rematerialization_partition)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", inductor)  # its graphs, without a C++ compiler
+
+    def trained(backend: Any) -> tuple[int, list[torch.Tensor], int]:
+        torch.compiler.reset()
+        graphs.clear()
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(), HRAConfig(r=4, target_modules="all-linear"))
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        compile_blocks(model)
+        for block in model.get_base_model().model.layers:  # type: ignore[union-attr]
+            block.compile(backend=backend)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = model(torch.arange(3, 259)[None] % 60, use_cache=False).logits.square().mean()
+        loss.backward()
+        called = [str(n.target) for graph in graphs for n in graph.graph.nodes if n.op == "call_function"]
+        products = sum("mm" in name or "attention" in name for name in called)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return sum(size for place, size in kept.items() if place not in own), gradients, products
+
+    kept, gradients, products = trained(thrifty_inductor)
+    usual = trained(inductor)
+    assert kept <= 0.9 * usual[0] and products == usual[2] > 0
+    for ours, theirs in zip(gradients, usual[1], strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)

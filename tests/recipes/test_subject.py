@@ -91,7 +91,7 @@ def test_train_report_generate_and_load_elsewhere(root: Path, tmp_path: Path, ca
     plain = drawn()
     assert base.tobytes() == plain
     assert main(["generate", "subject", str(run), *common, "--resolution", "18"]) == 2
-    assert "resolution: this model needs a multiple of 4; got 18. Use 16." in capsys.readouterr().err
+    assert "resolution: this model needs a multiple of 8; got 18. Use 16." in capsys.readouterr().err
     PipelineAdapters(pipe).load(run / "adapter")
     assert drawn() == trained.tobytes() != plain
     PipelineAdapters(pipe).unload()
@@ -298,7 +298,7 @@ def test_configurations_that_are_refused(root: Path, tmp_path: Path) -> None:
 
 
 def test_shapes_of_pictures(root: Path, tmp_path: Path) -> None:
-    """A wide picture and a tall one, in one batch."""
+    """A wide picture and a tall one, in one batch; all shapes are ones that the pipeline draws."""
     folder = tmp_path / "shapes"
     folder.mkdir()
     Image.new("RGB", (64, 32), "red").save(folder / "wide.png")
@@ -307,6 +307,7 @@ def test_shapes_of_pictures(root: Path, tmp_path: Path) -> None:
     family = load_family(config)
     adapt(family, config)
     encoder = Encoder(family, config, torch.device("cpu"))
+    assert len(encoder.sizes) > 2 and all(side % 8 == 0 for size in encoder.sizes for side in size)
     tall, wide = encoder.examples(find_pictures(folder, "a qwe flower"), prior=False)
     assert tall["mean"].shape[-2] > tall["mean"].shape[-1]
     assert wide["mean"].shape[-2] < wide["mean"].shape[-1]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import closing
+from pathlib import Path
 
 from ..core.errors import HalotuneError
+from ..core.files import read_json
+from .main import DRAWING
 from .options import Commands, add_model_flags, add_parser, add_sampling_flags
 
 DESCRIPTION = """
@@ -15,7 +18,7 @@ the model as it is, without a chat template: `halotune chat` uses that.
 """
 EXAMPLES = """
 halotune generate my-adapter --prompt "Once upon a time"
-halotune generate my-adapter --no-adapter --prompt "Once upon a time"
+halotune generate runs/chats --no-adapter --prompt "Once upon a time"
 halotune generate subject runs/my-dog --prompt "a qwe dog in the snow"    (pictures; see its own --help)
 halotune generate control runs/edges --split val --shard 0/4    (likewise)
 halotune generate my-adapter --temperature 0.8 --top-p 0.95 --seed 0 < prompt.txt
@@ -31,6 +34,12 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    record = Path(args.adapter) / "run.json"
+    recipe = read_json(record).get("recipe") if record.is_file() else None
+    if f"generate {recipe}" in DRAWING:
+        raise HalotuneError(
+            f"{args.adapter}: is a run of train {recipe}, which draws pictures. Use halotune generate {recipe}."
+        )
     prompt = _prompt(args.prompt)
     from .text import load, stream
 

@@ -26,7 +26,7 @@ NAMED = ""  # --base without a value: the base that the adapter names
 def add(commands: Commands) -> None:
     parser = add_parser(commands, "inspect", DESCRIPTION, EXAMPLES, _run)
     flag = parser.add_argument
-    flag("adapter", metavar="ADAPTER", help="an adapter's folder, or its id on the hub")
+    flag("adapter", metavar="ADAPTER", help="an adapter's folder, a run's, or its id on the hub")
     flag(
         "--base",
         nargs="?",

@@ -34,6 +34,10 @@ class Saved:
 
     @classmethod
     def read(cls, source: str) -> Saved:
+        """From an adapter's folder, a run's, which holds one in adapter/, or the hub."""
+        inner = Path(source) / "adapter"
+        if (inner / CONFIG_NAME).is_file() and not (Path(source) / CONFIG_NAME).is_file():
+            source = str(inner)
         config = AdapterConfig.from_pretrained(source)
         file = locate(source, WEIGHTS_NAME)
         return cls(source, config, file, read_tensors(file))

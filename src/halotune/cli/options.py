@@ -38,7 +38,7 @@ def add_parser(
 
 def add_model_flags(parser: Parser, *, device: str) -> None:
     flag = parser.add_argument
-    flag("adapter", metavar="ADAPTER", help="an adapter's folder, or its id on the hub")
+    flag("adapter", metavar="ADAPTER", help="an adapter's folder, a run's, or its id on the hub")
     flag("--base", metavar="MODEL", help="the base model's folder or hub id (default: the one that the adapter names)")
     flag("--dtype", choices=DTYPES, default="auto", help="of the base (default: auto, as it is stored)")
     flag("--device", default=device, help=f"such as cpu, cuda, cuda:1 (default: {device})")

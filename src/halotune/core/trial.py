@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .generators import forked_generators
 from .prepared import exact_dtype
 
 if TYPE_CHECKING:
@@ -73,9 +74,8 @@ def _without_trace(base: Base) -> Iterator[None]:
     """Inside, calls leave no trace: not in autograd, in buffers or in torch's generators."""
     buffers = [(m._buffers, dict(m._buffers)) for m in base.module.modules()]
     device = base.device
-    rng = [device] if device.type == "cuda" else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(rng), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), forked_generators(device), torch.autocast(device.type, enabled=False):
             for own, before in buffers:
                 own.update({n: None if b is None else b.clone() for n, b in before.items()})
             yield

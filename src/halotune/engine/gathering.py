@@ -16,8 +16,7 @@ from ..core.errors import HalotuneError
 from ..core.expert_adapter import ExpertAdapter
 from ..core.layer import AdaptedLayer
 from ..core.sharded_parameters import has_partitions, is_sharded, is_unit, reshard, whole
-from ..core.wrapper import PerAdapter
-from .injection.modules import innermost
+from .injection.modules import adapted_layers, innermost, per_adapter
 
 WAIT = 60.0  # seconds for the other processes to come
 
@@ -31,8 +30,7 @@ def is_divided(model: nn.Module) -> bool:
 
     Tensor parallelism leaves adapters whole, and expert parallelism divides those of experts alone.
     """
-    layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
-    usual = [a for layer in layers for a in layer.adapters.values() if not isinstance(a, ExpertAdapter)]
+    usual = [a for layer in adapted_layers(model).values() for a in layer.adapters.values() if not isinstance(a, ExpertAdapter)]
     return (
         any(is_unit(m) for m in model.modules())
         or has_partitions(model)
@@ -42,8 +40,7 @@ def is_divided(model: nn.Module) -> bool:
 
 def takes_all(model: nn.Module) -> bool:
     """Whether reading what is trained takes every process: where it, or a base that is divided, is held in parts."""
-    trained = [m.by_name for m in model.modules() if isinstance(m, PerAdapter)]
-    return is_divided(model) or any(has_parts(m.parameters()) for m in trained)
+    return is_divided(model) or any(has_parts(m.by_name.parameters()) for m in per_adapter(model).values())
 
 
 def shard_adapters(model: nn.Module, **how: Any) -> None:
@@ -62,8 +59,7 @@ def shard_adapters(model: nn.Module, **how: Any) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
-    layers = [m for m in model.modules() if isinstance(m, AdaptedLayer)]
-    adapters: list[Any] = [a for layer in layers for a in layer.adapters.values()]
+    adapters: list[Any] = [a for layer in adapted_layers(model).values() for a in layer.adapters.values()]
     adapters = [a for a in adapters if not (isinstance(a, ExpertAdapter) and has_parts(a.parameters()))]  # expert parallelism's
     if not adapters:
         raise HalotuneError(f"shard_adapters: {type(model).__name__} has no adapters. Call get_peft_model first.")
@@ -139,7 +135,7 @@ def whole_adapters(model: nn.Module, what: str) -> Iterator[bool]:
     divided, held = is_divided(model), []
     if divided:
         reshard(model)
-        parts = [part for m in model.modules() if isinstance(m, AdaptedLayer) for part in m.adapters.modules()]
+        parts = [part for layer in adapted_layers(model).values() for part in layer.adapters.modules()]
         parts = list(dict.fromkeys(parts))
         held = [(part._parameters, name, p) for part in parts for name, p in part._parameters.items() if has_parts([p])]
         meet(what)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..core.errors import HalotuneError
+from ..core.generators import forked_generators
 from ..core.layer import AdaptedLayer
 from ..core.operator import WeightShape
 from ..core.sharded_parameters import copied
@@ -125,7 +126,7 @@ def sketched(delta: Tensor, rank: int) -> Factors:
 
     The error reported is that of these factors exactly, since `B A` is a projection of Δ: `‖Δ − B A‖² = ‖Δ‖² − ‖B A‖²`.
     """
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with forked_generators(delta.device):
         torch.manual_seed(0)
         U, s, V = torch.svd_lowrank(delta, min(rank + OVERSAMPLING, *delta.shape), niter=PASSES)
     U, s, V = U[:, :rank], s[:rank], V[:, :rank]

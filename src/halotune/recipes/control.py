@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from ..core.files import write_atomically
+from ..core.generators import forked_generators
 from .common.config import RunConfig
 from .common.dry_run import dry_run as show_dry_run
 from .common.run import Run, said
@@ -270,7 +271,7 @@ def train_control(config: ControlConfig, *, dry_run: bool = False, command: str 
         run.update(pictures={"train": len(train), "validation": len(evaluation)}, pipeline=type(family.pipe).__name__)
         run.update(skipped=[*(left_out or []), *problems, *more])
         if run.last_checkpoint()[0] is None:
-            with torch.random.fork_rng():
+            with forked_generators(args.device):
                 trainer.draw_base()
         trainer.train_run()
         if not any(line["step"] == trainer.state.global_step for line in run.metrics() if "evaluation" in line):

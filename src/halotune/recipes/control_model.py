@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from ..cli.loading import loadable
 from ..core.errors import HalotuneError
+from ..core.generators import forked_generators
 from ..integrations.diffusers import PipelineAdapters
 from .pictures import pixels
 
@@ -140,8 +141,8 @@ def new_control(pipe: Any, control: str, seed: int = 0) -> Controlled:
             "1, 2 or XL."
         )
     width = pipe.unet.config.block_out_channels[0]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with forked_generators("cpu"):
+        torch.default_generator.manual_seed(seed)
         encoder = ControlEncoder(width, pipe.vae_scale_factor, control)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     return Controlled(pipe, encoder)

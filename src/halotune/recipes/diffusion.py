@@ -5,6 +5,7 @@ A family is told by the pipeline's own class; everything else of a recipe is the
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -79,8 +80,8 @@ class Family:
 
     @property
     def divisor(self) -> int:
-        """Heights and widths of pictures are multiples of it."""
-        return self.pipe.vae_scale_factor * 2 ** (len(self.model.config.block_out_channels) - 1)
+        """Heights and widths of pictures are multiples of it; diffusers draws none that 8 does not divide, whatever the VAE."""
+        return math.lcm(8, self.pipe.vae_scale_factor * 2 ** (len(self.model.config.block_out_channels) - 1))
 
     @property
     def size(self) -> int:

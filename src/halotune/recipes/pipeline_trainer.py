@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..core.errors import HalotuneError
 from ..core.files import WEIGHTS_NAME
+from ..core.generators import forked_generators
 from ..engine.files.state_dict import read_tensors, set_peft_model_state_dict
 from ..integrations.diffusers import PipelineAdapters
 from .common.trainer import RunTrainerMixin
@@ -171,7 +172,7 @@ class PipelineTrainer(RunTrainerMixin, Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The loss on the subject's pictures, always with the same noise; and the pictures of this step."""
-        with torch.random.fork_rng(), self.averaged(), torch.no_grad():
+        with forked_generators(self.args.device), self.averaged(), torch.no_grad():
             self.model.eval()
             torch.manual_seed(0)
             losses = []

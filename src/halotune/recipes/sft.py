@@ -319,4 +319,14 @@ def compile_blocks(model: PeftModel, needed: bool = True) -> None:
     if blocks is None:
         raise HalotuneError(f"compile: {type(model.get_base_model()).__name__} has no repeated blocks. Leave out --compile.")
     for block in blocks:
-        block.compile()
+        block.compile(backend=thrifty_inductor)
+
+
+def thrifty_inductor(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+    """torch.compile's own backend, but what is cheap (norms, activation functions) is recomputed in the backward, not kept.
+    No matrix product and no attention is, where that alone saves a tenth of what is kept."""
+    from torch._functorch import config  # no public name of torch sets it for one compilation alone
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(activation_memory_budget=0.9):
+        return compile_fx(graph, inputs)

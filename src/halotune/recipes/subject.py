@@ -17,6 +17,7 @@ from diffusers.utils.pil_utils import make_image_grid
 from transformers import set_seed
 
 from ..core.files import write_atomically
+from ..core.generators import forked_generators
 from .common.config import RunConfig
 from .common.dry_run import dry_run as show_dry_run
 from .common.run import Run
@@ -229,7 +230,7 @@ def train_subject(config: SubjectConfig, *, dry_run: bool = False, command: str 
             pipeline=type(family.pipe).__name__,
         )
         if run.last_checkpoint()[0] is None:
-            with torch.random.fork_rng():
+            with forked_generators(args.device):
                 trainer.draw()  # what the base makes of the prompts
         if args.process_index:
             torch.manual_seed(config.seed + args.process_index)  # noise of its own; the order of the data is data_seed's

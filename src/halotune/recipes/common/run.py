@@ -278,7 +278,9 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """The lines of a jsonl file; a last one that a killed process did not finish is left out."""
     if not file.is_file():
         return []
-    *lines, _ = file.read_text(encoding="utf-8", errors="replace").split("\n")  # JSON may hold other line breaks in texts
+    *lines, last = file.read_text(encoding="utf-8", errors="replace").split("\n")  # JSON may hold other line breaks in texts
+    if _is_json(last):  # no object's beginning is JSON
+        lines.append(last)
     try:
         rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
     except ValueError as e:
@@ -286,6 +288,14 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     if not all(isinstance(row, dict) for row in rows):
         raise HalotuneError(f"{file}: a line is no JSON object. Correct it, or delete the file.")
     return rows
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def digest(rows: Iterable[Any]) -> str:
