@@ -273,9 +273,14 @@ def main() -> None:
     parser.add_argument("--size", default="full", choices=list(SIZES))
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5, help="of each contender in a round")
+    parser.add_argument("--kernels-only", action="store_true", help="the parts of LoRA on one weight, see expert_kernels.py")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.kernels_only:
+        import expert_kernels
+
+        return expert_kernels.main(SIZES[args.size], device)
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "torch": torch.__version__,

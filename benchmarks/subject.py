@@ -29,7 +29,7 @@ Without any download, at toy size, on a CPU (with scikit-learn's photographs; to
 `train` adapts the base to three subjects: all methods at the first, with three seeds; HRA and LoRA at the others. Figures are
 those of `halotune eval subject`; the drift is that of prompts of the base's other classes. `cost` times a training step on
 Stable Diffusion 1.5's UNet and on a FLUX-class transformer, with random weights at the released sizes, beside peft's HRA: on
-the clock, and what the GPU spends in kernels, since with one picture a slow host is what the GPU waits for.
+the clock, methods in turn, and what the GPU spends in kernels, since with one picture a slow host is what the GPU waits for.
 
 `train` has several runs side by side on a GPU (`--workers`), so their seconds are comparable within a sitting alone. A sitting
 starts nothing that would not end in `--minutes`, leaves the JSON and a small picture of each finished run in `--results`, and
@@ -40,8 +40,8 @@ recipe's default times `--rate`.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import multiprocessing
 import shutil
 import statistics
 import sys
@@ -78,6 +78,7 @@ CLASSES = {
 PHOTOGRAPHS = {"flower": "flower.jpg", "temple": "china.jpg"}
 AT_EVERY_SUBJECT = ("HRA", "LoRA")
 SEEDS = (0, 1, 2)
+OURS = ("LoRA", "HRA", "LoHa", "Bone", "BAT")
 WARM_UP, STEPS = 3, 10
 
 
@@ -257,81 +258,109 @@ def flux(blocks: int, toy: bool = False) -> tuple[Any, dict[str, Any]]:
 
 
 def cost(args: argparse.Namespace) -> None:
-    """Seconds and peak memory of a training step, of LoRA first: the others are told as multiples of it."""
-    import torch
-
+    """Seconds and peak memory of a training step, the library's methods in one process for each model, peft's in another: what
+    tells the time in kernels, torch's profiler, slows down all launches of its process from then on."""
     end = time.monotonic() + 60 * args.minutes
-    results = Path(args.results)
-    models = {"sd15": lambda: sd15(args.toy), f"flux-{args.blocks}": lambda: flux(args.blocks, args.toy)}
-    for name, make in models.items():
-        for method in ("LoRA", "HRA", "LoHa", "Bone", "BAT", "peft HRA"):
-            file = results / f"cost-{name}-{method.replace(' ', '_')}.json"
-            if file.is_file() or time.monotonic() > end:
-                continue
-            with torch.device(args.device):
-                torch.set_default_dtype(torch.bfloat16)
-                model, inputs = make()
-                torch.set_default_dtype(torch.float32)
-            entries = {"model": name, "method": method, **measure(model, inputs, method, args)}
-            write_result(file, entries)
-            print(entries, flush=True)
-            del model, inputs
-            gc.collect()  # models with adapters refer to themselves
-            torch.cuda.empty_cache() if args.device == "cuda" else None
+    for name in ("sd15", f"flux-{args.blocks}"):
+        for methods in (OURS, ("peft HRA",)):
+            if time.monotonic() < end and not all(cost_file(args, name, method).is_file() for method in methods):
+                worker = multiprocessing.get_context("spawn").Process(target=cost_of, args=(name, methods, args))
+                worker.start()
+                worker.join()
+                if worker.exitcode:
+                    print(f"{name}, {', '.join(methods)}: failed", flush=True)
 
 
-def measure(model: Any, inputs: dict[str, Any], method: str, args: argparse.Namespace) -> dict[str, Any]:
+def cost_file(args: argparse.Namespace, name: str, method: str) -> Path:
+    return Path(args.results) / f"cost-{name}-{method.replace(' ', '_')}.json"
+
+
+def cost_of(name: str, methods: tuple[str, ...], args: argparse.Namespace) -> None:
     import torch
 
-    import halotune
+    with torch.device(args.device):
+        torch.set_default_dtype(torch.bfloat16)
+        model, inputs = sd15(args.toy) if name == "sd15" else flux(args.blocks, args.toy)
+        torch.set_default_dtype(torch.float32)
+    for method, entries in measure(model, inputs, methods, args).items():
+        entries = {"model": name, "method": method, **entries}
+        write_result(cost_file(args, name, method), entries)
+        print(entries, flush=True)
+
+
+def measure(
+    model: Any, inputs: dict[str, Any], methods: tuple[str, ...], args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Of one library's methods, on one base: a step of each in turn, so that a host drifts for all alike; then kernels."""
+    import torch
+
     from halotune.bench.timing import Clock
-    from halotune.recipes.diffusion import TARGETS
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward fails on FLUX, frozen or not (torch 2.11, H200)
     model.requires_grad_(False)
     model.enable_gradient_checkpointing()
-    rank = args.rank
-    if method == "peft HRA":
-        import peft
-
-        adapted: Any = peft.get_peft_model(model, peft.HRAConfig(r=rank, target_modules=TARGETS["attention"]))
-    else:
-        sizes = {"LoRA": rank // 2, "LoHa": rank // 4}
-        own = METHODS[method][1] | {"r": sizes.get(method, rank)}
-        own |= {k: own["r"] for k in ("lora_alpha", "alpha") if k in own}
-        kinds = {"LoRA": halotune.LoraConfig, "HRA": halotune.HRAConfig, "LoHa": halotune.LoHaConfig}
-        kind = kinds.get(method, halotune.BoneConfig)
-        own |= {"init_weights": "bat"} if method == "BAT" else {}
-        adapted = halotune.get_peft_model(model, kind(**own, target_modules=TARGETS["attention"]))
+    adapted, optimizers = with_adapters(model, methods, args.rank), {}
     adapted.train()
-    trained = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    for method in methods:
+        adapted.set_adapter(method)
+        optimizers[method] = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
     clock = Clock(torch.device(args.device))
 
-    def step() -> None:
+    def step(method: str) -> None:
         with torch.autocast(args.device, torch.bfloat16):
             adapted(**inputs).sample.float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizers[method].step()
+        optimizers[method].zero_grad()
 
-    try:
-        for _ in range(WARM_UP):
-            step()
-        clock.forget_peak()
-        seconds = [clock.laps(step)[0] / 1e3 for _ in range(args.cost_steps)]
-        peak = clock.peak()
-        kernels = clock.busy(step) / 1e3 if clock.cuda else None
-    except torch.OutOfMemoryError as e:
-        return {"error": str(e).split(".")[0], "parameters": sum(p.numel() for p in trained)}
-    return {
-        "seconds": statistics.median(seconds),
-        "kernel_seconds": kernels,
-        "steps": len(seconds),
-        "peak_bytes": peak,
-        "parameters": sum(p.numel() for p in trained),
-        "device": torch.cuda.get_device_name() if clock.cuda else "cpu",
-        "torch": torch.__version__,
-    }
+    found: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
+    for turn in range(WARM_UP + args.cost_steps):
+        for method in [m for m in methods if "error" not in found.get(m, {})]:
+            adapted.set_adapter(method)
+            trained = [p for p in adapted.parameters() if p.requires_grad]
+            found[method] = {"parameters": sum(p.numel() for p in trained)}
+            try:
+                clock.forget_peak()
+                lap = clock.laps(lambda method=method: step(method))[0] / 1e3
+                found[method]["peak_bytes"] = clock.peak()
+                seconds[method] += [lap] if turn >= WARM_UP else []
+            except torch.OutOfMemoryError as e:
+                found[method]["error"] = str(e).split(".")[0]
+                optimizers[method].zero_grad()
+    for method in [m for m in methods if "error" not in found[m]]:
+        adapted.set_adapter(method)
+        found[method] |= {
+            "seconds": statistics.median(seconds[method]),
+            "kernel_seconds": clock.busy(lambda method=method: step(method)) / 1e3 if clock.cuda else None,
+            "steps": len(seconds[method]),
+            "device": torch.cuda.get_device_name() if clock.cuda else "cpu",
+            "torch": torch.__version__,
+        }
+    return found
+
+
+def with_adapters(model: Any, methods: tuple[str, ...], rank: int) -> Any:
+    """An adapter of each method, by its name; a `rank` is HRA's, the others' give about equal parameters."""
+    import halotune
+    from halotune.recipes.diffusion import TARGETS
+
+    if methods == ("peft HRA",):
+        import peft
+
+        return peft.get_peft_model(model, peft.HRAConfig(r=rank, target_modules=TARGETS["attention"]), methods[0])
+    kinds = {"LoRA": halotune.LoraConfig, "HRA": halotune.HRAConfig, "LoHa": halotune.LoHaConfig}
+    sizes = {"LoRA": rank // 2, "LoHa": rank // 4}
+    adapted: Any = None
+    for method in methods:
+        own = METHODS[method][1] | {"r": sizes.get(method, rank)}
+        own |= {k: own["r"] for k in ("lora_alpha", "alpha") if k in own}
+        own |= {"init_weights": "bat"} if method == "BAT" else {}
+        config = kinds.get(method, halotune.BoneConfig)(**own, target_modules=TARGETS["attention"])
+        if adapted is None:
+            adapted = halotune.get_peft_model(model, config, method)
+        else:
+            adapted.add_adapter(method, config)
+    return adapted
 
 
 # -- the table

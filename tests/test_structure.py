@@ -110,7 +110,7 @@ def test_the_walk_finds_imports():
     assert "huggingface_hub" in third_party(imports(hub)) - third_party(imports(hub, lazy=False))
 
 
-KERNELS = {"kernels.py", "grouped_kernels.py", "launch.py"}
+KERNELS = {"kernels.py", "grouped_kernels.py", "grouped_linear_kernels.py", "launch.py"}
 
 
 def test_core_and_methods_need_torch_alone():

@@ -44,7 +44,7 @@ def test_all_methods_train_as_many_numbers(script: dict[str, Any]) -> None:
     args = SimpleNamespace(device="cpu", rank=8, cost_steps=1)
     inputs = {"sample": torch.randn(1, 4, 8, 8), "timestep": torch.tensor([5]), "encoder_hidden_states": torch.randn(1, 3, 32)}
     found = {}
-    for method in ("LoRA", "HRA", "LoHa", "Bone", "BAT", "peft HRA"):
+    for methods in (script["OURS"], ("peft HRA",)):
         unet = UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(32,),
@@ -54,7 +54,8 @@ def test_all_methods_train_as_many_numbers(script: dict[str, Any]) -> None:
             cross_attention_dim=32,
             attention_head_dim=4,
         )
-        found[method] = script["measure"](unet, inputs, method, args)
+        found |= script["measure"](unet, inputs, methods, args)
+    assert list(found) == ["LoRA", "HRA", "LoHa", "Bone", "BAT", "peft HRA"]
     assert len({entry["parameters"] for entry in found.values()}) == 1
     assert all(entry["seconds"] > 0 for entry in found.values())
 

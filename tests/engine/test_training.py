@@ -17,6 +17,11 @@ from halotune.core.layer import AdaptedLayer
 
 from .cases import CONFIGS, adapted, every, trained
 
+COMPUTE = {
+    f"aten::{name}"
+    for name in "mm addmm addmm_ bmm linalg_solve_triangular linalg_pinv stack add add_ mul div neg sum where to".split()
+}
+
 
 class Block(nn.Module):
     def __init__(self) -> None:
@@ -28,9 +33,9 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, checkpointed: bool | None = None) -> None:
+    def __init__(self, checkpointed: bool | None = None, depth: int = 3) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block(), Block()])
+        self.blocks = nn.ModuleList([Block() for _ in range(depth)])
         self.checkpointed = checkpointed
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,6 +159,26 @@ def test_layers_of_one_shape_prepare_together(checkpointed, monkeypatch):
     together = [call for call in calls if call[0] == 3]
     assert together.count((3, 16, 4)) == together.count((3, 24, 4)) >= forward
     assert len(calls) <= 2 * (forward + backward)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+@pytest.mark.parametrize("checkpointed", [None, False], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("name", ["hra", "hra-gs"])
+def test_a_further_layer_takes_no_more_operations_than_with_lora(name, checkpointed, autocast):
+    """In a step. Vectors are normalised and solved for together, also where a checkpoint runs layers again."""
+
+    def operations(name: str, depth: int) -> int:
+        model = adapted(lambda: Model(checkpointed, depth).bfloat16(), CONFIGS[name])
+        x = torch.randn(5, 16, dtype=torch.float32 if autocast else torch.bfloat16, requires_grad=True)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                model(x).float().square().mean().backward()
+        return sum(event.count for event in profile.key_averages() if event.key in COMPUTE)
+
+    def of_a_layer(name: str) -> float:
+        return (operations(name, 6) - operations(name, 2)) / 8
+
+    assert 0 < of_a_layer(name) <= of_a_layer("lora")
 
 
 @every

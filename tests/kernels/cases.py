@@ -13,7 +13,7 @@ from halotune.methods.bone import ops as bone
 from halotune.methods.loha import ops as loha
 from halotune.ops.build import build_low_rank
 from halotune.ops.dispatch import Op
-from halotune.ops.grouped_low_rank import add_grouped_low_rank, grouped_outer_pair
+from halotune.ops.grouped_low_rank import add_grouped_low_rank, grouped_low_rank_linear, grouped_outer_pair
 from halotune.ops.product import add_product, transposed_products
 
 Make = Callable[..., Tensor]  # sizes -> random numbers
@@ -59,6 +59,18 @@ def grouped(
     return make(n, k), A, B, make(n, m), ending(make, *ends), s, ends[-1] == n, inplace
 
 
+def weighted(make: Make, n: int, k: int, m: int, r: int, ends: tuple[int, ...], s: float = 1.0) -> tuple[Any, ...]:
+    """With a weight; factors are in fp32."""
+    A, B = make(len(ends), r, k).float(), make(len(ends), m, r).float()
+    return make(n, k), make(len(ends), m, k), A, B, ending(make, *ends), s, ends[-1] == n
+
+
+def pulled(make: Make, n: int, k: int, m: int, r: int, ends: tuple[int, ...], s: float = 1.0) -> tuple[Any, ...]:
+    """The same as in backward."""
+    A, B = make(len(ends), r, k).float(), make(len(ends), m, r).float()
+    return make(n, m), make(len(ends), m, k).mT, B.mT, A.mT, ending(make, *ends), s, ends[-1] == n
+
+
 def pair(make: Make, n: int, m: int, k: int, r: int, ends: tuple[int, ...]) -> tuple[Any, ...]:
     return make(n, m), make(n, r), make(n, r), make(n, k), ending(make, *ends), torch.float32
 
@@ -93,6 +105,16 @@ CASES = [
         "grouped-shared-backward",
         add_grouped_low_rank,
         lambda t: (t(99, 30), t(2, 40, 3).mT[..., :30], columns(t, 40, 3), t(99, 40), ending(t, 50, 99), 1.0, True, False),
+    ),
+    Case("grouped-linear", grouped_low_rank_linear, lambda t: weighted(t, 37, 50, 40, 5, (10, 10, 37))),
+    Case("grouped-linear-open", grouped_low_rank_linear, lambda t: weighted(t, 300, 128, 300, 16, (0, 140, 141, 270), 0.5)),
+    Case("grouped-linear-one-row", grouped_low_rank_linear, lambda t: weighted(t, 1, 7, 9, 1, (0, 1))),
+    Case("grouped-linear-all-in-one", grouped_low_rank_linear, lambda t: weighted(t, 290, 64, 33, 33, (0, 290, 290))),
+    Case("grouped-linear-backward", grouped_low_rank_linear, lambda t: pulled(t, 200, 90, 60, 16, (64, 65, 200), 2.0)),
+    Case(
+        "grouped-linear-strided",
+        grouped_low_rank_linear,
+        lambda t: (sliced(t, 99, 40), t(2, 30, 45)[..., 2:42], t(3, 40), t(2, 30, 3), ending(t, 50, 90), 1.0, False),
     ),
     Case("grouped-pair", grouped_outer_pair, lambda t: pair(t, 37, 50, 140, 5, (10, 10, 37))),
     Case("grouped-pair-open", grouped_outer_pair, lambda t: pair(t, 137, 50, 140, 33, (64, 130))),

@@ -13,10 +13,10 @@ from halotune.methods.bone import ops as bone
 from halotune.methods.loha import ops as loha
 from halotune.ops.build import build_low_rank
 from halotune.ops.dispatch import backend
-from halotune.ops.grouped_low_rank import add_grouped_low_rank, grouped_outer_pair
+from halotune.ops.grouped_low_rank import add_grouped_low_rank, grouped_low_rank_linear, grouped_outer_pair
 from halotune.ops.product import add_product, transposed_products
 
-from .cases import CASES, Case, copied, error, grouped, halves, pair, sliced, swapped, tensors
+from .cases import CASES, Case, copied, error, grouped, halves, pair, pulled, sliced, swapped, tensors, weighted
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,6 +24,7 @@ pytestmark = [
 ]
 
 ONES = tuple(range(1, 2501))
+MANY = tuple(range(3, 2501, 3))
 EVEN = tuple(range(250, 8001, 250))
 
 LARGE = [
@@ -33,6 +34,11 @@ LARGE = [
     Case("large-grouped-rank", add_grouped_low_rank, lambda t: grouped(t, 3000, 1024, 768, 64, (100, 2900, 3000))),
     Case("large-grouped-odd", add_grouped_low_rank, lambda t: grouped(t, 3000, 1023, 767, 5, (100, 2900, 2999), 1.0, True)),
     Case("large-grouped-single-rows", add_grouped_low_rank, lambda t: grouped(t, 2500, 80, 48, 4, ONES)),
+    Case("large-linear", grouped_low_rank_linear, lambda t: weighted(t, 8000, 2048, 768, 16, EVEN)),
+    Case("large-linear-backward", grouped_low_rank_linear, lambda t: pulled(t, 8000, 2048, 768, 16, EVEN)),
+    Case("large-linear-rank", grouped_low_rank_linear, lambda t: weighted(t, 3000, 1024, 768, 64, (100, 2900, 3000), 0.5)),
+    Case("large-linear-open", grouped_low_rank_linear, lambda t: weighted(t, 3000, 520, 328, 5, (100, 110, 2900), 2.0)),
+    Case("large-linear-many", grouped_low_rank_linear, lambda t: weighted(t, 2500, 80, 48, 4, MANY)),
     Case("large-grouped-pair", grouped_outer_pair, lambda t: pair(t, 8000, 768, 2048, 16, EVEN)),
     Case("large-grouped-pair-rank", grouped_outer_pair, lambda t: pair(t, 3000, 768, 1024, 64, (100, 2900, 3000))),
     Case("large-grouped-pair-odd", grouped_outer_pair, lambda t: pair(t, 3000, 767, 1023, 5, (100, 2900, 2999))),

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from halotune import HalotuneError, HRAConfig, get_peft_model, parameter_groups
 from halotune.core.operator import WeightShape
@@ -293,3 +294,18 @@ def test_long_columns_are_cut_and_nothing_changes(n):
         (dU,) = torch.autograd.grad((G * weights).sum(), U)
         torch.testing.assert_close(G, torch.einsum("bik,bij->bkj", U, U))
         torch.testing.assert_close(dU, U.detach() @ (weights + weights.mT))
+
+
+def test_vectors_are_prepared_in_few_launches():
+    """Forward, and again where a checkpoint runs a layer again: a host that is slow to launch waits for each of them."""
+    U, launched = torch.randn(3, 1024, 8), []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not func.is_view and "empty" not in func.name():
+                launched.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Counted():
+        ops.wy_factors(U, False)
+    assert len(launched) <= 11, launched

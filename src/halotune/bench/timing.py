@@ -38,7 +38,10 @@ class Clock:
         return [a.elapsed_time(b) for a, b in pairwise(events)]
 
     def busy(self, work: Callable[[], object]) -> float:
-        """Milliseconds that a CUDA device spends in kernels, whatever it waits for in between."""
+        """Milliseconds that a CUDA device spends in kernels, whatever it waits for in between.
+
+        Take all laps first: the profiler stays attached, and slows down every later launch of the process (pytorch#144455).
+        """
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             work()
             torch.cuda.synchronize(self.device)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops.grouped import grouped_outer, grouped_product
+from ..ops.grouped import grouped_outer, product_of_each
 from .base import LinearLike, register_base
 from .errors import HalotuneError
 from .grouped_linear import add_low_rank, low_rank_linear
@@ -163,7 +163,7 @@ class Groups:
 
     def product(self, x: Tensor, W: Tensor) -> Tensor:
         """`x_i W_e`: `W (experts, k, m)`, or `(k, m)` for all."""
-        return x @ W if W.dim() == 2 else grouped_product(x, W, self.ends, self.whole)
+        return product_of_each(x, W, self.ends, self.whole)
 
     def add_low_rank(self, y: Tensor, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
         """`y_i + B_e A_e x_i`: `B (experts, out, r)`, `A (experts, r, in)`, either or both without experts for all."""

@@ -6,27 +6,28 @@ are. Inputs are all that is kept, but for `z = s A x`, which is made again where
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.grouped import grouped_product
-from ..ops.grouped_low_rank import add_grouped_low_rank, grouped_outer_pair, low_rank_rows
+from ..ops.grouped_low_rank import add_grouped_low_rank, grouped_low_rank_linear, grouped_outer_pair, low_rank_rows
 from ..ops.product import apply
 
 
-def _gradients(ctx: Any, dy: Tensor, b: Tensor | None, inplace: bool, *saved: Tensor) -> tuple[Tensor | None, ...]:
-    """`b_i + s A_eᵀ B_eᵀ dy_i`, where that is needed, and the gradients of A and B."""
+def _gradients(ctx: Any, dy: Tensor, pull: Callable[..., tuple[Tensor, Tensor]], *saved: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of x, where that is needed, of A and of B.
+
+    Args:
+        pull: from `dy, Bᵀ, Aᵀ, ends, s, whole` what the gradient of x is, and `dz = s Bᵀ dy`.
+    """
     x, A, B, ends, z = saved
-    scale, whole, again = ctx.scale, ctx.whole, torch.is_grad_enabled()
+    scale, whole = ctx.scale, ctx.whole
     need_x, need_A, need_B, *_ = ctx.needs_input_grad
-    if again:
+    if torch.is_grad_enabled():
         z = low_rank_rows(x, A, ends, scale, whole)
-    if need_x:
-        dx, dz = add_grouped_low_rank(dy, B.mT, A.mT, b, ends, scale, whole, inplace and not again)
-    else:
-        dx, dz = None, low_rank_rows(dy, B.mT, ends, scale, whole)
+    dx, dz = pull(dy, B.mT, A.mT, ends, scale, whole) if need_x else (None, low_rank_rows(dy, B.mT, ends, scale, whole))
     if not (need_A or need_B):
         return dx, None, None
     dB, dA = grouped_outer_pair(dy, z, dz, x if need_A else x[:, :0], ends, B.dtype)
@@ -50,9 +51,12 @@ class _AddLowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        dy = _rows(grad_outputs[0])
-        gradients = _gradients(ctx, dy, dy if ctx.to_itself else None, False, *ctx.saved_tensors)
-        return *gradients, (None if ctx.to_itself else dy), None, None, None
+        dy, to_itself = _rows(grad_outputs[0]), ctx.to_itself
+
+        def pull(dy: Tensor, B: Tensor, A: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+            return add_grouped_low_rank(dy, B, A, dy if to_itself else None, *how, False)
+
+        return *_gradients(ctx, dy, pull, *ctx.saved_tensors), (None if to_itself else dy), None, None, None
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -60,17 +64,19 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, W: Tensor, ends: Tensor, scale: float, whole: bool) -> Tensor:
-        y, z = add_grouped_low_rank(x, A, B, grouped_product(x, W.mT, ends, whole), ends, scale, whole, True)
+        y, z = grouped_low_rank_linear(x, W, A, B, ends, scale, whole)
         ctx.save_for_backward(x, A, B, ends, z, W)
         ctx.scale, ctx.whole = scale, whole
         return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        dy = _rows(grad_outputs[0])
         *saved, W = ctx.saved_tensors
-        dx = grouped_product(dy, W, saved[3], ctx.whole) if ctx.needs_input_grad[0] else None
-        return *_gradients(ctx, dy, dx, True, *saved), None, None, None, None
+
+        def pull(dy: Tensor, B: Tensor, A: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+            return grouped_low_rank_linear(dy, W.mT, B, A, *how)
+
+        return *_gradients(ctx, _rows(grad_outputs[0]), pull, *saved), None, None, None, None
 
 
 def add_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, ends: Tensor, scale: float, whole: bool) -> Tensor:

@@ -7,7 +7,7 @@ elsewhere a loop over the groups, which is the reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -28,6 +28,14 @@ def grouped_product(x: Tensor, W: Tensor, ends: Tensor, whole: bool = True) -> T
     return _Product.apply(x, W, ends, whole)  # type: ignore[return-value]
 
 
+def product_of_each(x: Tensor, W: Tensor, ends: Tensor, whole: bool) -> Tensor:
+    """`y_i = x_i W_e`: `W (groups, k, m)`, or `(k, m)` for all, in whatever dtype; zero for the rows past the last end."""
+    W = W.to(x.dtype)
+    if W.dim() > 2:
+        return grouped_product(x, W, ends, whole)
+    return x @ W if whole else within(x @ W, ends)
+
+
 def grouped_outer(x: Tensor, d: Tensor, ends: Tensor) -> Tensor:
     """`Σ_i x_iᵀ d_i` over the rows of each group: `x (n, k)`, `d (n, m)` -> `(groups, k, m)`, zero for a group without rows."""
     if torch.compiler.is_compiling():
@@ -37,18 +45,29 @@ def grouped_outer(x: Tensor, d: Tensor, ends: Tensor) -> Tensor:
     return _Outer.apply(x, d, ends)  # type: ignore[return-value]
 
 
-def _product_gradients(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-    (dy,), (x, W, ends) = grad_outputs, ctx.saved_tensors
-    need_x, need_W, *_ = ctx.needs_input_grad
-    dx = grouped_product(dy, W.mT, ends, ctx.whole) if need_x else None
-    return dx, (grouped_outer(x, dy, ends).to(W.dtype) if need_W else None), None, None
+Multiply = Callable[..., Tensor]
 
 
-def _outer_gradients(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-    (G,), (x, d, ends) = grad_outputs, ctx.saved_tensors
-    need_x, need_d, _ = ctx.needs_input_grad
-    dx = grouped_product(d, G.mT, ends, False) if need_x else None
-    return dx, (grouped_product(x, G, ends, False) if need_d else None), None
+def _product_gradients(product: Multiply, outer: Multiply) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Backward of a product, by these."""
+
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), (x, W, ends) = grad_outputs, ctx.saved_tensors
+        need_x, need_W, *_ = ctx.needs_input_grad
+        dx = product(dy, W.mT, ends, ctx.whole) if need_x else None
+        return dx, (outer(x, dy, ends).to(W.dtype) if need_W else None), None, None
+
+    return backward
+
+
+def _outer_gradients(product: Multiply) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (G,), (x, d, ends) = grad_outputs, ctx.saved_tensors
+        need_x, need_d, _ = ctx.needs_input_grad
+        dx = product(d, G.mT, ends, False) if need_x else None
+        return dx, (product(x, G, ends, False) if need_d else None), None
+
+    return backward
 
 
 class _Product(torch.autograd.Function):
@@ -58,7 +77,7 @@ class _Product(torch.autograd.Function):
         ctx.whole = whole
         return _product(x, W, ends, whole)
 
-    backward = staticmethod(_product_gradients)
+    backward = staticmethod(_product_gradients(grouped_product, grouped_outer))
 
 
 class _Outer(torch.autograd.Function):
@@ -67,7 +86,7 @@ class _Outer(torch.autograd.Function):
         ctx.save_for_backward(x, d, ends)
         return _outer(x, d, ends)
 
-    backward = staticmethod(_outer_gradients)
+    backward = staticmethod(_outer_gradients(grouped_product))
 
 
 # -- without gradients
@@ -128,8 +147,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.whole = inputs[3:] != (False,)
 
 
-product_node.register_autograd(_product_gradients, setup_context=_keep)
-outer_node.register_autograd(_outer_gradients, setup_context=_keep)
+# While a compiler traces a backward pass it does not always say so: these call nodes, whatever it says.
+product_node.register_autograd(_product_gradients(product_node, outer_node), setup_context=_keep)
+outer_node.register_autograd(_outer_gradients(product_node), setup_context=_keep)
 
 
 def _in_one_launch(x: Tensor, other: Tensor, ends: Tensor) -> bool:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kernels import dot, filled, rounded, sum_of_products
+from .kernels import add_dot, dot, filled, rounded, sum_of_products
 from .launch import Launcher, tiles
 
 # Both kernels are bound by bytes. An H100 needs about 30 KB in flight on each of 132 multiprocessors: with tiles of 8 and 16
@@ -26,7 +26,7 @@ MOST_ENDS = 1024  # that are compared at once
 
 
 @triton.jit
-def _add(a, b):  # the library's own sum is no function of the interpreter's unless Triton was imported for it
+def plus(a, b):  # the library's own sum is no function of the interpreter's unless Triton was imported for it
     return a + b
 
 
@@ -44,7 +44,7 @@ def _piece(ends_ptr, piece, heads, groups, n, share, CHUNK: tl.constexpr):
         for begin in range(0, groups, CHUNK):
             ids = begin + tl.arange(0, CHUNK)
             ends = tl.load(ends_ptr + ids, ids < groups, other=n)  # a cut is below n
-            e += tl.reduce((ends <= cut).to(tl.int32), 0, _add)
+            e += tl.reduce((ends <= cut).to(tl.int32), 0, plus)
     start = tl.load(ends_ptr + e - 1, e > 0, other=0)
     stop = tl.load(ends_ptr + e, e < groups, other=n)
     first = tl.where(piece < heads, start, cut)
@@ -83,7 +83,7 @@ def _add_low_rank(
         x = tl.load(x_ptr + at, (rows[:, None] < end) & (ks[None] < k), other=0.0)
         at = ks[:, None] * down_col + ranks[None] * down_row
         a = tl.load(down_ptr + at, (ks[:, None] < k) & (ranks[None] < R), other=0.0)
-        z += dot(x, rounded(a.to(tl.float32), x.dtype, INTERPRETED), INTERPRETED)
+        z = add_dot(z, x, rounded(a.to(tl.float32), x.dtype, INTERPRETED), INTERPRETED)
     z = rounded(z * scale, z_ptr.dtype.element_ty, INTERPRETED)
     at_z = rows[:, None].to(tl.int64) * R + ranks[None]
     tl.store(z_ptr + at_z, z, (rows[:, None] < end) & (ranks[None] < R))
@@ -107,7 +107,7 @@ def _chunk(groups: int) -> int:
     return min(MOST_ENDS, 1 << (groups - 1).bit_length())
 
 
-def _group_stride(t: Tensor) -> int:
+def group_stride(t: Tensor) -> int:
     return t.stride(0) if t.dim() > 2 else 0
 
 
@@ -122,7 +122,7 @@ def add_grouped_low_rank(
     b_row = 0 if b is None else b.stride(0)
     in_b = inplace and b is not None
     launch = _launch_low_rank.prepare(
-        (pieces, 1, 1), n, k, m, groups, scale, x.stride(0), _group_stride(A), *A.stride()[-2:], _group_stride(B),
+        (pieces, 1, 1), n, k, m, groups, scale, x.stride(0), group_stride(A), *A.stride()[-2:], group_stride(B),
         *B.stride()[-2:], b_row, b_row if in_b else m, r, filled(r), b is not None, in_b, ROWS, DEPTH, COLS, _chunk(groups),
     )  # fmt: skip
 

@@ -11,18 +11,12 @@ import torch
 from torch import Tensor
 
 from .dispatch import Kernel, Op
-from .grouped import grouped_outer, grouped_product, within
+from .grouped import MOST_GROUPS, grouped_outer, product_of_each
 from .product import MOST
 
 COLUMNS = 512  # of what is added in place: made at once
-
-
-def product_of_each(x: Tensor, W: Tensor, ends: Tensor, whole: bool) -> Tensor:
-    """`x_i W_e`: `W (groups, k, m)` or `(k, m)`, in the dtype of x; zero for the rows past the last end."""
-    W = W.to(x.dtype)
-    if W.dim() > 2:
-        return grouped_product(x, W, ends, whole)
-    return x @ W if whole else within(x @ W, ends)
+OWN_PRODUCT = False  # whether ours with the delta in it runs where it fits; else torch's, and the delta added to its output
+ROWS = 128  # of a group on average, from which on our product is faster than torch's and an addition to it
 
 
 def low_rank_rows(x: Tensor, A: Tensor, ends: Tensor, scale: float, whole: bool) -> Tensor:
@@ -42,6 +36,11 @@ def _add_low_rank(
         part = slice(begin, begin + step)
         b[:, part] += product_of_each(z, B[..., part, :].mT, ends, whole)
     return b, z
+
+
+def _linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, ends: Tensor, scale: float, whole: bool) -> tuple[Tensor, Tensor]:
+    y = product_of_each(x, W.mT, ends, whole)
+    return add_grouped_low_rank(x, A, B, y, ends, scale, whole, not torch.is_grad_enabled())
 
 
 def _outer_pair(d: Tensor, z: Tensor, w: Tensor, x: Tensor, ends: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -69,6 +68,20 @@ def _wins(x: Tensor, *_: object) -> bool:
     return x.is_cuda and x.numel() > 0
 
 
+def _linear_refusal(x: Tensor, W: Tensor, A: Tensor, B: Tensor, *_: object) -> str | None:
+    if W.dtype is not x.dtype:
+        return f"the rows and the weight differ in dtype: {x.dtype}, {W.dtype}"
+    if W.shape[0] > MOST_GROUPS:
+        return f"there are more than {MOST_GROUPS} groups: {W.shape[0]}"
+    return _refusal(A.shape[-2], (x,), (A, B))
+
+
+def _linear_wins(x: Tensor, W: Tensor, *_: object) -> bool:
+    """Where groups fill their tiles, on GPUs of the kind that these were chosen on; elsewhere torch's product fits better."""
+    known = OWN_PRODUCT and x.is_cuda and x.dtype is torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] == 9
+    return known and x.shape[0] >= ROWS * W.shape[0] and {W.stride(-1), W.stride(-2)} >= {1}
+
+
 _KERNELS = "halotune.ops.grouped_kernels"
 
 # `z_i = s A_e x_i` and `b_i + B_e z_i`: x `(n, k)`, b `(n, m)` or None for zeros; the sum in b itself, or new. Returns both. Of
@@ -80,6 +93,14 @@ add_grouped_low_rank = Op(
     kernel=Kernel(
         _KERNELS, "add_grouped_low_rank", lambda x, A, B, b, *_: _refusal(A.shape[-2], (x, b), (A, B)), lambda x, *_: _wins(x)
     ),
+)
+
+# `z_i = s A_e x_i` and `y_i = W_e x_i + B_e z_i`: x `(n, k)`, W `(groups, m, k)`. Returns y and z, zero past the last end.
+grouped_low_rank_linear = Op(
+    "grouped_low_rank_linear",
+    _linear,
+    like=lambda x, W, A, *_: (x.new_empty(x.shape[0], W.shape[-2]), x.new_empty(x.shape[0], A.shape[-2])),
+    kernel=Kernel("halotune.ops.grouped_linear_kernels", "grouped_low_rank_linear", _linear_refusal, _linear_wins),
 )
 
 # `Σ_i d_i z_iᵀ (groups, m, r)` and `Σ_i w_i x_iᵀ (groups, r, k)` over the rows of each group: d `(n, m)`, x `(n, k)`, z and w

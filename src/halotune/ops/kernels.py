@@ -43,6 +43,20 @@ def dot(a, b, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def add_dot(total, a, b, INTERPRETED: tl.constexpr):
+    """`total + a b` in fp32. Of factors in fp32, the products of one block are summed before they are added.
+
+    They would be added to the total one by one, and a chain of thousands loses digits: an addition that is written as a
+    multiplication by one is not merged into the product.
+    """
+    if a.dtype == tl.float32:
+        total = tl.fma(dot(a, b, INTERPRETED), 1.0, total)
+    else:
+        total += dot(a, b, INTERPRETED)
+    return total
+
+
+@triton.jit
 def rounded(x, to: tl.constexpr, INTERPRETED: tl.constexpr):
     """x in another dtype. Triton's interpreter would cut the bits off that bf16 lacks, so they are rounded away first."""
     if INTERPRETED and to == tl.bfloat16:
@@ -166,7 +180,7 @@ def _down(a_ptr, q_ptr, n, k, rows, ranks, a_row, q_row, R: tl.constexpr, RANK: 
             p = (ks[:, None] % R == ranks[None]).to(tl.float32).to(a.dtype)
         else:
             p = tl.load(q_ptr + ks[:, None] + ranks[None] * q_row, (ks[:, None] < k) & (ranks[None] < R), other=0.0)
-        z += dot(a, p, INTERPRETED)
+        z = add_dot(z, a, p, INTERPRETED)
     return z
 
 
@@ -258,7 +272,7 @@ def sum_of_products(left_ptr, right_ptr, tile, first, end, p, left_row, right_ro
         left = tl.load(left_ptr + at, (rows[None] < end) & (ranks[:, None] < R), other=0.0)
         at = rows[:, None].to(tl.int64) * right_row + cols[None]
         right = tl.load(right_ptr + at, (rows[:, None] < end) & (cols[None] < p), other=0.0)
-        total += dot(left, right, INTERPRETED)
+        total = add_dot(total, left, right, INTERPRETED)
     return total
 
 

@@ -9,6 +9,7 @@ so that nothing of size in×in is ever needed (derivation: README.md beside this
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,8 +24,7 @@ def normalize(U: Tensor) -> Tensor:
     """`û_i = u_i / ‖u_i‖` for each column, in fp32 or better; a zero column stays zero and gets no gradient."""
     U = U.to(exact_dtype(U.dtype))
     norm = torch.linalg.vector_norm(U, dim=-2, keepdim=True)
-    tiny = torch.finfo(U.dtype).tiny
-    return U * torch.where(norm > tiny, 1.0 / norm.clamp_min(tiny), 0.0)
+    return U / torch.where(norm > torch.finfo(U.dtype).tiny, norm, math.inf)
 
 
 PIECES = 16
@@ -36,12 +36,6 @@ def gram(Û: Tensor) -> Tensor:
         return Û.mT @ Û
     pieces = Û.unflatten(-2, (PIECES, -1))
     return (pieces.mT @ pieces).sum(-3)
-
-
-def chain_core(Û: Tensor) -> Tensor:
-    """`striu(G) + ½ I` `(…, r, r)`: the inverse of T for a product of reflections in order."""
-    G = gram(Û)
-    return torch.triu(G, 1) + torch.eye(G.shape[-1], dtype=G.dtype, device=G.device) / 2
 
 
 def rank_tolerance(G: Tensor) -> float:
@@ -65,8 +59,8 @@ def wy_factors(U: Tensor, gram_schmidt: bool) -> tuple[Tensor, Tensor]:
         Û = normalize(U)
         if gram_schmidt:
             N = -(span_core(Û).mT @ Û.mT)
-        else:
-            N = torch.linalg.solve_triangular(chain_core(Û).mT, -Û.mT, upper=False)
+        else:  # T⁻ᵀ = (stril(2 G) + I) / 2, of which the solver reads 2 G below the diagonal alone
+            N = torch.linalg.solve_triangular(2 * gram(Û), -2 * Û.mT, upper=False, unitriangular=True)
         return Û, N
 
 
