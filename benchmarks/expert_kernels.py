@@ -19,21 +19,12 @@ import torch
 from torch import Tensor
 
 Run = Callable[[], Any]
-TILES = (  # rows, columns, depth, warps, loads ahead, by blocks, persistent programs, flat, halves
-    (128, 256, 64, 8, 3, True, 1, True, False),
-    (128, 256, 64, 8, 3, False, 0, False, True),
-    (128, 256, 64, 8, 4, True, 0, False, False),
-    (128, 128, 64, 4, 3, True, 2, True, False),
-    (128, 128, 64, 4, 3, False, 0, False, True),
-    (128, 256, 64, 8, 4, True, 1, False, False),
-    (128, 256, 64, 8, 4, False, 0, False, True),
-    (128, 256, 64, 8, 3, False, 0, False, False),
-    (128, 128, 64, 4, 3, True, 0, False, False),
-    (256, 128, 64, 8, 3, True, 1, True, False),
-    (128, 256, 32, 8, 4, True, 1, True, False),
-    (128, 128, 64, 8, 3, False, 0, False, True),
-    (64, 256, 64, 4, 2, False, 0, False, False),
-    (64, 256, 64, 4, 3, True, 0, False, False),
+TILES = (  # rows, columns, depth, warps, loads ahead
+    (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
+    (128, 128, 64, 4, 3),
+    (128, 128, 64, 8, 3),
+    (64, 256, 64, 4, 2),
 )
 
 
@@ -94,10 +85,9 @@ def parts(size: dict[str, int], device: str) -> Any:
     z = torch.randn(n, r, device=device, dtype=x.dtype)
     row("gradients of A and B", milliseconds(lambda: grouped_outer_pair(dy, z, z, x, ends, torch.float32), device))
     due = [grouped_low_rank_linear.reference(*a) for a in both]
-    sms = torch.cuda.get_device_properties(0).multi_processor_count if device == "cuda" else 4
     tiles = [kernels.Tile(*numbers) for numbers in TILES]
     runs = {}
-    for tile in [tile._replace(persistent=tile.persistent * sms) for tile in tiles]:
+    for tile in tiles:
         kernels.TILE = tile
         runs[tile] = [kernels.grouped_low_rank_linear(*a) for a in both]
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,53 +29,26 @@ class Tile(NamedTuple):
     depth: int
     warps: int
     stages: int  # loads ahead
-    blocks: bool = False  # x and W are read in blocks, by tensor descriptors
-    persistent: int = 0  # programs that take such tiles in turn; 0 is one for each tile
-    flat: bool = False  # their loops are made one: the next tile is on its way while the last is written
-    halves: bool = False  # else: the last tile of a group, where it is half empty, is computed as half of one
 
 
 # Rows of a group fill its last tile in part, and each tile reads its columns of W: with tiles of 128 × 256 a group of some 256
 # rows reads W two to three times from the cache, and x once for each 256 columns.
-TILE = Tile(128, 256, 64, 8, 3, halves=True)
+TILE = Tile(128, 256, 64, 8, 3)
 FINE_TILE = Tile(32, 64, 32, 4, 2)  # fp32 has no matrix unit that is exact
 
 
 @triton.jit
-def _groups(ends_ptr, groups, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """Where each group begins and ends, how many tiles of rows it takes, and how many these and those before it are."""
+def _rows_of_tile(ends_ptr, tile, groups, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """The group of a tile of rows, and its rows from `first` to `end`; none for a tile past the last. Each group begins one."""
     ids = tl.arange(0, CHUNK)
     ends = tl.load(ends_ptr + ids, ids < groups, other=0)
     begins = tl.load(ends_ptr + ids - 1, (ids > 0) & (ids < groups), other=0)
     counts = (ends - begins + ROWS - 1) // ROWS
-    return begins, ends, counts, tl.associative_scan(counts, 0, plus)
-
-
-@triton.jit
-def _rows_of_tile(begins, ends, counts, up_to, tile, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """The group of a tile of rows, and its rows from `first` to `end`; none for a tile past the last."""
-    before = up_to <= tile
+    before = tl.associative_scan(counts, 0, plus) <= tile
     e = tl.reduce(before.to(tl.int32), 0, plus)
     skipped = tl.reduce(tl.where(before, counts, 0), 0, plus)
-    its = tl.arange(0, CHUNK) == e
-    first = tl.reduce(tl.where(its, begins, 0), 0, plus) + (tile - skipped) * ROWS
-    return e, first, tl.minimum(tl.reduce(tl.where(its, ends, 0), 0, plus), first + ROWS)
-
-
-@triton.jit
-def _finish(
-    y, e, z_ptr, up_ptr, y_ptr, rows, cols, end, m, up_group, up_row, up_col, R: tl.constexpr, RANK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Add `z Bᵀ` and write the sums."""
-    ranks = tl.arange(0, RANK)
-    in_rows, in_cols = rows[:, None] < end, cols[None] < m
-    z = tl.load(z_ptr + rows[:, None].to(tl.int64) * R + ranks[None], in_rows & (ranks[None] < R), other=0.0)
-    up_at = up_ptr + e.to(tl.int64) * up_group + cols[None] * up_row + ranks[:, None] * up_col
-    q = tl.load(up_at, in_cols & (ranks[:, None] < R), other=0.0)
-    y += dot(z, rounded(q.to(tl.float32), z.dtype, INTERPRETED), INTERPRETED)
-    y_at = y_ptr + rows[:, None].to(tl.int64) * m + cols[None]
-    tl.store(y_at, rounded(y, y_ptr.dtype.element_ty, INTERPRETED), in_rows & in_cols)
+    first = tl.reduce(tl.where(ids == e, begins, 0), 0, plus) + (tile - skipped) * ROWS
+    return e, first, tl.minimum(tl.reduce(tl.where(ids == e, ends, 0), 0, plus), first + ROWS)
 
 
 @triton.jit
@@ -85,6 +57,7 @@ def _tile(
     R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, WHOLE_STEPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
+    """The sums of rows and columns, and `z Bᵀ` added to them before they are written."""
     rows = first + tl.arange(0, ROWS)
     cols = begin + tl.arange(0, COLS)
     ks = tl.arange(0, DEPTH)
@@ -102,14 +75,20 @@ def _tile(
         y = add_dot(y, x, w, INTERPRETED)
         x_at += DEPTH
         w_at += DEPTH * w_in
-    _finish(y, e, z_ptr, up_ptr, y_ptr, rows, cols, end, m, up_group, up_row, up_col, R, RANK, INTERPRETED)
+    ranks = tl.arange(0, RANK)
+    z = tl.load(z_ptr + rows[:, None].to(tl.int64) * R + ranks[None], in_rows & (ranks[None] < R), other=0.0)
+    up_at = up_ptr + e.to(tl.int64) * up_group + cols[None] * up_row + ranks[:, None] * up_col
+    q = tl.load(up_at, in_cols & (ranks[:, None] < R), other=0.0)
+    y += dot(z, rounded(q.to(tl.float32), z.dtype, INTERPRETED), INTERPRETED)
+    y_at = y_ptr + rows[:, None].to(tl.int64) * m + cols[None]
+    tl.store(y_at, rounded(y, y_ptr.dtype.element_ty, INTERPRETED), in_rows & in_cols)
 
 
 @triton.jit
 def _linear(
     x_ptr, w_ptr, z_ptr, up_ptr, ends_ptr, y_ptr, k, m, groups, x_row, w_group, w_out, w_in, up_group, up_row, up_col,
     R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, WHOLE_STEPS: tl.constexpr,
-    CHUNK: tl.constexpr, HALVES: tl.constexpr, INTERPRETED: tl.constexpr,
+    CHUNK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one group, and some columns, of `y = x Wᵀ + z Bᵀ`.
 
@@ -117,12 +96,11 @@ def _linear(
     they read together is read from memory once.
     """
     of_columns = (m + COLS - 1) // COLS
-    begins, ends, counts, up_to = _groups(ends_ptr, groups, ROWS, CHUNK)  # pyright: ignore[reportGeneralTypeIssues]
-    e, first, end = _rows_of_tile(begins, ends, counts, up_to, tl.program_id(0) // of_columns, ROWS, CHUNK)  # pyright: ignore[reportGeneralTypeIssues]
+    e, first, end = _rows_of_tile(ends_ptr, tl.program_id(0) // of_columns, groups, ROWS, CHUNK)  # pyright: ignore[reportGeneralTypeIssues]
     if first >= end:
         return
     begin = tl.program_id(0) % of_columns * COLS
-    if HALVES and end - first <= ROWS // 2:
+    if end - first <= ROWS // 2:  # the last of a group, as a rule
         _tile(x_ptr, w_ptr, z_ptr, up_ptr, y_ptr, e, first, end, begin, k, m, x_row, w_group, w_out, w_in, up_group, up_row,
               up_col, R, RANK, ROWS // 2, COLS, DEPTH, WHOLE_STEPS, INTERPRETED)  # fmt: skip
     else:
@@ -130,50 +108,9 @@ def _linear(
               up_col, R, RANK, ROWS, COLS, DEPTH, WHOLE_STEPS, INTERPRETED)  # fmt: skip
 
 
-@triton.jit
-def _linear_by_blocks(
-    z_ptr, up_ptr, ends_ptr, y_ptr, x_blocks, w_blocks, k, m, groups, up_group, up_row, up_col,
-    R: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, OUT_FIRST: tl.constexpr,
-    CHUNK: tl.constexpr, FLAT: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """The same, with x and W read in blocks; programs take tiles in turn."""
-    of_columns = (m + COLS - 1) // COLS
-    begins, ends, counts, up_to = _groups(ends_ptr, groups, ROWS, CHUNK)  # pyright: ignore[reportGeneralTypeIssues]
-    total = tl.reduce(counts, 0, plus) * of_columns
-    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLAT):  # pyright: ignore
-        e, first, end = _rows_of_tile(begins, ends, counts, up_to, tile // of_columns, ROWS, CHUNK)  # pyright: ignore[reportGeneralTypeIssues]
-        begin = tile % of_columns * COLS
-        y = tl.full((ROWS, COLS), 0.0, tl.float32)
-        for at in range(0, k, DEPTH):
-            x = x_blocks.load([first, at])
-            if OUT_FIRST:
-                w = w_blocks.load([e, begin, at]).reshape(COLS, DEPTH).trans()
-            else:
-                w = w_blocks.load([e, at, begin]).reshape(DEPTH, COLS)
-            y = add_dot(y, x, w, INTERPRETED)
-        rows = first + tl.arange(0, ROWS)
-        cols = begin + tl.arange(0, COLS)
-        _finish(y, e, z_ptr, up_ptr, y_ptr, rows, cols, end, m, up_group, up_row, up_col, R, RANK, INTERPRETED)
-
-
-def _fits_blocks(*tensors: Tensor) -> bool:
-    """Whether there can be tensor descriptors: Triton 3.4 has them, for strides of whole 16 bytes and one of 1."""
-    strides = [s * t.itemsize % 16 for t in tensors for s in t.stride() if s != 1]
-    return not any(strides) and all(t.stride(-1) == 1 or t.stride(-2) == 1 for t in tensors) and _has_descriptors()
-
-
 @cache
-def _has_descriptors() -> bool:
-    return find_spec("triton.tools.tensor_descriptor") is not None
-
-
-def _aligned(t: Tensor) -> Tensor:
-    return t if t.data_ptr() % 16 == 0 else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
-
-
-@cache
-def _launcher(kernel: Any, warps: int, stages: int) -> Launcher:
-    return Launcher(kernel, num_warps=warps, num_stages=stages)
+def _launcher(warps: int, stages: int) -> Launcher:
+    return Launcher(_linear, num_warps=warps, num_stages=stages)
 
 
 def grouped_low_rank_linear(
@@ -182,37 +119,17 @@ def grouped_low_rank_linear(
     """Two launches: z, and the product with the delta."""
     (n, k), (groups, m, _), r = x.shape, W.shape, A.shape[-2]
     tile = FINE_TILE if x.dtype is torch.float32 else TILE
-    if tile.blocks and not _fits_blocks(x, W):
-        tile = tile._replace(blocks=False, persistent=0)
     down = add_grouped_low_rank(x, A, B[..., :0, :], None, ends, scale, whole, False)
-    most = (n // tile.rows + groups) * tiles(m, tile.cols)  # a group fills all of its tiles but one
-    programs = min(most, tile.persistent or most)
-    chunk, up = 1 << (groups - 1).bit_length(), (group_stride(B), *B.stride()[-2:])
-    sizes = r, filled(r), tile.rows, tile.cols, tile.depth
-    out_first = W.stride(-1) == 1
-    if tile.blocks:
-        launch = _launcher(_linear_by_blocks, tile.warps, tile.stages).prepare(
-            (programs, 1, 1), k, m, groups, *up, *sizes, out_first, chunk, tile.flat
-        )
-    else:
-        launch = _launcher(_linear, tile.warps, tile.stages).prepare(
-            (programs, 1, 1), k, m, groups, x.stride(0), *W.stride(), *up, *sizes, k % tile.depth == 0, chunk, tile.halves
-        )
+    programs = (n // tile.rows + groups) * tiles(m, tile.cols)  # a group fills all of its tiles but one
+    launch = _launcher(tile.warps, tile.stages).prepare(
+        (programs, 1, 1), k, m, groups, x.stride(0), *W.stride(), group_stride(B), *B.stride()[-2:], r, filled(r),
+        tile.rows, tile.cols, tile.depth, k % tile.depth == 0, 1 << (groups - 1).bit_length(),
+    )  # fmt: skip
 
     def run(x: Tensor, W: Tensor, A: Tensor, B: Tensor, ends: Tensor, scale: float, whole: bool) -> tuple[Tensor, Tensor]:
         _, z = down(x, A, B[..., :0, :], None, ends, scale, whole, False)
-        y = x.new_empty((n, m)) if whole else x.new_zeros((n, m))
-        if tile.blocks:
-            from triton.tools.tensor_descriptor import TensorDescriptor
-
-            W, block = (W, [1, tile.cols, tile.depth]) if out_first else (W.mT, [1, tile.depth, tile.cols])
-            blocks = (
-                TensorDescriptor(_aligned(x), list(x.shape), list(x.stride()), [tile.rows, tile.depth]),
-                TensorDescriptor(_aligned(W), list(W.shape), list(W.stride()), block),
-            )
-            launch(z, B, ends, y, blocks=blocks)
-        else:
-            launch(x, W, z, B, ends, y)
+        y = x.new_empty((n, m)) if whole else x.new_zeros((n, m))  # rows of no group have no tile
+        launch(x, W, z, B, ends, y)
         return y, z
 
     return run

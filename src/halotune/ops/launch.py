@@ -51,19 +51,19 @@ class Launch:
         self.launcher, self.grid, self.numbers = launcher, grid, numbers
         self.compiled: Any = None  # for tensors that begin at multiples of 16 bytes, as nearly all do
 
-    def __call__(self, *tensors: Tensor, blocks: tuple[Any, ...] = ()) -> None:
+    def __call__(self, *tensors: Tensor) -> None:
         if is_traced():
             launcher = self.launcher
-            torch.library.wrap_triton(launcher.kernel)[self.grid](*tensors, *blocks, *self.numbers, False, **launcher.options)
+            torch.library.wrap_triton(launcher.kernel)[self.grid](*tensors, *self.numbers, False, **launcher.options)
             return
         device = tensors[0].get_device()  # -1 on the CPU, in Triton's interpreter
         if device < 0 or device == torch.cuda.current_device():
-            self._run(device, tensors, blocks)
+            self._run(device, tensors)
         else:
             with torch.cuda.device(device):
-                self._run(device, tensors, blocks)
+                self._run(device, tensors)
 
-    def _run(self, device: int, tensors: tuple[Tensor, ...], blocks: tuple[Any, ...]) -> None:
+    def _run(self, device: int, tensors: tuple[Tensor, ...]) -> None:
         address = 0
         for t in tensors:
             address |= t.data_ptr()
@@ -72,8 +72,8 @@ class Launch:
             stream = torch._C._cuda_getCurrentRawStream(device)
             # what `compiled[grid]` does, without looking for tools that want to see every launch
             known = stream, compiled.function, compiled.packed_metadata, None, None, None
-            compiled.run(*self.grid, *known, *tensors, *blocks, *self.numbers, False)
+            compiled.run(*self.grid, *known, *tensors, *self.numbers, False)
             return
-        compiled = self.launcher.compile(self.grid, (*tensors, *blocks, *self.numbers, device < 0))
+        compiled = self.launcher.compile(self.grid, (*tensors, *self.numbers, device < 0))
         if not address & 15:
             self.compiled = compiled
