@@ -15,7 +15,6 @@ from .grouped import MOST_GROUPS, grouped_outer, product_of_each
 from .product import MOST
 
 COLUMNS = 512  # of what is added in place: made at once
-OWN_PRODUCT = False  # whether ours with the delta in it runs where it fits; else torch's, and the delta added to its output
 ROWS = 128  # of a group on average, from which on our product is faster than torch's and an addition to it
 
 
@@ -78,7 +77,7 @@ def _linear_refusal(x: Tensor, W: Tensor, A: Tensor, B: Tensor, *_: object) -> s
 
 def _linear_wins(x: Tensor, W: Tensor, *_: object) -> bool:
     """Where groups fill their tiles, on GPUs of the kind that these were chosen on; elsewhere torch's product fits better."""
-    known = OWN_PRODUCT and x.is_cuda and x.dtype is torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] == 9
+    known = x.is_cuda and x.dtype is torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] == 9
     return known and x.shape[0] >= ROWS * W.shape[0] and {W.stride(-1), W.stride(-2)} >= {1}
 
 
