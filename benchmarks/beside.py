@@ -108,6 +108,7 @@ class Call:
     about: dict[str, dict[str, Any]]
     rounds: int
     deadline: float
+    on_cuda: bool = False
     order: list[tuple[int, str]] = field(default_factory=list)
 
     @property
@@ -128,8 +129,13 @@ class Call:
         return job
 
     def run(self, case: Case, rows: list[Row], keep: Callable[[], None]) -> None:
-        """Fill the rows, round after round, until the time is up. A contender that fails is not asked again."""
-        for number in range(1 if case.once else self.rounds):
+        """Fill the rows, round after round, until the time is up. A contender that fails is not asked again.
+
+        Kernels come after all rounds, from workers that end with it: a profiler slows down what its process launches later.
+        """
+        rounds = 1 if case.once else self.rounds
+        traced = rounds if case.job.get("trace") and self.on_cuda else None  # the number of the last round
+        for number in range(rounds + (traced is not None)):
             for row in turns(rows, number):
                 longest = max((r.seconds for r in rows if r.seconds is not None), default=0.0)
                 if self.left < (longest if row.seconds is None else 1.2 * row.seconds):
@@ -137,13 +143,15 @@ class Call:
                     return
                 if row.problem:
                     continue
-                self.turn(case, row, number)
+                self.turn(case, row, number, trace=number == traced)
                 keep()
+        for worker in self.workers.values() if traced is not None else ():
+            worker.restart()
 
-    def turn(self, case: Case, row: Row, number: int) -> None:
+    def turn(self, case: Case, row: Row, number: int, trace: bool) -> None:
         worker, began = self.workers[row.worker], time.monotonic()
         try:
-            answer = worker.ask({**self.job(case), "contender": row.contender}, self.left)
+            answer = worker.ask({**self.job(case), "contender": row.contender, "trace": trace}, self.left)
         except Gone as e:
             answer = {"problem": str(e)}
         row.add(number, answer)
@@ -199,7 +207,7 @@ def main() -> None:
     workers = {name: Worker(name, tree, args.device) for name, tree in trees.items()}  # which start side by side
     try:
         about = {name: worker.greeting(min(120.0, deadline - time.monotonic())) for name, worker in workers.items()}
-        call = Call(workers, about, args.rounds, deadline)
+        call = Call(workers, about, args.rounds, deadline, args.device.startswith("cuda"))
         for suite in args.suites:
             measure(suite, call, commits, args)
     except Gone as e:

@@ -198,7 +198,7 @@ def step(job: Job, models: Models) -> Job:
             answer = {"times": {"step": ms}, "peak": clock.peak(), "layers": len(targets)}
             if clock.cuda and job["trace"]:
                 busy, answer["launches"] = traced(lambda: run(batches[0]))
-                answer["times"]["kernels"] = [busy]
+                answer["times"] = {"kernels": [busy]}
             return answer
     finally:
         flowing.remove()

@@ -211,6 +211,19 @@ def test_out_of_memory_is_a_row_and_is_not_tried_again() -> None:
     assert asked == ["hra", "lora", "lora", "lora"]
 
 
+def test_kernels_come_after_all_that_is_timed() -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def turn(entry: Entry, profiled: bool = False) -> Turn:
+        asked.append((entry.contender.method, profiled))
+        return Turn({"kernels": [0.5]} if profiled else {"step": [1.0]})
+
+    entries = [Entry(Contender("ours", "hra", 2)), Entry(Contender("ours", "lora", 2))]
+    rows = race(config(rounds=2), {}, entries, ["step", "kernels"], turn, Watch(), started=math.inf)
+    assert asked == 2 * [("hra", False), ("lora", False)] + [("hra", True), ("lora", True)]
+    assert [row.times for row in rows] == 2 * [[1.0, 1.0]] + 2 * [[0.5]]
+
+
 def test_when_time_is_up_the_rows_so_far_are_reported() -> None:
     kept: list[list[Row]] = []
     rows = race(

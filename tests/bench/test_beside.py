@@ -58,10 +58,11 @@ class Worker:
     """Answers at once, but for the time that a turn takes by the clock; `breaks` fails."""
 
     def __init__(self, clock: list[float]) -> None:
-        self.clock, self.asked, self.restarts = clock, [], 0
+        self.clock, self.asked, self.traced, self.restarts = clock, [], [], 0
 
     def ask(self, job: dict[str, Any], seconds: float) -> dict[str, Any]:
         self.asked.append(job["contender"])
+        self.traced.append(job["trace"])
         self.clock[0] += 10
         return {"problem": "broke"} if job["contender"] == "breaks" else {"times": {"decode": [1.0]}}
 
@@ -82,3 +83,14 @@ def test_no_turn_starts_that_would_pass_the_limit_and_no_failure_is_repeated(mon
     assert clock == [70] and worker.restarts == 1
     assert worker.asked == ["frozen", "breaks", "ours:hra-r8"] + 2 * ["frozen", "ours:hra-r8"]
     assert "- this breaks: broke" in beside.tables(case, rows)
+
+
+def test_kernels_are_traced_after_all_rounds_by_workers_that_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    beside = importlib.import_module("beside")
+    for on_cuda in (True, False):
+        worker = Worker([0.0])
+        run = beside.Call({"this": worker}, {}, rounds=2, deadline=float("inf"), on_cuda=on_cuda)
+        case = beside.Case("a table", ("frozen", "ours:hra-r8"), {"kind": "decode", "trace": True})
+        run.run(case, run.entries(case), lambda: None)
+        assert worker.traced == 4 * [False] + 2 * [True] * on_cuda and worker.restarts == on_cuda

@@ -22,12 +22,11 @@ from ..core.errors import HalotuneError
 from . import models
 from .config import BenchConfig
 from .contenders import FROZEN, LIBRARIES, Contender, Unavailable, quiet, restored
-from .race import Entry, Turn, Watch, race
+from .race import KERNELS, Entry, Turn, Watch, race
 from .rows import Row, hardware, versions
 from .timing import Clock, saved_bytes
 
 SILENT = Watch()
-KERNELS = "kernels"
 INPUTS = 4  # sets of inputs that take turns, so that no step finds its input in a cache
 SEED = 0
 
@@ -134,6 +133,13 @@ class Work:
         times = self.clock.laps(*(partial(run, batch) for batch in order[self.config.warmup :]))
         return Turn({"step": times}, count(model), self.clock.peak())
 
+    def kernels(self, model: nn.Module, run: Callable[[], object]) -> Turn:
+        """What the GPU spends in kernels."""
+        for _ in range(self.config.warmup):
+            run()
+        self.start()
+        return Turn({KERNELS: [self.clock.busy(run)]}, count(model), self.clock.peak())
+
     def start(self) -> None:
         """What follows is timed."""
         gc.collect()  # off while timing; what warming up left in cycles is no part of the peak
@@ -148,7 +154,7 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in trained(model))
 
 
-Race = tuple[dict[str, Any], list[Entry], list[str], Callable[[Entry], Turn]]
+Race = tuple[dict[str, Any], list[Entry], list[str], Callable[..., Turn]]
 
 
 def raced(prepare: Callable[[BenchConfig], Race]) -> Callable[..., list[Row]]:
@@ -184,17 +190,16 @@ def run_step(config: BenchConfig) -> Race:
         batches = [family.static(batch) for batch in batches]
     work.let_gradients_through()
 
-    def turn(entry: Entry) -> Turn:
+    def turn(entry: Entry, profiled: bool = False) -> Turn:
         with work.adapted(entry.contender) as model:
             model.train()
             train = training(model, family, fused=clock.cuda, capturable=config.cuda_graph)
             clock.forget_peak()
             run = captured(train, batches[0]) if config.cuda_graph else train
 
-            result = work.steps(model, run, batches)
-            if clock.cuda:
-                result.times[KERNELS] = [clock.busy(lambda: run(batches[0]))]
-            return result
+            if profiled:
+                return work.kernels(model, lambda: run(batches[0]))
+            return work.steps(model, run, batches)
 
     about = work.setting(config.batch, config.sequence, cuda_graph=config.cuda_graph)
     return about, everyone(config), ["step", *[KERNELS] * clock.cuda], turn
@@ -305,7 +310,7 @@ def run_decode(config: BenchConfig) -> Race:
     sizes = config.batch, config.prompt, config.torch_device, config.torch_dtype
     prompt = family.batch(config.preset.shape, *sizes)["input_ids"]
 
-    def turn(entry: Entry) -> Turn:
+    def turn(entry: Entry, profiled: bool = False) -> Turn:
         with work.adapted(entry.contender) as model, torch.inference_mode():
             model.eval()
             if entry.contender.library == "ours":
@@ -318,10 +323,9 @@ def run_decode(config: BenchConfig) -> Race:
                 state["input_ids"] = out.logits[:, -1:].argmax(-1)
 
             token()  # the prompt
-            turn = work.repeated(model, ["token"], lambda i: clock.laps(token))
-            if clock.cuda:
-                turn.times[KERNELS] = [clock.busy(token)]
-            return turn
+            if profiled:
+                return work.kernels(model, token)
+            return work.repeated(model, ["token"], lambda i: clock.laps(token))
 
     about = work.setting(config.batch, config.prompt, weight_cache_gib=config.weight_cache)
     return about, everyone(config), ["token", *[KERNELS] * clock.cuda], turn

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,6 +17,7 @@ from .rows import Row, compare, short
 from .timing import Clock, no_collection
 
 OUT_OF_TIME = "time limit"
+KERNELS = "kernels"
 
 
 @dataclass
@@ -52,7 +54,7 @@ def race(
     setting: dict[str, Any],
     entries: Sequence[Entry],
     measures: Sequence[str],
-    turn: Callable[[Entry], Turn],
+    turn: Callable[..., Turn],
     watch: Watch,
     started: float,
 ) -> list[Row]:
@@ -61,32 +63,35 @@ def race(
     Args:
         setting: what to write into every row.
         measures: the names of what a turn measures.
-        turn: measures one entry.
+        turn: measures one entry; where `KERNELS` are measured, with `profiled=True` these alone. That is asked once, after all
+            rounds: a profiler slows down what its process launches later.
         started: when the time began to run, of `time.monotonic`.
     """
     clock = Clock(config.torch_device)
     rows = {(i, m): Row(e.contender, m, setting, e.point) for m in measures for i, e in enumerate(entries)}
     failed: set[int] = set()
     out = list(rows.values())
+    profiled = config.rounds if KERNELS in measures else None  # the number of the last round
     with no_collection():
-        for number, i in ((number, i) for number in range(config.rounds) for i in range(len(entries))):
+        for number, i in ((n, i) for n in range(config.rounds + (profiled is not None)) for i in range(len(entries))):
             if i in failed:
                 continue
             if config.time_limit is not None and time.monotonic() - started > config.time_limit:
                 watch.say(f"the time limit of {config.time_limit:g} s is over")
                 break
-            result, problem = attempt(turn, entries[i], clock)
+            result, problem = attempt(partial(turn, profiled=True) if number == profiled else turn, entries[i], clock)
             for measure in measures:
                 row = rows[i, measure]
                 row.problem = problem
-                if not problem:
+                if measure in result.times:
                     row.rounds[number] = result.times[measure]
                     row.trainable, row.saved = result.trainable, result.saved
                     row.peak = max((p for p in (row.peak, result.peak) if p is not None), default=None)
             if problem:
                 failed.add(i)
             shown = ", ".join(f"{measure} {short(median(times))} ms" for measure, times in result.times.items())
-            watch.say(f"round {number + 1}/{config.rounds}  {entries[i]}: {problem or shown}")
+            named = KERNELS if number == profiled else f"round {number + 1}/{config.rounds}"
+            watch.say(f"{named}  {entries[i]}: {problem or shown}")
             compare(out)
             watch.keep(out)
     for row in out:
