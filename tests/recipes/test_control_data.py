@@ -303,6 +303,9 @@ def test_rows_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(HalotuneError, match=r"holds no train split: no train/prompts\.jsonl"):
         read_pairs(tmp_path, "train", "canny")
     saved(Image.new("RGB", (8, 8)), tmp_path / "a.png")
+    write_rows(tmp_path / "prompts.jsonl", [{"target": "a.png", "prompt": "one"}])
+    with pytest.raises(HalotuneError, match=r"holds no val split: .*, or take `--split train`, which is there\.$"):
+        read_pairs(tmp_path, "val", "canny")
 
     def reading(*rows: dict[str, Any], control: str = "canny") -> Any:
         write_rows(tmp_path / "prompts.jsonl", rows)

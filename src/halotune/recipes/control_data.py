@@ -112,9 +112,10 @@ def find_table(folder: Path, split: str) -> Path:
         for name in (*own, *plain, *everyone, *(["prompt.json"] if everyone else [])):
             if (place / name).is_file():
                 return place / name
+    there = ", or take `--split train`, which is there" if split == "val" and has_split(folder, "train") else ""
     raise HalotuneError(
         f"{folder}: holds no {split} split: no {names[0]}/prompts.jsonl, no {names[0]}.jsonl. Lay it out with `halotune data`, "
-        'or write rows {"target": …, "prompt": …} into one.'
+        f'or write rows {{"target": …, "prompt": …}} into one{there}.'
     )
 
 
