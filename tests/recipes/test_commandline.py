@@ -65,6 +65,7 @@ def test_flags_win_over_files_wherever_they_stand_and_later_files_over_earlier_o
     [
         (["--tsk", "cola"], "there is no option --tsk. Did you mean --task?"),
         ([*NEEDED, "--lr", "1e-3"], "there is no option --lr. Did you mean --learning-rate?"),
+        ([*NEEDED, "--rate", "1e-3"], "there is no option --rate. Did you mean --learning-rate?"),
         ([*NEEDED, "--batch_siz", "8"], "there is no option --batch-siz. Did you mean --batch-size?"),
         (["--task", "cola"], "needed, and not given: --model"),
         ([*NEEDED, "--apply-GS", "--method", "lora"], "--apply-GS is an option of hra"),

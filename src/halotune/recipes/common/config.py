@@ -211,7 +211,9 @@ def adapter_defaults(method: Method, kind: Kind, targets: str, preset: Mapping[s
 
 def unknown(name: str, known: list[str], problem: str) -> str:
     initials = [k for k in known if "-" in k[2:] and "".join(word[0] for word in k.strip("-").split("-")) == name.strip("-")]
-    near = initials or closest(name, known, n=1)  # --lr is --learning-rate
+    words = [k for k in known if "-" in k[2:] and name.strip("-") in k.strip("-").split("-")]
+    # --lr is --learning-rate, and --steps the one --inference-steps that there is
+    near = initials or (words if len(words) == 1 else closest(name, known, n=1))
     few = f"Known are {', '.join(sorted(known))}." if len(known) < 16 else "See --help for all there are."
     return f"{problem}. " + (f"Did you mean {near[0]}?" if near else few)
 
