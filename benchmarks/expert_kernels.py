@@ -130,14 +130,11 @@ def chosen(tile: Any) -> Iterator[None]:
 
 
 def by_kernel(step: Run, steps: int = 4) -> dict[str, float]:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(steps):
-            step()
-        torch.cuda.synchronize()
+    from experts import device_events
+
     found: dict[str, float] = defaultdict(float)
-    for e in profile.events() or ():
-        if e.device_type.name == "CUDA":
-            found[e.name[:56]] += e.self_device_time_total / 1e3 / steps
+    for e in device_events(step, steps):
+        found[e.name[:56]] += e.self_device_time_total / 1e3 / steps
     return found
 
 

@@ -196,15 +196,20 @@ def milliseconds(step: Step, device: str) -> float:
     return begin.elapsed_time(end)
 
 
-def kernels(step: Step, device: str, steps: int = 3) -> tuple[float | None, int | None]:
-    """Milliseconds that a GPU spends in the kernels of one step, and their number."""
-    if device == "cpu":
-        return None, None
+def device_events(step: Callable[[], Any], steps: int) -> list[Any]:
+    """What a GPU did in some steps."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    events: list[Any] = [e for e in profile.events() or () if e.device_type.name == "CUDA"]
+    return [e for e in profile.events() or () if e.device_type.name == "CUDA"]
+
+
+def kernels(step: Step, device: str, steps: int = 3) -> tuple[float | None, int | None]:
+    """Milliseconds that a GPU spends in the kernels of one step, and their number."""
+    if device == "cpu":
+        return None, None
+    events = device_events(step, steps)
     return sum(e.self_device_time_total for e in events) / 1e3 / steps, round(len(events) / steps)
 
 

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sittings import MISSING, best_rate, keep, read, sitting
+from sittings import MISSING, best_rate, keep, read, sitting, told
 
 ROOT = Path(__file__).parent.parent
 EPOCHS = {"cola": 5, "sst2": 5, "mrpc": 5, "stsb": 5}
@@ -121,10 +121,9 @@ def train(point: tuple[str, str, float, int], args: argparse.Namespace) -> str:
         record = train_nlu(config, command=COMMAND)
         record["substitutes"] = [*record["substitutes"], "model: DeBERTa-v2 warm-started from MiniLM, not DeBERTa-v3"]
         record["substitutes"] += ["SST-2: 10,000 of its 67,349 rows"] * (task == "sst2")
-        record.pop("directory", None)  # where it ran is nobody's business
         record["workers"] = args.workers  # runs shared the GPU, so seconds are comparable within a sitting alone
         target = args.output / ("rates" if seed == 0 else "runs") / name
-        text = json.dumps(record, ensure_ascii=False).replace(f"{scratch}/", "")
+        text = told(record).replace(f"{scratch}/", "")
         for path, shown in ((args.model, "warm-started"), (args.data, "GLUE")):
             text = text.replace(json.dumps(str(path)), json.dumps(shown))
         keep(text, folder, target, whole=seed > 0)

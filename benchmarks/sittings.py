@@ -18,6 +18,11 @@ Point = TypeVar("Point")
 MISSING = "missing"  # of a cell of a table
 
 
+def told(record: Mapping[str, Any]) -> str:
+    """A run's record as it is kept; where it ran is nobody's business."""
+    return json.dumps({name: value for name, value in record.items() if name != "directory"}, ensure_ascii=False)
+
+
 def keep(text: str, folder: Path, target: Path, *, whole: bool) -> None:
     """Leave what a run has to tell, of a `whole` one also what it logged and changed. `run.json` comes last: where it is, the
     run is complete."""

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sittings import MISSING, best_rate, keep, read, sitting
+from sittings import MISSING, best_rate, keep, read, sitting, told
 from word_problems_peft import held_out_loss, whole_run
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +138,7 @@ def work(point: Point, args: argparse.Namespace) -> str:
         record["workers"] = args.workers  # runs shared the GPU, so seconds are comparable within a sitting alone
         record["config"].update(model="smollm2", output="", data="gsm8k/train.jsonl,math/train.jsonl", evaluation="held out")
         target = folder_of(args.output, point)
-        keep(json.dumps(record, ensure_ascii=False), folder, target, whole=seed > 0)
+        keep(told(record), folder, target, whole=seed > 0)
     return name_of(*point)
 
 
