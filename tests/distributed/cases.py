@@ -1,4 +1,4 @@
-"""Every method on a small Llama, and what training it gives in one process."""
+"""Every method on a small Llama, or Mixtral, and what training it gives in one process."""
 
 from __future__ import annotations
 
@@ -43,14 +43,25 @@ def llama(seed: int = 0, **options: Any) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **options}))  # type: ignore[arg-type]
 
 
+def mixtral(seed: int = 0, **options: Any) -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": WORDS, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(**{**sizes, **heads, **options}))  # type: ignore[arg-type]
+
+
 def configured(method: str, **options: Any) -> Any:
-    options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
-    return replace(copy.deepcopy(METHODS[method]), **options)
+    options = {"target_modules": "all-linear", "exclude_modules": ["gate"], "task_type": "CAUSAL_LM", **options}
+    return replace(copy.deepcopy(METHODS[method.removesuffix("-experts")]), **options)
 
 
 def adapted(method: str, base: nn.Module | None = None, **options: Any) -> PeftModel:
-    """With parameters as if trained for a while, the same on every process."""
-    model = halotune.get_peft_model(llama() if base is None else base, configured(method, **options))
+    """With parameters as if trained for a while, the same on every process. Of "…-experts" the base is a Mixtral."""
+    if base is None:
+        base = mixtral() if method.endswith("-experts") else llama()
+    model = halotune.get_peft_model(base, configured(method, **options))
     return randomized(model)
 
 

@@ -163,7 +163,7 @@ def files(rank: int, method: str, way: str, device: str) -> None:
         with torch.no_grad():  # which leaves the root whole
             same(other(**given).logits, one(**given).logits, what="loaded: logits")
     # export, which needs the base's weights too
-    if method not in ("bat", "oft"):
+    if not method.startswith(("bat", "oft")):
         one.export("lora", folder / f"lora-{rank}")
         model.export("lora", folder / "lora")
         dist.barrier()
@@ -186,6 +186,8 @@ CASES += [("lora", "offload", "files"), ("bat", "offload", "merge")]
 CASES += [(method, "adapters-block", "train") for method in METHODS]
 CASES += [("hra", "adapters-block", check) for check in ("generate", "merge", "files")] + [("bone", "adapters-block", "files")]
 CASES += [("hra", f"adapters-{way}", "train") for way in ("offload", "checkpoint-inside", "checkpoint-outside", "compiled")]
+CASES += [(f"{method}-experts", "block", check) for method in ("hra", "bat", "lora") for check in ("train", "merge", "files")]
+CASES += [("hra-experts", "base", "merge"), ("lora-experts", "adapters-block", "files")]
 
 
 def report(found: list[dict[tuple[Any, ...], str]], cases: list[tuple[Any, ...]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 import warnings
 from typing import Any
 
@@ -55,10 +56,19 @@ def train(rank: int, method: str, how: str) -> None:
 def fsdp1_limits(rank: int) -> None:
     with pytest.raises(ValueError, match="uniform `requires_grad`"):  # torch's own
         fsdp1(adapted("hra"), use_orig_params=False)
-    model = fsdp1(adapted("hra", orthogonality_weight=0.1))
+    model = adapted("hra", orthogonality_weight=0.1)
+    folder = f"{tempfile.mkdtemp()}/adapter"
+    model.save_pretrained(folder)
+    model = fsdp1(model)
     model(**batch(rank)).loss.backward()
-    with pytest.raises(HalotuneError, match="holds a part of its weight"):
-        model.module.merge_adapter()
+    calls: list[Any] = [
+        model.module.merge_adapter,
+        lambda: model.module.export("lora", "none"),
+        lambda: model.module.load_adapter(folder, "default"),
+    ]
+    for call in calls:
+        with pytest.raises(HalotuneError, match="FSDP1 has flattened the parameters"):
+            call()
     with pytest.raises(HalotuneError, match="Shard the model with FSDP2"):
         model.module.penalty()
 
@@ -145,6 +155,10 @@ def refused(rank: int) -> None:
             call()
     with pytest.warns(UserWarning, match="sharded already.*an adapter of its own"):
         model.add_adapter("b", configured("lora"))
+    experts: Any = sharded(adapted("hra-experts"), "block")
+    with pytest.warns(UserWarning, match="an adapter of its own"):  # and not one that is spread, as by expert parallelism
+        experts.add_adapter("b", configured("lora", target_modules=[], target_parameters=["experts.down_proj"]))
+    assert not any(hasattr(p, "placements") for n, p in experts.named_parameters() if ".b." in n)
     tied = sharded(adapted("hra", llama(tie_word_embeddings=True), target_modules=["lm_head"]), "root")
     with pytest.raises(HalotuneError, match="shares its weight with another module, and the model is sharded"):
         tied.merge_adapter()
@@ -163,7 +177,15 @@ OTHERS = {
     for f in (fsdp1_limits, pefts_policy, half_precision_base, two_adapters, interrupted, different_seeds, refused, grouped)
 }
 CASES: list[tuple[str, ...]] = [(method, how) for how in ("ddp-static", "fsdp1") for method in ("hra", "loha", "bat", "lora")]
-CASES += [("oft", "fsdp1"), ("bone", "fsdp1"), ("hra", "ddp"), ("hra", "ddp-unused"), *[(name,) for name in OTHERS]]
+CASES += [
+    ("oft", "fsdp1"),
+    ("bone", "fsdp1"),
+    ("lora-experts", "fsdp1"),
+    ("hra-experts", "ddp-static"),
+    ("hra", "ddp"),
+    ("hra", "ddp-unused"),
+    *[(name,) for name in OTHERS],
+]
 
 
 def case(rank: int, *what: str) -> None:

@@ -278,9 +278,9 @@ def is_parametrized(module: nn.Module) -> bool:
 
 def computes_weight(module: nn.Module) -> bool:
     """Whether a hook (`torch.nn.utils.weight_norm`, `spectral_norm`, `prune`) or the class computes the weight."""
-    if "weight" in module._parameters or is_parametrized(module):
+    if "weight" in module._parameters or is_parametrized(module) or isinstance(getattr(module, "weight", None), nn.Parameter):
         return False
-    return bool(module._forward_pre_hooks) or (hasattr(type(module), "weight") and type(module.weight) is not nn.Parameter)
+    return bool(module._forward_pre_hooks) or hasattr(type(module), "weight")
 
 
 def has_hooks(module: nn.Module) -> bool:

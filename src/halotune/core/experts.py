@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from .layer import AdaptedLayer
 from .offload import offload_hook
 from .operator import BareOperator, WeightShape
 from .prepared import exact, is_transformed
-from .sharded_parameters import is_sharded, local
+from .sharded_parameters import local
 from .wrapper import ParameterView, Wrapper
 
 IMPLEMENTATION = "halotune"  # in transformers' registry
@@ -62,10 +63,15 @@ class ExpertWeights(ParameterView):
         """What bitsandbytes knows of a weight in 4 bits (`shape`, `dtype`, `quant_type`), or None."""
         return None if self.computed is None else getattr(self.computed[0], "quant_state", None)
 
-    @property
+    @cached_property
     def size(self) -> torch.Size:
-        """Of the weight, on all processes; reading it may cost dequantization."""
+        """Of the weight, on all processes; reading it may cost dequantization, and FSDP1 flattens the weight later."""
         return (self.weight if self.state is None else self.state).shape
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether expert parallelism has given each process experts of its own."""
+        return getattr(self.module, "_is_expert_parallel", False)
 
     @property
     def experts(self) -> int:
@@ -88,8 +94,8 @@ class ExpertsBase(LinearLike):
         return WeightShape(*(reversed(sizes) if self.module.module.is_transposed else sizes))
 
     def weight(self) -> Tensor:
-        """`(experts, out, in)`: of those that are here."""
-        W = local(self.module.weight)
+        """`(experts, out, in)`: of those that are here, of expert parallelism; else of all."""
+        W = local(self.module.weight) if self.module.is_spread else super().weight()
         return W.mT if self.module.module.is_transposed else W
 
     def stored(self, W: Tensor) -> Tensor:
@@ -119,7 +125,7 @@ class ExpertsBase(LinearLike):
 
     @property
     def is_writable_here(self) -> bool:
-        return not is_sharded(self.parameter)
+        return not self.module.is_spread and super().is_writable_here
 
     def require_mergeable(self, where: str, as_float: bool = False) -> None:
         if self.module.computed is not None or self.parameter.is_meta:
@@ -131,7 +137,7 @@ class ExpertsBase(LinearLike):
         super().require_mergeable(where, as_float)
 
     def require_known(self, where: str, adapters: Sequence[Any]) -> None:
-        if is_sharded(self.parameter):
+        if self.module.is_spread:
             raise HalotuneError(
                 f"{where}: these experts are spread over processes, and so are their adapters. Save the adapter, and export it "
                 "from a model on one process."
@@ -303,7 +309,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
         `(tokens, hidden)`, in the dtype of the hidden states.
     """
     up, down = (getattr(vars(experts)["_halotune"][0], name) for name in projection_names(experts))
-    k, whole = top_k_index.shape[-1], not getattr(experts, "_is_expert_parallel", False)
+    k, whole = top_k_index.shape[-1], not _weights(up).is_spread
     n = ExpertsBase(_weights(up)).weight().shape[0]
     with exact(hidden_states):  # in the dtype of the weights, as the interface's other implementations
         ids, order = torch.sort(top_k_index.reshape(-1), stable=True)

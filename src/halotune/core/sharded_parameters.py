@@ -76,6 +76,17 @@ def whole(t: Any) -> Tensor:
     return copy
 
 
+def require_unflattened(model: nn.Module, what: str) -> None:
+    """Refuse what reads or writes single parameters of a model that FSDP1 has made one flat parameter of."""
+    flattened = [p for p in model.parameters() if hasattr(p, "_fsdp_flattened")]
+    if flattened and all(p.dim() == 1 for p in flattened):  # else they are whole: `summon_full_params`
+        raise HalotuneError(
+            f"{what}: FSDP1 has flattened the parameters, of which each process holds a part. Do this before the model is "
+            "wrapped, or shard it with FSDP2; save with state_dict=accelerator.get_state_dict(model), and merge or export from "
+            "the file (halotune merge, halotune export)."
+        )
+
+
 def gathered(t: Any) -> Tensor:
     """As `whole`, but gradients go through: each process gets those of its part."""
     if getattr(t, "_fsdp_flattened", False) or hasattr(t, "ds_id"):

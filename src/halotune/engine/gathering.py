@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..core.errors import HalotuneError
 from ..core.expert_adapter import ExpertAdapter
 from ..core.layer import AdaptedLayer
-from ..core.sharded_parameters import has_partitions, is_sharded, is_unit, reshard, whole
+from ..core.sharded_parameters import has_partitions, is_sharded, is_unit, require_unflattened, reshard, whole
 from .injection.modules import adapted_layers, innermost, per_adapter
 
 WAIT = 60.0  # seconds for the other processes to come
@@ -132,6 +132,7 @@ def whole_adapters(model: nn.Module, what: str) -> Iterator[bool]:
     Yields:
         whether this process may write files: one of a group that holds parts, and any that holds all of it.
     """
+    require_unflattened(model, what)
     divided, held = is_divided(model), []
     if divided:
         reshard(model)

@@ -14,7 +14,7 @@ from ...core.config import AdapterConfig
 from ...core.errors import AdapterFileError, HalotuneError, few, warn
 from ...core.files import write_atomically
 from ...core.offload import at_rest
-from ...core.sharded_parameters import divided_like, is_sharded, reshard, store, whole, whole_size
+from ...core.sharded_parameters import divided_like, is_sharded, require_unflattened, reshard, store, whole, whole_size
 from ..injection.modules import adapted_layers, innermost, plain_modules, unwrapped
 from .experts import as_written, from_written
 from .keys import adapter_keys, bias_keys, config_of, embedding_keys, held_tensors, under_own_names, without_sharding
@@ -134,6 +134,7 @@ def set_peft_model_state_dict(
     """
     model = unwrapped(model)
     reshard(model)
+    require_unflattened(model, f"adapter {adapter_name!r} cannot be loaded")
     if any(adapter_name in layer.merged_adapters for layer in adapted_layers(model).values()):
         raise HalotuneError(
             f"adapter {adapter_name!r} is merged into the weights, which new tensors would not change. Call "

@@ -30,13 +30,14 @@ def create(method: Method, module: nn.Module, shape: WeightShape, config: Adapte
         )
     adapter = ExpertAdapter.of(lambda: method.create(shape, config), module.experts, config.expert_sharing)
     placements = getattr(module.weight, "placements", ())
-    if placements:
-        if [str(p) for p in placements] != ["S(0)"]:
-            raise HalotuneError(
-                f"{module.weight_name}: these experts are sharded as {tuple(placements)}, and adapters follow expert "
-                "parallelism alone (Shard(0), ep_size equal to tp_size). Put adapters in before the model is sharded further "
-                "(FSDP), or load it with another distributed_config."
-            )
+    cut = [p.dim for p in placements if not p.is_replicate()]
+    if any(cut) or (module.is_spread and len(placements) != 1):
+        raise HalotuneError(
+            f"these experts are sharded as {tuple(placements)}: adapters follow expert parallelism, which gives each process "
+            "whole experts, and not tensor parallelism, nor FSDP beside it. Load the model with "
+            "DistributedConfig(tp_size=n, ep_size=n), or leave the experts out with exclude_modules."
+        )
+    if module.is_spread:
         adapter.distribute(module.weight.device_mesh)  # type: ignore[attr-defined]
     return adapter
 
