@@ -82,6 +82,9 @@ def worker(rank: int, path: Path, folders: list[Path]) -> list[Any]:
         model.save_pretrained(folder / "after", state_dict=state, is_main_process=rank == 0)
         with pytest.raises(halotune.HalotuneError, match="sharded"):
             model.merge_adapter()
+        model.load_adapter(folder, "second")
+        with pytest.raises(halotune.HalotuneError, match="combine them in a model on one process"):
+            model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "both")
         out.append((losses, grads))
     return out
 

@@ -15,6 +15,7 @@ from ...core.expert_adapter import ExpertAdapter
 from ...core.layer import AdaptedLayer
 from ...core.operator import WeightShape
 from ...core.prepared import exact_dtype
+from ...core.sharded_parameters import is_sharded
 from ...methods.registry import low_rank_config, low_rank_method, method_of
 from ..injection.experts import create
 from ..injection.modules import adapted_layers, public_path, visible_modules
@@ -38,6 +39,12 @@ def combine(
     """
     _check(model, configs, names, weights, how)
     layers = {p: layer for p, layer in adapted_layers(model).items() if any(n in layer.adapters for n in names)}
+    for path, layer in layers.items():
+        if any(is_sharded(p) for a in _parts(layer, names, weights)[0] for p in a.parameters()):
+            raise HalotuneError(
+                f"{path}: its experts are spread over processes, and so are their adapters. Save these, and combine them in a "
+                "model on one process."
+            )
     if all(method_of(configs[n].peft_type).low_rank for n in names):
         how = "lora"
     combined = _as_low_rank(layers, names, weights) if how == "lora" else _within(layers, names, weights, how)
