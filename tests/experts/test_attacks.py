@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import halotune
@@ -327,11 +328,12 @@ def saved(model: nn.Module) -> list[Tensor]:
     return kept
 
 
-def test_offloaded_experts():
+def test_offloaded_experts(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     base = mixtral()
     model = wrapped(METHODS[0], copy.deepcopy(base))
     y = model(input_ids=ids()).logits
+    model.export("lora", tmp_path / "here")
     adapters = halotune.get_peft_model_state_dict(model)
     away = accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
     model = halotune.get_peft_model(away, copy.deepcopy(METHODS[0]))
@@ -339,6 +341,9 @@ def test_offloaded_experts():
     assert error(model(input_ids=ids()).logits, y) < 1e-6
     with pytest.raises(HalotuneError, match="offloaded"):
         model.merge_adapter()
+    model.export("lora", tmp_path / "away")
+    exported = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("away", "here")]
+    assert all(error(exported[0][key], t) < 1e-6 for key, t in exported[1].items())
 
 
 def test_the_registry_runs_adapted_experts_alone():

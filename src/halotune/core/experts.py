@@ -21,10 +21,10 @@ from .base import LinearLike, register_base
 from .errors import HalotuneError
 from .grouped_linear import add_low_rank, low_rank_linear
 from .layer import AdaptedLayer
-from .offload import offload_hook
+from .offload import at_rest, offload_hook
 from .operator import BareOperator, WeightShape
 from .prepared import exact, is_transformed
-from .sharded_parameters import local
+from .sharded_parameters import is_sharded, local
 from .wrapper import ParameterView, Wrapper
 
 IMPLEMENTATION = "halotune"  # in transformers' registry
@@ -95,7 +95,11 @@ class ExpertsBase(LinearLike):
 
     def weight(self) -> Tensor:
         """`(experts, out, in)`: of those that are here, of expert parallelism; else of all."""
-        W = local(self.module.weight) if self.module.is_spread else super().weight()
+        W = self.module.weight
+        if W.is_meta:  # accelerate's hook is that of the module of experts
+            W = at_rest(self.module.module, self.module.weight_name).to(self.device)
+        elif is_sharded(W):
+            W = local(W) if self.module.is_spread else super().weight()
         return W.mT if self.module.module.is_transposed else W
 
     def stored(self, W: Tensor) -> Tensor:
