@@ -196,3 +196,12 @@ def test_every_expert_is_inspected():
     W = layer.base.weight()
     delta = (layer.adapters["default"].weight(W) - W).detach()
     assert figures["experts.down_proj[3]"].delta_norm == pytest.approx(float(delta[3].norm()), rel=1e-9)
+
+
+def test_dependent_vectors_of_any_expert_are_told_of():
+    model = adapted(on_experts(HRAConfig(r=3, apply_GS=True, init_weights=False)))
+    tensors = halotune.get_peft_model_state_dict(model)
+    halotune.set_peft_model_state_dict(model, tensors)  # in silence
+    next(iter(tensors.values()))[2] = 1
+    with pytest.warns(UserWarning, match="linearly dependent"):
+        halotune.set_peft_model_state_dict(model, tensors)

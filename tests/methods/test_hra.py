@@ -180,9 +180,10 @@ def test_gram_schmidt_refuses_more_vectors_than_dimensions(mlp):
 def test_a_file_of_dependent_vectors_is_told_of():
     doubled = HRA.create(WeightShape(9, 7), HRAConfig(r=4))
     doubled.gram_schmidt = True
-    assert "linearly dependent" in doubled.loading_warning()
-    assert HRA.create(WeightShape(9, 7), HRAConfig(r=4, apply_GS=True)).loading_warning() is None
-    assert HRA.create(WeightShape(9, 7), HRAConfig(r=4)).loading_warning() is None
+    assert "linearly dependent" in doubled.loading_warning(*doubled.parameters())
+    for config in (HRAConfig(r=4, apply_GS=True), HRAConfig(r=4)):
+        independent = HRA.create(WeightShape(9, 7), config)
+        assert independent.loading_warning(*independent.parameters()) is None
 
 
 # -- the start

@@ -204,8 +204,8 @@ class Adapter(nn.Module, ABC):
         """A term to be added to the loss: of one or, stacked, the sum over several alike, in the order of `parameters()`."""
         raise NotImplementedError
 
-    def loading_warning(self) -> str | None:
-        """What is wrong with parameters just read from a file though they fit, or None."""
+    def loading_warning(self, *parameters: Tensor) -> str | None:
+        """What is wrong with parameters just read from a file though they fit, or None. They may be sharded."""
         return None
 
     # -- forward

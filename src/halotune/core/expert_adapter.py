@@ -183,10 +183,8 @@ class ExpertAdapter(Adapter):
     def penalty(self, *parameters: Tensor) -> Tensor:
         return self.one.penalty(*parameters)
 
-    def loading_warning(self) -> str | None:
-        if type(self.one).loading_warning is Adapter.loading_warning or next(self.parameters()).is_meta:
-            return None
-        return next((w for a in self.each() if (w := a.loading_warning())), None)
+    def loading_warning(self, *parameters: Tensor) -> str | None:
+        return self.one.loading_warning(*parameters)
 
     # -- forward
 

@@ -309,7 +309,8 @@ def _pass_on_warnings(model: nn.Module, name: str) -> None:
     found: dict[str, list[str]] = {}
     for path, layer in adapted_layers(model).items():
         if name in layer.adapters:
-            warning = layer.adapters[name].loading_warning()  # type: ignore[operator]
+            adapter = layer.adapters[name]
+            warning = adapter.loading_warning(*adapter.parameters())  # type: ignore[operator]
             if warning:
                 found.setdefault(warning, []).append(path.removeprefix("base_model.model."))
     for warning, paths in found.items():

@@ -100,7 +100,7 @@ class PeftAdaptedLayer(AdaptedLayer):
                 raise HalotuneError(f"{attribute} is {tuple(p.shape)}, where a weight of {base.shape} needs {tuple(own.shape)}")
             (getattr(adapter, part) if inner else adapter)._parameters[inner or part] = p
         if not is_transformed():  # which numbers cannot be looked at
-            warning = adapter.loading_warning()
+            warning = adapter.loading_warning(*adapter.parameters())
             self.notes += [*from_peft.differs(layer, name, base), *([warning] if warning else [])]
         self.add(name, adapter)
         self.sources[name] = list(_sources(layer, name))

@@ -16,6 +16,7 @@ from ...core.errors import HalotuneError
 from ...core.kinds import Rotation
 from ...core.operator import Operator, WeightShape, add_to
 from ...core.prepared import Tensors
+from ...core.sharded_parameters import whole
 from ...ops.build import build_low_rank, wide_product
 from . import ops
 from .config import HRAConfig
@@ -65,9 +66,9 @@ class HRA(Rotation):
         elif r % 2 == 0:
             self.hra_u[:, 1::2] = self.hra_u[:, ::2]
 
-    def loading_warning(self) -> str | None:
-        if self.gram_schmidt and not self.hra_u.is_meta:
-            if int(torch.linalg.matrix_rank(ops.normalize(self.hra_u), atol=1e-3)) < self.rank:
+    def loading_warning(self, *parameters: Tensor) -> str | None:
+        if self.gram_schmidt and not parameters[0].is_meta:
+            if bool((torch.linalg.matrix_rank(ops.normalize(whole(parameters[0])), atol=1e-3) < self.rank).any()):
                 return (
                     "the vectors are linearly dependent, as peft's own start under apply_GS leaves them; dependent "
                     "ones count as no reflection here, so outputs differ from peft's, which are rounding noise"
