@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import halotune
@@ -85,6 +86,29 @@ def pefts_policy(rank: int) -> None:
     cpu = torch.device("cpu")
     model = FullyShardedDataParallel(model, use_orig_params=True, auto_wrap_policy=policy, device_id=cpu)
     same(model(**batch(rank)).loss, one(**batch(rank)).loss, what="loss")
+
+
+def peft_sped_up(rank: int) -> None:
+    """FSDP2 leaves parameters their sizes, FSDP1 does not."""
+    peft = pytest.importorskip("peft")
+
+    def made() -> Any:
+        return randomized(peft.get_peft_model(llama(), peft.HRAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")))
+
+    one, two = made(), halotune.speed_up(made())
+    losses = [one(**batch(r)).loss for r in range(2)]
+    torch.stack(losses).mean().backward()
+    for part in (*two.get_base_model().model.layers, two):
+        fully_shard(part)
+    loss = two(**batch(rank)).loss
+    loss.backward()
+    same(loss, losses[rank], what="loss")
+    for name, p in trained(two).items():
+        same(whole(p.grad), trained(one)[name].grad, what=name)
+    flat = fsdp1(halotune.speed_up(made()))
+    with pytest.raises(HalotuneError, match=r"FSDP1 has flattened peft's parameters.*Shard the model with FSDP2"):
+        for _ in range(2):
+            flat(**batch(rank)).loss.backward()
 
 
 def half_precision_base(rank: int) -> None:
@@ -174,7 +198,17 @@ def grouped(rank: int) -> None:
 
 OTHERS = {
     f.__name__: f
-    for f in (fsdp1_limits, pefts_policy, half_precision_base, two_adapters, interrupted, different_seeds, refused, grouped)
+    for f in (
+        fsdp1_limits,
+        pefts_policy,
+        peft_sped_up,
+        half_precision_base,
+        two_adapters,
+        interrupted,
+        different_seeds,
+        refused,
+        grouped,
+    )
 }
 CASES: list[tuple[str, ...]] = [(method, how) for how in ("ddp-static", "fsdp1") for method in ("hra", "loha", "bat", "lora")]
 CASES += [

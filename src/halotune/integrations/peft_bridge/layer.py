@@ -96,6 +96,11 @@ class PeftAdaptedLayer(AdaptedLayer):
             part, _, inner = attribute.partition(".")  # our `part.inner` is peft's `part[name].inner`
             p = getattr(layer, part)[name]
             p = getattr(p, inner) if inner else p
+            if own.shape != p.shape and hasattr(p, "_fsdp_flattened"):
+                raise HalotuneError(
+                    "speed_up: FSDP1 has flattened peft's parameters, which only peft's own forward finds. Shard the model "
+                    "with FSDP2 or DDP, or leave speed_up out (slow_down)"
+                )
             if own.shape != p.shape:
                 raise HalotuneError(f"{attribute} is {tuple(p.shape)}, where a weight of {base.shape} needs {tuple(own.shape)}")
             (getattr(adapter, part) if inner else adapter)._parameters[inner or part] = p
