@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from halotune.methods.bone import ops as bone
+from halotune.methods.hra import ops as hra
 from halotune.methods.loha import ops as loha
 from halotune.ops.build import build_low_rank
 from halotune.ops.dispatch import Op
@@ -79,6 +80,15 @@ def pair(make: Make, n: int, m: int, k: int, r: int, ends: tuple[int, ...]) -> t
 def swapped(x: Tensor, A: Tensor, B: Tensor, b: Tensor, *others: Any) -> tuple[Any, ...]:
     """As in backward."""
     return b, B.mT, A.mT, x, *others
+
+
+def reflections(make: Make, *shape: int) -> tuple[Tensor, ...]:
+    """What HRA's backward gets: of vectors of which some are equal, and one is zero."""
+    U = make(*shape)
+    U[..., 1::3] = U[..., ::3][..., : U[..., 1::3].shape[-1]]
+    U[..., 4:5] = 0
+    Ût, N, G, scale = hra.factors.reference(U)
+    return Ût.contiguous(), N, G, scale, make(*Ût.shape).float(), make(*N.shape).float()
 
 
 CASES = [
@@ -151,6 +161,14 @@ CASES = [
     Case("low-rank", build_low_rank, lambda t: (t(37, 50), t(37, 5), t(5, 50), None)),
     Case("low-rank-layers", build_low_rank, lambda t: (t(3, 70, 133), t(3, 70, 17), t(3, 17, 133), None)),
     Case("low-rank-shared", build_low_rank, lambda t: (t(2, 9, 300), columns(t, 18, 3).reshape(2, 9, 3), t(3, 300), None)),
+    Case("reflections", hra.factors, lambda t: (t(37, 5),)),
+    Case("reflections-layers", hra.factors, lambda t: (t(3, 700, 8),)),
+    Case("reflections-large-rank", hra.factors, lambda t: (t(2, 200, 50),)),
+    Case("reflections-one", hra.factors, lambda t: (t(2, 2100, 1),)),
+    Case("reflections-pull", hra.pull_factors, lambda t: reflections(t, 37, 5)),
+    Case("reflections-pull-layers", hra.pull_factors, lambda t: reflections(t, 3, 700, 8)),
+    Case("reflections-pull-large-rank", hra.pull_factors, lambda t: reflections(t, 2, 200, 50)),
+    Case("reflections-pull-one", hra.pull_factors, lambda t: reflections(t, 2, 2100, 1)),
     Case("bat", bone.build_bat, lambda t: (t(24, 40), t(3, 8, 8), None)),
     Case("bat-layers", bone.build_bat, lambda t: (t(2, 24, 40), t(2, 3, 8, 8), None)),
     Case("bat-odd", bone.build_bat, lambda t: (t(21, 35), t(3, 7, 7), None)),
