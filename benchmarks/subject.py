@@ -28,9 +28,10 @@ Without any download, at toy size, on a CPU (with scikit-learn's photographs; to
 
 `train` adapts the base to a subject of each class that the base knows: all methods at the first, where each takes the better of
 two learning rates (`--rates`, times the recipe's default of the method) at one seed, then two seeds more; HRA and LoRA at the
-others. Figures are those of `halotune eval subject`; the drift is that of prompts of the base's other classes. `cost` times a training step on
-Stable Diffusion 1.5's UNet and on a FLUX-class transformer, with random weights at the released sizes, beside peft's HRA: on
-the clock, methods in turn, and what the GPU spends in kernels, since with one picture a slow host is what the GPU waits for.
+others. Figures are those of `halotune eval subject`; the drift is that of prompts of the base's other classes. `cost` times a
+training step on Stable Diffusion 1.5's UNet and on a FLUX-class transformer, with random weights at the released sizes, beside
+peft's HRA: on the clock, methods in turn, and what the GPU spends in kernels, since with one picture a slow host is what the
+GPU waits for.
 
 `train` has several runs side by side on a GPU (`--workers`), so their seconds are comparable within a sitting alone. A sitting
 starts nothing that would not end in `--minutes`, leaves the JSON and a small picture of each finished run in `--results`, and

@@ -10,13 +10,14 @@ from torch import nn
 
 from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, OFTConfig, get_peft_model
 from halotune.methods.bone import ops as bone
+from halotune.methods.hra import ops as hra
 from halotune.methods.loha import ops as loha
 from halotune.ops.build import build_low_rank
 from halotune.ops.dispatch import backend
 from halotune.ops.grouped_low_rank import add_grouped_low_rank, grouped_low_rank_linear, grouped_outer_pair
 from halotune.ops.product import add_product, transposed_products
 
-from .cases import CASES, Case, copied, error, grouped, halves, pair, pulled, sliced, swapped, tensors, weighted
+from .cases import CASES, Case, copied, error, grouped, halves, pair, pulled, reflections, sliced, swapped, tensors, weighted
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,6 +55,10 @@ LARGE = [
     Case("large-folded", add_product, lambda t: (t(1000, 1040), t(1000, 5003), None, t(64, 1040), True)),
     Case("large-unfolded", add_product, lambda t: (t(1000, 5008), t(1000, 512), t(64, 512), None, True)),
     Case("large-transposed", transposed_products, lambda t: (t(2222, 64), t(2222, 1040), t(2222, 64), t(2222, 3056))),
+    Case("large-reflections", hra.factors, lambda t: (t(28, 3072, 32),)),
+    Case("large-reflections-odd", hra.factors, lambda t: (t(3, 8191, 23),)),
+    Case("large-reflections-pull", hra.pull_factors, lambda t: reflections(t, 28, 3072, 32)),
+    Case("large-reflections-pull-odd", hra.pull_factors, lambda t: reflections(t, 3, 8191, 64)),
     Case("large-bat", bone.build_bat, lambda t: (t(960, 1472), t(15, 64, 64), None)),
     *[Case(f"large-bat-r{r}", bone.build_bat, lambda t, r=r: (t(960, 1464), t(960 // r, r, r), None)) for r in SMALL],
     Case("large-low-rank", build_low_rank, lambda t: (t(3, 960, 1472), t(3, 960, 64), t(3, 64, 1472), None)),
