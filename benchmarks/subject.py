@@ -293,7 +293,7 @@ def cost(args: argparse.Namespace) -> None:
     """Seconds and peak memory of a training step, the library's methods in one process for each model, peft's in another: what
     tells the time in kernels, torch's profiler, slows down all launches of its process from then on."""
     end = time.monotonic() + 60 * args.minutes
-    for name in ("sd15", f"flux-{args.blocks}"):
+    for name in [f"flux-{args.blocks}" if base == "flux" else base for base in args.bases]:
         for methods in (OURS, ("peft HRA",)):
             if time.monotonic() < end and not all(cost_file(args, name, method).is_file() for method in methods):
                 worker = multiprocessing.get_context("spawn").Process(target=cost_of, args=(name, methods, args))
@@ -491,6 +491,7 @@ def main(given: list[str] | None = None) -> None:
     flag("--guidance", type=float, default=3.0)
     flag("--rates", nargs="+", type=float, default=[10.0, 30.0], help="times the recipe's default learning rate of the method")
     flag("--rank", type=int, default=8)
+    flag("--bases", nargs="+", default=["sd15", "flux"], choices=["sd15", "flux"], help="of `cost`")
     flag("--blocks", type=int, default=19, help="of the FLUX-class transformer; 19 is FLUX.1's")
     flag("--cost-steps", type=int, default=STEPS)
     flag("--workers", type=int, default=4, help="runs side by side on a GPU")

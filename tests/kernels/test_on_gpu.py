@@ -95,6 +95,12 @@ def test_as_exact_as_plain_torch(case, dtype):
         assert error(result, exact) <= 1.5 * error(plain, exact) + torch.finfo(dtype).eps / 4
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float64_is_left_to_plain_torch(case):
+    """A kernel computes in fp32."""
+    assert case.op.choice(*case.arguments(lambda *sizes: torch.randn(*sizes, dtype=torch.float64, device="cuda"))) is None
+
+
 CONFIGS = {
     "hra": HRAConfig(r=8, target_modules="all-linear"),
     "hra-gs": HRAConfig(r=6, apply_GS=True, init_weights=False, target_modules="all-linear"),

@@ -82,6 +82,10 @@ def _refuses(r: int) -> str | None:
     return f"r = {r} is above {MOST}: rows of N are solved for one after the other" if r > MOST else None
 
 
+def _wins(t: Tensor) -> bool:
+    return t.is_cuda and t.dtype is not torch.float64
+
+
 _KERNELS = "halotune.methods.hra.kernels"
 
 # Two launches each, where plain torch takes nine and a dozen, and as many again where autograd takes the gradient.
@@ -89,13 +93,13 @@ factors = Op(
     "hra_factors",
     _factors,
     like=lambda U: _like(*U.shape, like=U),
-    kernel=Kernel(_KERNELS, "factors", lambda U: _refuses(U.shape[-1]), lambda U: U.is_cuda),
+    kernel=Kernel(_KERNELS, "factors", lambda U: _refuses(U.shape[-1]), lambda U: _wins(U)),
 )
 pull_factors = Op(
     "hra_pull_factors",
     _pull_factors,
     like=lambda Ût, *_: Ût.new_empty(Ût.mT.shape),
-    kernel=Kernel(_KERNELS, "pull_factors", lambda Ût, *_: _refuses(Ût.shape[-2]), lambda Ût, *_: Ût.is_cuda),
+    kernel=Kernel(_KERNELS, "pull_factors", lambda Ût, *_: _refuses(Ût.shape[-2]), lambda Ût, *_: _wins(Ût)),
 )
 
 
