@@ -42,7 +42,8 @@ def _bat(w_ptr, b_ptr, noise_ptr, out_ptr, n_in, pieces, blocks, R: tl.constexpr
     w_ptr += i * R * n_in
     out_ptr += i * R * n_in
     b_ptr += i * R * R
-    row, first, at, inside = _place(tl.program_id(1) * ROWS + tl.arange(0, ROWS), n_in, pieces, R, WIDE, SIDE)
+    t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row, first, at, inside = _place(t, n_in, pieces, R, WIDE, SIDE)  # pyright: ignore[reportGeneralTypeIssues]
     cols = tl.arange(0, SIDE)
     w = tl.load(w_ptr + at, inside, other=0.0)
     in_one_block = cols[:, None] // R == cols[None] // R
@@ -92,7 +93,8 @@ def _pull_bat(w_ptr, g_ptr, out_ptr, n_in, pieces, share, R: tl.constexpr, WIDE:
     ranks = tl.arange(0, SIDE)
     total = tl.full((SIDE, SIDE), 0.0, tl.float32)
     for start in range(part * share, tl.minimum((part + 1) * share, R * pieces), ROWS):
-        row, _, at, inside = _place(start + tl.arange(0, ROWS), n_in, pieces, R, WIDE, SIDE)
+        t = start + tl.arange(0, ROWS)
+        row, _, at, inside = _place(t, n_in, pieces, R, WIDE, SIDE)  # pyright: ignore[reportGeneralTypeIssues]
         w = tl.load(w_ptr + at, inside, other=0.0)
         g = tl.load(g_ptr + at, inside, other=0.0)
         own = (row[None] == ranks[:, None] % R).to(tl.float32).to(g.dtype)
