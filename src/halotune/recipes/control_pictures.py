@@ -113,8 +113,7 @@ def draw_controlled(
     for part in pipe.components.values():
         if isinstance(part, nn.Module) and part is not pipe.unet:
             part.to(device)
-    half = pipe.unet.dtype != torch.float32
-    with torch.no_grad(), torch.autocast(device.type, pipe.unet.dtype, enabled=half):
+    with torch.no_grad():  # and no autocast, as in `diffusion.draw`
         return controlled(
             list(prompts),
             list(hints),
