@@ -28,7 +28,9 @@ class LatentEncoder:
 
     def text_key(self, prompt: str) -> dict[str, Any]:
         """All that a prompt's embeddings depend on."""
-        return {"text": prompt, "encoders": self.text_print, "kind": type(self.family).__name__}
+        tokenizers = {k: v for k, v in self.family.pipe.components.items() if k.startswith("tokenizer") and v is not None}
+        tokens = {k: [v(prompt, verbose=False).input_ids, v.model_max_length] for k, v in tokenizers.items()}
+        return {"text": prompt, "tokens": tokens, "encoders": self.text_print, "kind": type(self.family).__name__}
 
     def text(self, prompt: str) -> dict[str, Tensor]:
         """A prompt's embeddings, from the cache where they are there."""

@@ -2,7 +2,7 @@
 
 DIR/00.jpg          pictures: jpg, png, webp, bmp; turned as their EXIF says, CMYK and transparent ones made RGB
 DIR/00.txt          its caption, where it has one of its own
-DIR/masks/00.png    where the subject is (white), of the picture's own size
+DIR/masks/00.png    where the subject is: white; elsewhere black or transparent; of the picture's own size
 """
 
 from __future__ import annotations
@@ -70,6 +70,12 @@ def find_pictures(folder: str | Path, caption: str, identifier: str | None = Non
     return found
 
 
+def unused_files(folder: str | Path, pictures: Sequence[Picture]) -> list[str]:
+    """Files of the folder that are neither a picture that is read nor a caption of one, such as a caption of another name."""
+    used = {p.file for p in pictures} | {p.file.with_suffix(".txt") for p in pictures}
+    return sorted(f.name for f in Path(folder).iterdir() if f.is_file() and f.name[0] != "." and f not in used)
+
+
 def has_word(text: str | None, word: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text or "") is not None
 
@@ -90,7 +96,7 @@ def mask_of(picture: Picture, size: tuple[int, int], sizes: list[tuple[int, int]
     """
     if picture.mask is None:
         return None
-    mask = read_picture(picture.mask)
+    mask = read_picture(picture.mask, background="black")
     if mask.size != size:
         raise HalotuneError(f"{picture.mask}: is of {mask.size}, its picture of {size} pixels. Save it in the picture's size.")
     weight = (pixels(fitted(mask, sizes))[:, :1] + 1) / 2
@@ -162,6 +168,7 @@ def class_pictures(config: SubjectConfig, family: Family, device: torch.device, 
     """The base's own pictures of the class; those that are missing are made, each from a seed of its own."""
     prompt = str(config.class_prompt)
     made_by = {"model": config.model, "prompt": prompt, "resolution": config.resolution or family.size}
+    made_by |= {"revision": config.revision} if config.revision else {}
     mark = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]
     name = re.sub(r"\W+", "_", str(config.class_word))
     folder = Path(config.class_folder or f"runs/class_images/{name}-{mark}")
