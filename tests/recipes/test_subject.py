@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -463,6 +464,8 @@ def test_a_single_file_is_the_pipeline_it_was_made_of(root: Path, tmp_path: Path
         if name == "toy.ckpt":
             save_file(weights, tmp_path / "toy.safetensors")
     assert "toy.safetensors is read, not toy.ckpt" in capsys.readouterr().err
+    with pytest.raises(HalotuneError, match=r"toy.safetensors: is no whole FluxPipeline: Failed to load T5EncoderModel"):
+        load_family(replace(config, pipeline_config=str(root / "flux")))
     train_subject(config)
     assert adapter(tmp_path / "run")
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import diffusers
 import torch
-from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config, load_single_file_checkpoint
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -242,7 +242,11 @@ def load_family(config: RunConfig) -> Family:
                 raise HalotuneError(
                     f"quant: a single file is not quantized; got {config.quant!r}. Save it as a pipeline first."
                 )
-            pipe = getattr(diffusers, name).from_single_file(str(file), config=source, **options)
+            try:
+                pipe = getattr(diffusers, name).from_single_file(str(file), config=source, **options)
+            except SingleFileComponentError as e:  # as files without T5
+                reason = str(e).partition("\n")[0]
+                raise HalotuneError(f"{file}: is no whole {name}: {reason} Give the pipeline's folder or its id.") from e
         else:
             if config.quant:
                 options["quantization_config"] = _quantization(config, kind.model_name)
