@@ -384,6 +384,8 @@ def test_configurations_that_are_refused(root: Path, tmp_path: Path) -> None:
         family_class("KandinskyPipeline", "a/b")
     with pytest.raises(HalotuneError, match=r"multiple of 4; got 18. Use 16"):
         buckets(18, 4, aspect=False)
+    with pytest.raises(HalotuneError, match="resolution: this model draws at most 32 pixels a side; got 64"):
+        load_family(config(model=str(root / "sd3"))).sizes(64)
     assert config(preset="paper-code", max_steps=None).max_steps == 2005
     assert config(targets="convolutions").adapter.target_modules != recipe.SubjectConfig.TARGETS  # type: ignore[union-attr]
 

@@ -35,6 +35,7 @@ from ..export.runtimes import DIFFUSERS_NAME
 from .common.config import RunConfig
 from .common.model import DTYPES
 from .common.run import Run, said
+from .pictures import buckets
 
 # Modules by role, as regular expressions over their names; diffusers names them alike in UNets and transformers.
 _ATTENTION = r"to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out"
@@ -100,6 +101,19 @@ class Family:
     def size(self) -> int:
         """The height and width that the model was made for, in pixels."""
         return int(self.model.config.sample_size) * self.pipe.vae_scale_factor
+
+    def sizes(self, resolution: int | None, aspect: bool = False) -> list[tuple[int, int]]:
+        """The (height, width) that pictures are brought to, and drawn in.
+
+        Raises:
+            HalotuneError: the model cannot draw them.
+        """
+        found = buckets(resolution or self.size, self.divisor, aspect)
+        places = getattr(self.model.config, "pos_embed_max_size", None)  # Stable Diffusion 3's, a side
+        if places and max(map(max, found)) > places * self.divisor:
+            most, got = places * self.divisor, max(map(max, found))
+            raise HalotuneError(f"resolution: this model draws at most {most} pixels a side; got {got}. Use a smaller one.")
+        return found
 
     def text(self, prompt: str, device: torch.device) -> Text:
         """What the model is told of a prompt, each `(1, …)`."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .diffusion import Family
-from .pictures import Cache, buckets, fingerprint
+from .pictures import Cache, fingerprint
 
 
 class LatentEncoder:
@@ -22,7 +22,7 @@ class LatentEncoder:
     def __init__(self, family: Family, config: Any, device: torch.device) -> None:
         self.family, self.config, self.device = family, config, device
         self.cache = Cache(config.cache)
-        self.sizes = buckets(config.resolution or family.size, family.divisor, config.aspect)
+        self.sizes = family.sizes(config.resolution, config.aspect)
         self.encoders = [m for name in family.text_encoders if (m := getattr(family.pipe, name, None)) is not None]
         self.vae_print, self.text_print = fingerprint(family.pipe.vae), fingerprint(*self.encoders)
 

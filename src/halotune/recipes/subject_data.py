@@ -27,7 +27,7 @@ from .common import processes
 from .common.run import said
 from .diffusion import Family, draw
 from .latents import LatentEncoder
-from .pictures import ENDINGS, buckets, fitted, pixels, read_picture, sha256
+from .pictures import ENDINGS, fitted, pixels, read_picture, sha256
 
 if TYPE_CHECKING:
     from .subject import SubjectConfig
@@ -193,7 +193,7 @@ def class_pictures(config: SubjectConfig, family: Family, device: torch.device, 
 def show_subject(config: SubjectConfig, family: Family, folder: Path) -> int:
     """As many of the subject's pictures as there are seeds, cut as they are learned, for the run's page; how many there are."""
     found = find_pictures(config.subject, "")[: config.validation_seeds]
-    sizes = buckets(config.resolution or family.size, family.divisor, config.aspect)
+    sizes = family.sizes(config.resolution, config.aspect)
     for i, picture in enumerate(found):
         file = folder / f"{i}.png"
         if not file.is_file():

@@ -14,7 +14,7 @@ from ..core.files import write_atomically
 from ..integrations.diffusers import PipelineAdapters
 from .common.run import configuration, read_run, said
 from .diffusion import Family, draw, load_family
-from .pictures import buckets, file_name
+from .pictures import file_name
 from .subject import ADAPTER, SubjectConfig
 from .subject_data import has_word
 
@@ -78,7 +78,7 @@ def draw_subject(options: SubjectPictures) -> list[Path]:
     for name in ("resolution", "inference_steps", "guidance_scale"):
         if getattr(options, name) is not None:
             setattr(config, name, getattr(options, name))
-    buckets(config.resolution or family.size, family.divisor, aspect=False)  # refuses what the model cannot draw
+    family.sizes(config.resolution)  # refuses what the model cannot draw
     folder, written = Path(options.output or f"{options.run}/drawn"), []
     for seed in range(options.seed, options.seed + options.count):
         image = draw(family, config, options.prompt, seed, device)
