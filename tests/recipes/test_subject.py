@@ -298,6 +298,25 @@ def test_class_pictures_go_on(root: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
 
 
+def test_class_pictures_are_not_black(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a safety checker leaves some: another seed is taken, and nothing is learned from those."""
+    config = SubjectConfig(**options(root, tmp_path / "run", class_images=2, class_folder=str(tmp_path / "class")))
+    family, seeds = load_family(config), []
+
+    def drawn(_family: Any, _config: Any, _prompt: str, seed: int, _device: Any) -> Image.Image:
+        seeds.append(seed)
+        return Image.new("RGB", (16, 16), "red" if seed in (1, 1 << 32) else "black")
+
+    monkeypatch.setattr("halotune.recipes.subject_data.draw", drawn)
+    assert [read_picture(p.file).getpixel((0, 0)) for p in class_pictures(config, family, torch.device("cpu"))] == [
+        (255, 0, 0)
+    ] * 2
+    assert sorted(seeds) == [0, 1, 1 << 32]
+    config.class_images = 3
+    with pytest.raises(HalotuneError, match=r"its pictures of 'a photo of flower' are black\. Use another --precision"):
+        class_pictures(config, family, torch.device("cpu"))
+
+
 def test_pictures_as_cameras_save_them(tmp_path: Path) -> None:
     """Turned by EXIF, CMYK, transparent."""
     sideways = Image.new("RGB", (8, 4), "red")

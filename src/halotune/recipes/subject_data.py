@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -183,11 +184,23 @@ def class_pictures(config: SubjectConfig, family: Family, device: torch.device, 
     for i in random.Random().sample(mine, len(mine)):  # in any order: other runs may be making the same ones
         file = folder / f"{i:05}.png"
         if not file.is_file():
-            image = draw(family, config, prompt, i, device)
+            image = _not_black(family, config, prompt, i, device)
             write_atomically(file, lambda part, image=image: image.save(part, "png"))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # each process made its share
     return find_pictures(folder, prompt)[: config.class_images]
+
+
+def _not_black(family: Family, config: SubjectConfig, prompt: str, seed: int, device: torch.device) -> Image.Image:
+    """A picture; with another seed where it is black, as a safety checker leaves some and an overflow leaves all."""
+    for further in range(4):
+        image = draw(family, config, prompt, seed + (further << 32), device)
+        if image.getbbox():
+            return image
+    raise HalotuneError(
+        f"{config.model}: its pictures of {prompt!r} are black. Use another --precision, another --class-prompt, or a "
+        "--class-folder of your own."
+    )
 
 
 def show_subject(config: SubjectConfig, family: Family, folder: Path) -> int:
