@@ -13,7 +13,8 @@ base, `base/carried` (bf16, files of at most 16 MiB, 60 MB together); `base/stat
     python benchmarks/subject.py train --model base/pipeline --data dreambooth --minutes 7    # again until 0 are to be started
     python benchmarks/subject.py cost --minutes 7                                 # again; less memory: --blocks 10
     python benchmarks/subject.py table
-    python benchmarks/subject.py picture --subject dog6 --output docs/subject.png
+    python benchmarks/subject.py picture --shown dog6 --output docs/subject.png
+    python benchmarks/subject.py picture --shown dog6 backpack bear_plushie … --output docs/results/subject/subjects.webp
 
 Without any download, at toy size, on a CPU (with scikit-learn's photographs; too short to learn the subject):
 
@@ -24,7 +25,7 @@ Without any download, at toy size, on a CPU (with scikit-learn's photographs; to
     python benchmarks/subject.py train --model base/pipeline --data photographs --subjects blue_flower --others temple \\
         --steps 40 --class-images 4 --inference-steps 8 --guidance 2 --results toy --minutes 20 --workers 1
     python benchmarks/subject.py cost --toy --device cpu --cost-steps 2 --results toy
-    python benchmarks/subject.py picture --subject blue_flower --results toy --output docs/subject.png
+    python benchmarks/subject.py picture --shown blue_flower --results toy --output docs/subject.png
 
 `train` adapts the base to a subject of each class that the base knows: all methods at the first, where each takes the better of
 two learning rates (`--rates`, times the recipe's default of the method) at one seed, then two seeds more; HRA and LoRA at the
@@ -435,28 +436,30 @@ def table(args: argparse.Namespace) -> None:
 
 
 def picture(args: argparse.Namespace) -> None:
-    """Subject, base and every method side by side, out of the small pictures that `train` left: a row for each seed."""
+    """Subject, base and methods side by side, out of the small pictures that `train` left: of one subject every method, with a
+    row for each seed of the noise; of several a row for each, and the methods that every subject has."""
     from PIL import Image, ImageDraw, ImageFont
 
-    side, head = 96, 22
-    found = {}
-    for method in METHODS:
-        rate, _ = chosen_rate(args, method)
-        file = Path(args.results) / f"{name_of(args.subject, method, rate or 0, SEEDS[0])}.webp"
-        if file.is_file():
-            found[method] = file
-    if not found:
-        raise SystemExit(f"{args.results}: holds no picture of {args.subject}. Run `train` first.")
-    columns = ["subject", "base", *found]
-    sheet = Image.new("RGB", (side * len(columns), head + 4 * side), "white")
+    one = len(args.shown) == 1
+    side, head, count = (96, 22, 1) if one else (64, 22, 4)
+    columns = ["subject", "base", *(METHODS if one else AT_EVERY_SUBJECT)]
+    sheet = Image.new("RGB", (side * count * len(columns), head + side * (4 if one else len(args.shown))), "white")
     write = ImageDraw.Draw(sheet)
     for x, name in enumerate(columns):
-        write.text((side * (x + 0.5), head / 2), name, "black", ImageFont.load_default(14), anchor="mm")
-        with Image.open(found.get(name, next(iter(found.values())))) as grid:  # rows: subject, base, run
-            row, small = min(x, 2), grid.width // 4
-            for y in range(4):
-                cell = grid.crop((small * y, small * row, small * (y + 1), small * (row + 1)))
-                sheet.paste(cell.resize((side, side), Image.Resampling.BICUBIC), (side * x, head + side * y))
+        write.text((side * count * (x + 0.5), head / 2), name, "black", ImageFont.load_default(14), anchor="mm")
+        method = name if name in METHODS else AT_EVERY_SUBJECT[0]
+        rate, _ = chosen_rate(args, method)
+        for y, subject in enumerate(args.shown):
+            file = Path(args.results) / f"{name_of(subject, method, rate or 0, SEEDS[0])}.webp"
+            if not file.is_file():
+                print(f"{file}: missing")
+                continue
+            with Image.open(file) as grid:  # rows: subject, base, run
+                row, small = min(x, 2), grid.width // 4
+                for i in range(4):
+                    cell = grid.crop((small * i, small * row, small * (i + 1), small * (row + 1)))
+                    at = (x, i) if one else (count * x + i, y)
+                    sheet.paste(cell.resize((side, side), Image.Resampling.BICUBIC), (side * at[0], head + side * at[1]))
     sheet.save(args.output, optimize=True)
     print(f"{args.output}: {', '.join(columns)}")
 
@@ -480,7 +483,7 @@ def main(given: list[str] | None = None) -> None:
     flag("--runs", default="runs/subject-benchmark")
     flag("--results", default=str(ROOT / "docs" / "results" / "subject"))
     flag("--subjects", nargs="+", default=["dog6", "backpack", "teapot", "cat", "candle", "pink_sunglasses", "bear_plushie"])
-    flag("--subject", default="dog6", help="of `picture`")
+    flag("--shown", nargs="+", default=["dog6"], metavar="SUBJECT", help="of `picture`")
     flag("--others", nargs="+", default=list(dict.fromkeys(CLASSES.values())), help="classes of the base, for the drift")
     flag("--toy", action="store_true", help="time models of toy size")
     flag("--scorers", default="efficientnet-lite")
