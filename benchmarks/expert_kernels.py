@@ -150,7 +150,7 @@ def main(size: dict[str, int], device: str) -> None:
             step = weight_case("halotune LoRA", size, device, torch.bfloat16)
             for _ in range(3):
                 step()
-            times = [once(step, device) for _ in range(30)]
+            times = [once(step, device, 8) for _ in range(12)]
             row(f"a step, least and median: {name}"[:63], min(times), statistics.median(times))
             if device == "cuda":
                 found = by_kernel(step)

@@ -13,7 +13,8 @@ base, `base/carried` (bf16, files of at most 16 MiB, 60 MB together); `base/stat
     python benchmarks/subject.py train --model base/pipeline --data dreambooth --minutes 7    # again until 0 are to be started
     python benchmarks/subject.py cost --minutes 7                                 # again; less memory: --blocks 10
     python benchmarks/subject.py table
-    python benchmarks/subject.py picture --subject dog6 --output docs/subject.png
+    python benchmarks/subject.py picture --shown dog6 --output docs/subject.png
+    python benchmarks/subject.py picture --shown dog6 backpack bear_plushie … --output docs/results/subject/subjects.webp
 
 Without any download, at toy size, on a CPU (with scikit-learn's photographs; too short to learn the subject):
 
@@ -24,12 +25,14 @@ Without any download, at toy size, on a CPU (with scikit-learn's photographs; to
     python benchmarks/subject.py train --model base/pipeline --data photographs --subjects blue_flower --others temple \\
         --steps 40 --class-images 4 --inference-steps 8 --guidance 2 --results toy --minutes 20 --workers 1
     python benchmarks/subject.py cost --toy --device cpu --cost-steps 2 --results toy
-    python benchmarks/subject.py picture --subject blue_flower --results toy --output docs/subject.png
+    python benchmarks/subject.py picture --shown blue_flower --results toy --output docs/subject.png
 
-`train` adapts the base to three subjects: all methods at the first, with three seeds; HRA and LoRA at the others. Figures are
-those of `halotune eval subject`; the drift is that of prompts of the base's other classes. `cost` times a training step on
-Stable Diffusion 1.5's UNet and on a FLUX-class transformer, with random weights at the released sizes, beside peft's HRA: on
-the clock, methods in turn, and what the GPU spends in kernels, since with one picture a slow host is what the GPU waits for.
+`train` adapts the base to a subject of each class that the base knows: all methods at the first, where each takes the better of
+two learning rates (`--rates`, times the recipe's default of the method) at one seed, then two seeds more; HRA and LoRA at the
+others. Figures are those of `halotune eval subject`; the drift is that of prompts of the base's other classes. `cost` times a
+training step on Stable Diffusion 1.5's UNet and on a FLUX-class transformer, with random weights at the released sizes, beside
+peft's HRA: on the clock, methods in turn, and what the GPU spends in kernels, since with one picture a slow host is what the
+GPU waits for.
 
 `train` has several runs side by side on a GPU (`--workers`), so their seconds are comparable within a sitting alone. A sitting
 starts nothing that would not end in `--minutes`, leaves the JSON and a small picture of each finished run in `--results`, and
@@ -52,7 +55,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from sittings import sitting, write_result
+from sittings import best_rate, sitting, write_result
 
 ROOT = Path(__file__).parent.parent
 # name -> method and configuration; of square layers of n each has 8 n parameters.
@@ -135,23 +138,45 @@ def cut_photographs(folder: Path, data: Path) -> None:
 # -- training
 
 
-def jobs(subjects: list[str]) -> Iterator[tuple[str, str, int]]:
-    """(subject, method, seed), the most telling first."""
-    for method in METHODS:
-        yield subjects[0], method, SEEDS[0]
-    for subject in subjects[1:]:
-        for method in AT_EVERY_SUBJECT:
-            yield subject, method, SEEDS[0]
-    for seed in SEEDS[1:]:
+Job = tuple[str, str, float, int]  # subject, method, learning rate, seed
+
+
+def result(args: argparse.Namespace, *job: Any) -> dict[str, Any] | None:
+    file = Path(args.results) / f"{name_of(*job)}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def chosen_rate(args: argparse.Namespace, method: str) -> tuple[float | None, bool]:
+    """The rate of the highest similarity to the first subject at the first seed, of those there; and whether all are."""
+    found = {rate: result(args, args.subjects[0], method, rate, SEEDS[0]) for rate in args.rates}
+    kept = {rate: r and {"results": {"last": similarity(r)}} for rate, r in found.items()}
+    return best_rate(kept, float)
+
+
+def similarity(entry: dict[str, Any]) -> float:
+    (scorer,) = entry["figures"]["base"]  # those of the base are of the subject's own prompts
+    return entry["figures"][scorer]
+
+
+def jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """What can be run: rates first, then what has its rate; the most telling first."""
+    first, *others = args.subjects
+    rates = {method: chosen_rate(args, method) for method in METHODS}
+    for rate in args.rates:
         for method in METHODS:
-            yield subjects[0], method, seed
-
-
-Job = tuple[str, str, int]
+            yield first, method, rate, SEEDS[0]
+    known = [(method, rate) for method, (rate, final) in rates.items() if rate and final]
+    for subject in others:
+        for method, rate in known:
+            if method in AT_EVERY_SUBJECT:
+                yield subject, method, rate, SEEDS[0]
+    for seed in SEEDS[1:]:
+        for method, rate in known:
+            yield first, method, rate, seed
 
 
 def missing(args: argparse.Namespace) -> Iterator[Job]:
-    return (job for job in jobs(args.subjects) if not (Path(args.results) / f"{name_of(*job)}.json").is_file())
+    return (job for job in jobs(args) if result(args, *job) is None)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -163,12 +188,12 @@ def train(args: argparse.Namespace) -> None:
     sitting(lambda: missing(args), train_one, args)
 
 
-def name_of(subject: str, method: str, seed: int) -> str:
-    return f"{subject}-{method.replace(' ', '_')}-{seed}"
+def name_of(subject: str, method: str, rate: float, seed: int) -> str:
+    return f"{subject}-{method.replace(' ', '_')}-x{rate:g}-{seed}"
 
 
 def train_one(job: Job, args: argparse.Namespace) -> str:
-    subject, method, seed = job
+    subject, method, rate, seed = job
     from diffusers.utils import make_image_grid
     from PIL import Image
 
@@ -177,7 +202,7 @@ def train_one(job: Job, args: argparse.Namespace) -> str:
 
     found = next(s for s in read_suite(Path(args.data)) if s.name == subject)
     kind, adapter = METHODS[method]
-    run = Path(args.runs) / name_of(subject, method, seed)
+    run = Path(args.runs) / name_of(*job)
     word = found.class_word
     config = SubjectConfig(
         model=args.model,
@@ -198,7 +223,7 @@ def train_one(job: Job, args: argparse.Namespace) -> str:
         label=method,
         tracker="none",
     )
-    config.learning_rate *= args.rate
+    config.learning_rate *= rate
     record = train_subject(config)
     prompts = [config.prompt, f"a qwe {word} in the snow", f"a red qwe {word}"]
     others = [f"a photo of a {c}" for c in args.others if c != word]
@@ -215,7 +240,15 @@ def train_one(job: Job, args: argparse.Namespace) -> str:
     drawn = [sorted((run / "evaluation" / kind).glob("a_photo_of_a_qwe*.png"))[:4] for kind in ("base", "run")]
     shown = [Image.open(f).convert("RGB").resize((64, 64)) for row in (real, *drawn) for f in row]
     make_image_grid(shown, 3, 4).save(results / f"{run.name}.webp", quality=90)
-    entries = {"subject": subject, "method": method, "seed": seed, "workers": args.workers, "figures": figures, **kept}
+    entries = {
+        "subject": subject,
+        "method": method,
+        "rate": rate,
+        "seed": seed,
+        "workers": args.workers,
+        "figures": figures,
+        **kept,
+    }
     write_result(results / f"{run.name}.json", entries)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return run.name
@@ -261,7 +294,7 @@ def cost(args: argparse.Namespace) -> None:
     """Seconds and peak memory of a training step, the library's methods in one process for each model, peft's in another: what
     tells the time in kernels, torch's profiler, slows down all launches of its process from then on."""
     end = time.monotonic() + 60 * args.minutes
-    for name in ("sd15", f"flux-{args.blocks}"):
+    for name in [f"flux-{args.blocks}" if base == "flux" else base for base in args.bases]:
         for methods in (OURS, ("peft HRA",)):
             if time.monotonic() < end and not all(cost_file(args, name, method).is_file() for method in methods):
                 worker = multiprocessing.get_context("spawn").Process(target=cost_of, args=(name, methods, args))
@@ -370,26 +403,25 @@ def table(args: argparse.Namespace) -> None:
     """What is there, as text; what is missing is a dash."""
     from halotune.report.table import text_table
 
-    results = Path(args.results)
-    found = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(results.glob("*.json"))}
     rows = []
-    for subject, method in dict.fromkeys((s, m) for s, m, _ in jobs(args.subjects)):
-        runs = [r for s in SEEDS if (r := found.get(name_of(subject, method, s)))]
-        figures = sorted({k for r in runs for k, v in r["figures"].items() if isinstance(v, float)})
-        shown = "; ".join(
-            f"{k} {spread([r['figures'][k] for r in runs])}"
-            + (f" (base {spread([r['figures']['base'][k] for r in runs])})" if k in runs[0]["figures"]["base"] else "")
-            for k in figures
-        )
-        seconds = spread([r["seconds"] for r in runs])
-        size = f"{runs[0]['parameters']['trainable']:,}" if runs else "–"
-        rows.append([subject, method, str(len(runs)), size, seconds, shown or "–"])
-    print(
-        text_table(
-            ["subject", "method", "seeds", "parameters", "seconds", "figures"], rows, left=["subject", "method", "figures"]
-        )
-    )
-    costs = [r for name, r in found.items() if name.startswith("cost-")]
+    for subject in args.subjects:
+        for method in METHODS if subject == args.subjects[0] else AT_EVERY_SUBJECT:
+            best, final = chosen_rate(args, method)
+            for rate in args.rates if subject == args.subjects[0] else [best]:
+                runs = [r for s in SEEDS if (r := result(args, subject, method, rate, s))] if rate else []
+                figures = sorted({k for r in runs for k, v in r["figures"].items() if isinstance(v, float)})
+                shown = "; ".join(
+                    f"{k} {spread([r['figures'][k] for r in runs])}"
+                    + (f" (base {spread([r['figures']['base'][k] for r in runs])})" if k in runs[0]["figures"]["base"] else "")
+                    for k in figures
+                )
+                told = f"{rate or 0:g}{'' if final or rate != best else '?'}"  # others are still to be tried
+                size = f"{runs[0]['parameters']['trainable']:,}" if runs else "–"
+                rows.append([subject, method, told, str(len(runs)), size, spread([r["seconds"] for r in runs]), shown or "–"])
+    heads = ["subject", "method", "rate ×", "seeds", "parameters", "seconds", "figures"]
+    print(text_table(heads, rows, left=["subject", "method", "figures"]))
+    found = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(Path(args.results).glob("cost-*.json"))}
+    costs = list(found.values())
     lines = []
     for entry in costs:
         reference: dict[str, Any] = next((r for r in costs if (r["model"], r["method"]) == (entry["model"], "LoRA")), {})
@@ -404,23 +436,30 @@ def table(args: argparse.Namespace) -> None:
 
 
 def picture(args: argparse.Namespace) -> None:
-    """Subject, base and every method side by side, out of the small pictures that `train` left: a row for each seed."""
+    """Subject, base and methods side by side, out of the small pictures that `train` left: of one subject every method, with a
+    row for each seed of the noise; of several a row for each, and the methods that every subject has."""
     from PIL import Image, ImageDraw, ImageFont
 
-    side, head = 96, 22
-    found = {m: f for m in METHODS if (f := Path(args.results) / f"{name_of(args.subject, m, SEEDS[0])}.webp").is_file()}
-    if not found:
-        raise SystemExit(f"{args.results}: holds no picture of {args.subject}. Run `train` first.")
-    columns = ["subject", "base", *found]
-    sheet = Image.new("RGB", (side * len(columns), head + 4 * side), "white")
+    one = len(args.shown) == 1
+    side, head, count = (96, 22, 1) if one else (64, 22, 4)
+    columns = ["subject", "base", *(METHODS if one else AT_EVERY_SUBJECT)]
+    sheet = Image.new("RGB", (side * count * len(columns), head + side * (4 if one else len(args.shown))), "white")
     write = ImageDraw.Draw(sheet)
     for x, name in enumerate(columns):
-        write.text((side * (x + 0.5), head / 2), name, "black", ImageFont.load_default(14), anchor="mm")
-        with Image.open(found.get(name, next(iter(found.values())))) as grid:  # rows: subject, base, run
-            row, small = min(x, 2), grid.width // 4
-            for y in range(4):
-                cell = grid.crop((small * y, small * row, small * (y + 1), small * (row + 1)))
-                sheet.paste(cell.resize((side, side), Image.Resampling.BICUBIC), (side * x, head + side * y))
+        write.text((side * count * (x + 0.5), head / 2), name, "black", ImageFont.load_default(14), anchor="mm")
+        method = name if name in METHODS else AT_EVERY_SUBJECT[0]
+        rate, _ = chosen_rate(args, method)
+        for y, subject in enumerate(args.shown):
+            file = Path(args.results) / f"{name_of(subject, method, rate or 0, SEEDS[0])}.webp"
+            if not file.is_file():
+                print(f"{file}: missing")
+                continue
+            with Image.open(file) as grid:  # rows: subject, base, run
+                row, small = min(x, 2), grid.width // 4
+                for i in range(4):
+                    cell = grid.crop((small * i, small * row, small * (i + 1), small * (row + 1)))
+                    at = (x, i) if one else (count * x + i, y)
+                    sheet.paste(cell.resize((side, side), Image.Resampling.BICUBIC), (side * at[0], head + side * at[1]))
     sheet.save(args.output, optimize=True)
     print(f"{args.output}: {', '.join(columns)}")
 
@@ -443,8 +482,8 @@ def main(given: list[str] | None = None) -> None:
     flag("--data", default="dreambooth", help="laid out by halotune data dreambooth")
     flag("--runs", default="runs/subject-benchmark")
     flag("--results", default=str(ROOT / "docs" / "results" / "subject"))
-    flag("--subjects", nargs="+", default=["dog6", "teapot", "backpack"])
-    flag("--subject", default="dog6", help="of `picture`")
+    flag("--subjects", nargs="+", default=["dog6", "backpack", "teapot", "cat", "candle", "pink_sunglasses", "bear_plushie"])
+    flag("--shown", nargs="+", default=["dog6"], metavar="SUBJECT", help="of `picture`")
     flag("--others", nargs="+", default=list(dict.fromkeys(CLASSES.values())), help="classes of the base, for the drift")
     flag("--toy", action="store_true", help="time models of toy size")
     flag("--scorers", default="efficientnet-lite")
@@ -453,8 +492,9 @@ def main(given: list[str] | None = None) -> None:
     flag("--class-images", type=int, default=100)
     flag("--inference-steps", type=int, default=25)
     flag("--guidance", type=float, default=3.0)
-    flag("--rate", type=float, default=3.0, help="times the recipe's default learning rate of the method")
+    flag("--rates", nargs="+", type=float, default=[10.0, 30.0], help="times the recipe's default learning rate of the method")
     flag("--rank", type=int, default=8)
+    flag("--bases", nargs="+", default=["sd15", "flux"], choices=["sd15", "flux"], help="of `cost`")
     flag("--blocks", type=int, default=19, help="of the FLUX-class transformer; 19 is FLUX.1's")
     flag("--cost-steps", type=int, default=STEPS)
     flag("--workers", type=int, default=4, help="runs side by side on a GPU")

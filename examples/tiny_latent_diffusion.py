@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -207,14 +208,18 @@ class Progress:
         state = {"steps": self.steps, "scaling": self.scaling, "models": models.state_dict(), "training": self.training}
         torch.save(state, self.folder / ".state.pt")
         os.replace(self.folder / ".state.pt", self.folder / "state.pt")
-        carried = self.folder / "carried"
-        carried.mkdir(exist_ok=True)
-        for file in carried.iterdir():
-            file.unlink()
+        carried, fresh, old = (self.folder / name for name in ("carried", ".carried", ".carried.old"))
+        for left in (fresh, old):  # by a killed process
+            shutil.rmtree(left, ignore_errors=True)
+        fresh.mkdir()
         halved = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in models.state_dict().items()}
-        save_torch_state_dict(halved, carried, filename_pattern="carried{suffix}.safetensors", max_shard_size="16MB")
+        save_torch_state_dict(halved, fresh, filename_pattern="carried{suffix}.safetensors", max_shard_size="16MB")
         record = {"steps": self.steps, "scaling": self.scaling}
-        (carried / "progress.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        (fresh / "progress.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        if carried.exists():
+            os.replace(carried, old)
+        os.replace(fresh, carried)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 Loss = Callable[[nn.Module, Tensor, torch.Generator], Tensor]

@@ -64,7 +64,7 @@ def test_the_table_says_what_is_missing(script: dict[str, Any], tmp_path: Path, 
     entry = {"figures": {"dino": 0.5, "base": {"dino": 0.25}}, "parameters": {"trainable": 1000}, "seconds": 2.0}
     for seed, dino in enumerate((0.5, 0.7)):
         own = entry | {"figures": {"dino": dino, "base": {"dino": 0.25}}}
-        (tmp_path / f"dog6-HRA-{seed}.json").write_text(json.dumps(own))
+        (tmp_path / f"dog6-HRA-x10-{seed}.json").write_text(json.dumps(own))
     costs = {
         "LoRA": {"seconds": 2.0, "kernel_seconds": 1.0, "peak_bytes": 2**30},
         "HRA": {"seconds": 3.0, "kernel_seconds": 1.25, "peak_bytes": 2**31},
@@ -79,6 +79,7 @@ def test_the_table_says_what_is_missing(script: dict[str, Any], tmp_path: Path, 
     assert [
         "dog6",
         "HRA",
+        "10?",
         "2",
         "1,000",
         "2.000",
@@ -93,6 +94,22 @@ def test_the_table_says_what_is_missing(script: dict[str, Any], tmp_path: Path, 
         "±",
         "0.000)",
     ] in rows
-    assert ["dog6", "LoRA", "0", "–", "–", "–"] in rows
+    assert ["dog6", "LoRA", "30", "0", "–", "–", "–"] in rows
     assert ["sd15", "HRA", "8", "3.000", "1.50", "1.250", "1.25", "2.000", "2.00"] in rows
     assert ["sd15", "BAT", "8", *"––––––", "no", "memory"] in rows
+
+
+def test_each_method_goes_on_with_its_better_rate(script: dict[str, Any], tmp_path: Path) -> None:
+    def left(method: str, rate: float, value: float) -> None:
+        entry = {"figures": {"dino": value, "dino_drift": 0.9, "base": {"dino": 0.25}}}
+        (tmp_path / f"dog6-{method}-x{rate:g}-0.json").write_text(json.dumps(entry))
+
+    args = SimpleNamespace(results=tmp_path, subjects=["dog6", "cat"], rates=[10.0, 30.0])
+    left("HRA", 10, 0.5)
+    assert {job[0] for job in script["missing"](args)} == {"dog6"}  # it may not be the better one
+    left("HRA", 30, 0.6)
+    left("LoRA", 10, 0.7)
+    left("LoRA", 30, 0.6)
+    found = list(script["missing"](args))
+    assert ("cat", "HRA", 30.0, 0) in found and ("cat", "LoRA", 10.0, 0) in found and ("dog6", "LoRA", 10.0, 2) in found
+    assert not [job for job in found if job[0] == "dog6" and job[1] in ("HRA", "LoRA") and job[3] == 0]

@@ -205,7 +205,8 @@ def test_diffusers_loads_each_of_sdxls_text_encoders(component: str, runtime: st
     plain, others = encoded(encoder), [c for c in ("text_encoder", "text_encoder_2") if c != component]
     model = adapted(copy.deepcopy(encoder), CLIP)
     model.export("lora", tmp_path, runtime=runtime)
-    assert all(key.startswith(f"{component}.text_model.encoder.") for key in load_file(tmp_path / NAME))
+    starts = f"{component}.text_model." if runtime == "diffusers" else f"lora_te{1 + (component != 'text_encoder')}_text_model_"
+    assert all(key.startswith(f"{starts}encoder") for key in load_file(tmp_path / NAME))
     assert check(tmp_path, ["diffusers", "comfyui"]) == []
     before = [encoded(getattr(pipe, c)) for c in others]
     pipe.load_lora_weights(tmp_path)
@@ -250,7 +251,7 @@ def test_the_folder_of_a_whole_pipelines_adapters(pipelines: Pipelines, tmp_path
     flags = [tmp_path / "dog", "--base", pipelines.sd, "--output", tmp_path / "out", "--for", "comfyui"]
     assert command(*flags) == 2
     assert "holds adapters of unet, text_encoder. Choose one with --component NAME" in capsys.readouterr().err
-    for component, starts in (("unet", "lora_unet_"), ("text_encoder", "text_encoder.text_model.")):
+    for component, starts in (("unet", "lora_unet_"), ("text_encoder", "lora_te1_text_model_")):
         assert command(*flags, "--component", component, "--check", "comfyui") == 0
         assert all(key.startswith(starts) for key in load_file(tmp_path / "out" / NAME))
     assert command(tmp_path / "dog", "--component", "unet", "--check", "vllm") == 1  # it is found for checking too

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from halotune.methods.bone import ops as bone
+from halotune.methods.hra import ops as hra
 from halotune.methods.loha import ops as loha
 from halotune.ops.build import build_low_rank
 from halotune.ops.dispatch import Op
@@ -17,6 +18,7 @@ from halotune.ops.grouped_low_rank import add_grouped_low_rank, grouped_low_rank
 from halotune.ops.product import add_product, transposed_products
 
 Make = Callable[..., Tensor]  # sizes -> random numbers
+BLOCKS = 1, 3, 4, 5, 8, 12, 16, 24, 48  # sides of BAT's; of eleven in a row the small ones do not fill the last tile
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,15 @@ def pair(make: Make, n: int, m: int, k: int, r: int, ends: tuple[int, ...]) -> t
 def swapped(x: Tensor, A: Tensor, B: Tensor, b: Tensor, *others: Any) -> tuple[Any, ...]:
     """As in backward."""
     return b, B.mT, A.mT, x, *others
+
+
+def reflections(make: Make, *shape: int) -> tuple[Tensor, ...]:
+    """What HRA's backward gets: of vectors of which some are equal, and one is zero."""
+    U = make(*shape)
+    U[..., 1::3] = U[..., ::3][..., : U[..., 1::3].shape[-1]]
+    U[..., 4:5] = 0
+    Ût, N, G, scale = hra.factors.reference(U)
+    return Ût.contiguous(), N, G, scale, make(*Ût.shape).float(), make(*N.shape).float()
 
 
 CASES = [
@@ -150,16 +161,30 @@ CASES = [
     Case("low-rank", build_low_rank, lambda t: (t(37, 50), t(37, 5), t(5, 50), None)),
     Case("low-rank-layers", build_low_rank, lambda t: (t(3, 70, 133), t(3, 70, 17), t(3, 17, 133), None)),
     Case("low-rank-shared", build_low_rank, lambda t: (t(2, 9, 300), columns(t, 18, 3).reshape(2, 9, 3), t(3, 300), None)),
+    Case("reflections", hra.factors, lambda t: (t(37, 5),)),
+    Case("reflections-layers", hra.factors, lambda t: (t(3, 700, 8),)),
+    Case("reflections-large-rank", hra.factors, lambda t: (t(2, 200, 50),)),
+    Case("reflections-one", hra.factors, lambda t: (t(2, 2100, 1),)),
+    Case("reflections-pull", hra.pull_factors, lambda t: reflections(t, 37, 5)),
+    Case("reflections-pull-layers", hra.pull_factors, lambda t: reflections(t, 3, 700, 8)),
+    Case("reflections-pull-large-rank", hra.pull_factors, lambda t: reflections(t, 2, 200, 50)),
+    Case("reflections-pull-one", hra.pull_factors, lambda t: reflections(t, 2, 2100, 1)),
     Case("bat", bone.build_bat, lambda t: (t(24, 40), t(3, 8, 8), None)),
     Case("bat-layers", bone.build_bat, lambda t: (t(2, 24, 40), t(2, 3, 8, 8), None)),
     Case("bat-odd", bone.build_bat, lambda t: (t(21, 35), t(3, 7, 7), None)),
     Case("bat-one-block", bone.build_bat, lambda t: (t(33, 33), t(1, 33, 33), None)),
     Case("bat-long-rows", bone.build_bat, lambda t: (t(4, 260), t(2, 2, 2), None)),
+    *[Case(f"bat-r{r}", bone.build_bat, lambda t, r=r: (t(2 * r, 11 * r), t(2, r, r), None)) for r in BLOCKS],
+    Case("bat-less-than-a-tile", bone.build_bat, lambda t: (t(8, 4), t(2, 4, 4), None)),
+    Case("bat-transposed", bone.build_bat, lambda t: (columns(t, 24, 36), columns(t, 2 * 12, 12).view(2, 12, 12), None)),
     Case("bat-pull", bone.pull_bat, lambda t: (t(24, 40), t(24, 40), t(3, 8, 8))),
     Case("bat-pull-layers", bone.pull_bat, lambda t: (t(2, 24, 40), t(2, 24, 40), t(2, 3, 8, 8))),
     Case("bat-pull-odd", bone.pull_bat, lambda t: (t(21, 35), t(21, 35), t(3, 7, 7))),
     Case("bat-pull-one-block", bone.pull_bat, lambda t: (t(33, 33), t(33, 33), t(1, 33, 33))),
-    Case("bat-pull-parts", bone.pull_bat, lambda t: (t(6, 1110), t(6, 1110), t(3, 2, 2))),
+    Case("bat-pull-parts", bone.pull_bat, lambda t: (t(6, 9000), t(6, 9000), t(3, 2, 2))),
+    *[Case(f"bat-pull-r{r}", bone.pull_bat, lambda t, r=r: (t(2 * r, 11 * r), t(2 * r, 11 * r), t(2, r, r))) for r in BLOCKS],
+    Case("bat-pull-less-than-a-tile", bone.pull_bat, lambda t: (t(8, 4), t(8, 4), t(2, 4, 4))),
+    Case("bat-pull-transposed", bone.pull_bat, lambda t: (columns(t, 24, 36), columns(t, 24, 36), t(2, 12, 12))),
     Case("loha", loha.build, lambda t: (t(37, 50), *halves(t, 37, 50, 5), 0.7, None)),
     Case("loha-layers", loha.build, lambda t: (t(3, 37, 50), *layered(t, 3, 37, 50, 5), 0.7, None)),
     Case("loha-wide", loha.build, lambda t: (t(3, 140), *halves(t, 3, 140, 17), 2.0, None)),

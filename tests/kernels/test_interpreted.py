@@ -69,11 +69,12 @@ def test_nothing_runs_unasked_on_a_cpu():
 def test_every_kernel_has_cases():
     """A kernel that is added must be added there."""
     import halotune.methods.bone.kernels as bone
+    import halotune.methods.hra.kernels as hra
     import halotune.methods.loha.kernels as loha
     import halotune.ops.grouped_kernels as grouped
     import halotune.ops.kernels as product
 
-    launchers = {n for m in (product, grouped, bone, loha) for n in vars(m) if n.startswith("_launch")}
+    launchers = {n for m in (product, grouped, bone, hra, loha) for n in vars(m) if n.startswith("_launch")}
     products = {
         "_launch_add_parts",
         "_launch_build",
@@ -85,5 +86,6 @@ def test_every_kernel_has_cases():
         "_launch_outer",
         "_launch_add",
     }
-    assert launchers == {*products, "_launch_bat", "_launch_pull_bat", "_launch_hadamard", "_launch_pull"}
+    reflections = {"_launch_gram_parts", "_launch_factors", "_launch_pulled_parts", "_launch_pulled"}
+    assert launchers == {*products, *reflections, "_launch_bat", "_launch_pull_bat", "_launch_hadamard", "_launch_pull"}
     assert all(isinstance(case.op.kernel, Kernel) for case in CASES)

@@ -10,13 +10,14 @@ from torch import nn
 
 from halotune import BoneConfig, HRAConfig, LoHaConfig, LoraConfig, OFTConfig, get_peft_model
 from halotune.methods.bone import ops as bone
+from halotune.methods.hra import ops as hra
 from halotune.methods.loha import ops as loha
 from halotune.ops.build import build_low_rank
 from halotune.ops.dispatch import backend
 from halotune.ops.grouped_low_rank import add_grouped_low_rank, grouped_low_rank_linear, grouped_outer_pair
 from halotune.ops.product import add_product, transposed_products
 
-from .cases import CASES, Case, copied, error, grouped, halves, pair, pulled, sliced, swapped, tensors, weighted
+from .cases import CASES, Case, copied, error, grouped, halves, pair, pulled, reflections, sliced, swapped, tensors, weighted
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,6 +27,7 @@ pytestmark = [
 ONES = tuple(range(1, 2501))
 MANY = tuple(range(3, 2501, 3))
 EVEN = tuple(range(250, 8001, 250))
+SMALL = 4, 8, 12, 24  # blocks of BAT
 
 LARGE = [
     Case("large-grouped", add_grouped_low_rank, lambda t: grouped(t, 8000, 2048, 768, 16, EVEN)),
@@ -53,9 +55,18 @@ LARGE = [
     Case("large-folded", add_product, lambda t: (t(1000, 1040), t(1000, 5003), None, t(64, 1040), True)),
     Case("large-unfolded", add_product, lambda t: (t(1000, 5008), t(1000, 512), t(64, 512), None, True)),
     Case("large-transposed", transposed_products, lambda t: (t(2222, 64), t(2222, 1040), t(2222, 64), t(2222, 3056))),
+    Case("large-reflections", hra.factors, lambda t: (t(28, 3072, 32),)),
+    Case("large-reflections-odd", hra.factors, lambda t: (t(3, 8191, 23),)),
+    Case("large-reflections-pull", hra.pull_factors, lambda t: reflections(t, 28, 3072, 32)),
+    Case("large-reflections-pull-odd", hra.pull_factors, lambda t: reflections(t, 3, 8191, 64)),
     Case("large-bat", bone.build_bat, lambda t: (t(960, 1472), t(15, 64, 64), None)),
+    *[Case(f"large-bat-r{r}", bone.build_bat, lambda t, r=r: (t(960, 1464), t(960 // r, r, r), None)) for r in SMALL],
     Case("large-low-rank", build_low_rank, lambda t: (t(3, 960, 1472), t(3, 960, 64), t(3, 64, 1472), None)),
     Case("large-bat-pull", bone.pull_bat, lambda t: (t(960, 1472), t(960, 1472), t(15, 64, 64))),
+    *[
+        Case(f"large-bat-pull-r{r}", bone.pull_bat, lambda t, r=r: (t(960, 1464), t(960, 1464), t(960 // r, r, r)))
+        for r in SMALL
+    ],
     Case("large-bat-pull-wide", bone.pull_bat, lambda t: (t(96, 8160), t(96, 8160), t(2, 48, 48))),
     Case("large-loha", loha.build, lambda t: (t(1111, 2050), *halves(t, 1111, 2050, 33), 0.3, None)),
     Case("large-pull", loha.pull, lambda t: (t(1111, 2050), *halves(t, 1111, 2050, 33), 0.3)),
@@ -84,12 +95,19 @@ def test_as_exact_as_plain_torch(case, dtype):
         assert error(result, exact) <= 1.5 * error(plain, exact) + torch.finfo(dtype).eps / 4
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float64_is_left_to_plain_torch(case):
+    """A kernel computes in fp32."""
+    assert case.op.choice(*case.arguments(lambda *sizes: torch.randn(*sizes, dtype=torch.float64, device="cuda"))) is None
+
+
 CONFIGS = {
     "hra": HRAConfig(r=8, target_modules="all-linear"),
     "hra-gs": HRAConfig(r=6, apply_GS=True, init_weights=False, target_modules="all-linear"),
     "loha-low-rank": LoHaConfig(r=4, alpha=4, target_modules="all-linear"),
     "loha-dense": LoHaConfig(r=48, alpha=24, target_modules="all-linear"),
     "bone": BoneConfig(r=48, target_modules="all-linear"),
+    "bat-small": BoneConfig(r=8, init_weights="bat", target_modules="all-linear"),
     "bat": BoneConfig(r=32, init_weights="bat", target_modules="all-linear"),
     "oft": OFTConfig(oft_block_size=32, target_modules="all-linear"),
     "oft-exact": OFTConfig(oft_block_size=64, use_cayley_neumann=False, target_modules="all-linear"),
@@ -113,6 +131,14 @@ def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     y = model(x)
     y.square().mean().backward()
     return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.requires_grad)]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("r", [1, 4, 7, 8, 12, 24, 64, 128])
+def test_blocks_of_any_size_run_their_kernels_unasked(r):
+    W = torch.randn(2 * r, 3 * r, dtype=torch.bfloat16, device="cuda")
+    blocks = torch.randn(2, r, r, dtype=torch.bfloat16, device="cuda")
+    assert bone.build_bat.choice(W, blocks, None) is bone.build_bat.kernel
+    assert bone.pull_bat.choice(W, W, blocks) is bone.pull_bat.kernel
 
 
 @pytest.mark.parametrize("name", CONFIGS)

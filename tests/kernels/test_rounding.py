@@ -12,6 +12,7 @@ from halotune.ops.build import build_low_rank
 from halotune.ops.dispatch import backend
 from halotune.ops.rounding import Dither, draw_noise, round_stochastically
 
+BLOCKS = 1, 4, 7, 8, 12, 24
 HALF = [torch.bfloat16, torch.float16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -38,7 +39,7 @@ def test_what_the_dtype_holds_stays(dtype):
         assert all(round_stochastically(nan, draw_noise(nan), dtype).isnan() for _ in range(20))
 
 
-@pytest.mark.parametrize("r", [None, 1, 16, 128], ids=lambda r: f"blocks of {r}" if r else "rows and columns")
+@pytest.mark.parametrize("r", [None, 1, 8, 12, 16, 24, 128], ids=lambda r: f"blocks of {r}" if r else "rows and columns")
 def test_errors_are_independent_in_pairs(r):
     """So sums of them vary as if all were drawn apart."""
     torch.manual_seed(0)
@@ -82,13 +83,13 @@ def arguments(dtype: torch.dtype) -> dict[str, tuple]:
         "low-rank": (build_low_rank, (t(3, 70, 133), t(3, 70, 7), t(3, 7, 133))),
         "low-rank-one": (build_low_rank, (t(37, 50), t(37, 5), t(5, 50))),
         "low-rank-fine": (build_low_rank, (t(3, 70, 133), t(3, 70, 7).float() * 1.001, t(3, 7, 133).float() * 1.001)),
-        "bat": (bone.build_bat, (t(2, 24, 40), t(2, 3, 8, 8))),
+        **{f"bat-r{r}": (bone.build_bat, (t(2, 3 * r, 5 * r), t(2, 3, r, r))) for r in BLOCKS},
         "loha": (loha.build, (t(3, 37, 50), t(3, 37, 5), t(3, 5, 50), t(3, 37, 5), t(3, 5, 50), 0.7)),
     }
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("name", ["low-rank", "low-rank-one", "low-rank-fine", "bat", "loha"])
+@pytest.mark.parametrize("name", ["low-rank", "low-rank-one", "low-rank-fine", "loha", *(f"bat-r{r}" for r in BLOCKS)])
 def test_kernels_round_as_plain_torch(name, dtype, monkeypatch):
     pytest.importorskip("triton", reason="triton is made for Linux alone")
     if DEVICE == "cpu":

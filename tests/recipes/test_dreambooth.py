@@ -65,8 +65,15 @@ def test_one_training_for_each_subject_or_prompt(tmp_path: Path) -> None:
     assert [run.output for run in runs][:3] == ["out/dog6-0", "out/dog6-1", "out/rc_car-0"]
     (run,) = suite_runs(config(folder, paper_code=True, class_index=1, prompt_index=1))
     assert run.validation_prompts == ["a qwe toy on a mirror"]
-    with pytest.raises(HalotuneError, match="class_index: the last is 2; got 3"):
+    with pytest.raises(HalotuneError, match="class_index: must be from 0 to 2; got 3"):
         suite_runs(config(folder, class_index=3))
+    with pytest.raises(HalotuneError, match="class_index: must be from 0 to 2; got -1"):
+        suite_runs(config(folder, class_index=-1))
+    with pytest.raises(HalotuneError, match="prompt_index: must be from 0 to 1; got -1"):
+        suite_runs(config(folder, prompt_index=-1))
+    assert [run.class_folder for run in suite_runs(config(folder))] == [None] * 3
+    folders = [run.class_folder for run in suite_runs(config(folder, class_folder="class_data"))]  # of each class its own
+    assert folders == ["class_data/dog", "class_data/toy", "class_data/stuffed animal"]
 
 
 def test_shards_share_the_runs(tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from halotune import HalotuneError
 from halotune.cli.main import main
@@ -20,10 +24,10 @@ from halotune.recipes.common.run import FINISHED, read_run
 pytest.importorskip("diffusers")
 
 from halotune.recipes import subject as recipe
-from halotune.recipes.diffusion import family_class, load_family
-from halotune.recipes.pictures import Cache, buckets, read_picture
+from halotune.recipes.diffusion import draw, family_class, load_family
+from halotune.recipes.pictures import Cache, buckets, file_name, read_picture
 from halotune.recipes.subject import Denoiser, SubjectConfig, adapt, train_subject
-from halotune.recipes.subject_data import Encoder, class_pictures, collate, find_pictures
+from halotune.recipes.subject_data import Encoder, Picture, class_pictures, collate, find_pictures, mask_of
 from halotune.recipes.subject_pictures import SubjectPictures
 
 from .. import toy_pipelines
@@ -166,6 +170,62 @@ def test_the_text_encoder_learns_too(root: Path, tmp_path: Path) -> None:
     assert moved
 
 
+@pytest.mark.parametrize("kind", ["sd/pipeline", "sdxl"])
+def test_a_lora_holds_the_text_encoders_too(root: Path, tmp_path: Path, kind: str) -> None:
+    from diffusers import DiffusionPipeline
+
+    from halotune.integrations.diffusers import PipelineAdapters
+
+    values = {"train_text_encoder": True, "also": "lora,kohya", "learning_rate": 0.05, "model": str(root / kind)}
+    train_subject(SubjectConfig(**options(root, tmp_path / "run", prior_weight=0.0, **values)))
+    pipe = DiffusionPipeline.from_pretrained(root / kind)
+
+    def told() -> torch.Tensor:
+        with torch.no_grad():
+            found = pipe.encode_prompt("a qwe", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+        return found[0]
+
+    plain = told()
+    PipelineAdapters(pipe).load(tmp_path / "run" / "adapter")
+    trained = told()
+    PipelineAdapters(pipe).unload()
+    assert (trained - plain).abs().max() > 1e-2
+    for name in ("lora", "kohya"):
+        pipe.load_lora_weights(tmp_path / "run" / name)
+        torch.testing.assert_close(told(), trained, atol=1e-4, rtol=1e-4)
+        pipe.unload_lora_weights()
+    keys = load_file(tmp_path / "run" / "kohya" / "pytorch_lora_weights.safetensors")
+    assert all(key.startswith(("lora_unet_", "lora_te1_text_model_", "lora_te2_text_model_")) for key in keys)  # A1111's
+
+
+@pytest.mark.filterwarnings("ignore:.upcast_vae.:FutureWarning")  # diffusers' own, which calls it
+def test_a_decoder_that_wants_fp32_has_it(root: Path, tmp_path: Path) -> None:
+    """As SDXL's does in fp16, where it would overflow, and every picture be black."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(root / "sdxl")
+    with torch.no_grad():
+        for p in pipe.vae.post_quant_conv.parameters():
+            p.mul_(3e4)
+    assert pipe.vae.config.force_upcast
+    pipe.save_pretrained(tmp_path / "sdxl")
+    config = SubjectConfig(**options(root, tmp_path / "run", model=str(tmp_path / "sdxl"), precision="fp16"))
+    family = load_family(config)
+    adapt(family, config)
+    assert np.asarray(draw(family, config, "a qwe flower", 0, torch.device("cpu"))).mean() > 10
+
+
+@pytest.mark.parametrize("changes", [{"_class_name": "EDMEulerScheduler"}, {"prediction_type": "sample"}])
+def test_a_scheduler_of_another_training(root: Path, tmp_path: Path, changes: dict[str, str]) -> None:
+    shutil.copytree(root / "sd" / "pipeline", tmp_path / "sd")
+    own, index = tmp_path / "sd" / "scheduler" / "scheduler_config.json", tmp_path / "sd" / "model_index.json"
+    entries = json.loads(own.read_text()) | changes
+    own.write_text(json.dumps({"_class_name": entries["_class_name"]} if "_class_name" in changes else entries))
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", entries["_class_name"]]}))
+    with pytest.raises(HalotuneError, match="stands for another training than this"):
+        load_family(SubjectConfig(**options(root, tmp_path / "run", model=str(tmp_path / "sd"))))
+
+
 def test_the_loss_counts_what_the_mask_marks(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = SubjectConfig(**options(root, tmp_path / "run", prior_weight=2.0))
     family = load_family(config)
@@ -205,6 +265,9 @@ def test_the_cache_knows_what_changed(root: Path, tmp_path: Path) -> None:
     assert len(set(Path(config.cache).iterdir())) == len(files) + 1
     latents()
     assert len(set(Path(config.cache).iterdir())) == len(files) + 4
+    family.pipe.tokenizer.model_max_length -= 1
+    latents()
+    assert len(set(Path(config.cache).iterdir())) == len(files) + 5
     made = Cache(tmp_path / "d").get({"a": 1}, lambda: {"x": torch.ones(2)})
     file = next((tmp_path / "d").iterdir())
     file.write_bytes(b"damaged")
@@ -235,6 +298,25 @@ def test_class_pictures_go_on(root: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
 
 
+def test_class_pictures_are_not_black(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a safety checker leaves some: another seed is taken, and nothing is learned from those."""
+    config = SubjectConfig(**options(root, tmp_path / "run", class_images=2, class_folder=str(tmp_path / "class")))
+    family, seeds = load_family(config), []
+
+    def drawn(_family: Any, _config: Any, _prompt: str, seed: int, _device: Any) -> Image.Image:
+        seeds.append(seed)
+        return Image.new("RGB", (16, 16), "red" if seed in (1, 1 << 32) else "black")
+
+    monkeypatch.setattr("halotune.recipes.subject_data.draw", drawn)
+    assert [read_picture(p.file).getpixel((0, 0)) for p in class_pictures(config, family, torch.device("cpu"))] == [
+        (255, 0, 0)
+    ] * 2
+    assert sorted(seeds) == [0, 1, 1 << 32]
+    config.class_images = 3
+    with pytest.raises(HalotuneError, match=r"its pictures of 'a photo of flower' are black\. Use another --precision"):
+        class_pictures(config, family, torch.device("cpu"))
+
+
 def test_pictures_as_cameras_save_them(tmp_path: Path) -> None:
     """Turned by EXIF, CMYK, transparent."""
     sideways = Image.new("RGB", (8, 4), "red")
@@ -249,6 +331,17 @@ def test_pictures_as_cameras_save_them(tmp_path: Path) -> None:
     assert red > 200 > 60 > green
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert read_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "preview.jpg", "MPO", save_all=True, append_images=[sideways])
+    assert read_picture(tmp_path / "preview.jpg").size == (8, 8)
+
+
+def test_what_is_transparent_in_a_mask_is_not_the_subject(tmp_path: Path) -> None:
+    cut_out = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    cut_out.paste((255, 255, 255, 255), (0, 0, 2, 8))
+    cut_out.save(tmp_path / "mask.png")
+    mask = mask_of(Picture(tmp_path, "", tmp_path / "mask.png"), (8, 8), [(8, 8)], 0.0)
+    assert mask is not None
+    assert mask.mean() == pytest.approx(1 / 4)
 
 
 def test_pictures_that_are_refused(tmp_path: Path) -> None:
@@ -263,6 +356,15 @@ def test_pictures_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
     with pytest.raises(HalotuneError, match=r"broken.jpg: cannot be read as a picture"):
         read_picture(tmp_path / "broken.jpg")
+    sideways = BytesIO()
+    exif = frames[0].getexif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    frames[0].save(sideways, "JPEG", exif=exif)
+    wrong = sideways.getvalue().replace(b"\x01\x0f\x00\x02", b"\x01\x00\x00\x02")  # a text as the width
+    for content in (b"\x89PNG\r\n\x1a\n\0\0\0\5IHDR\0\0\0\5\0\0\0\0\0", wrong):
+        (tmp_path / "broken.jpg").write_bytes(content)
+        with pytest.raises(HalotuneError, match=r"broken.jpg: cannot be read as a picture"):
+            read_picture(tmp_path / "broken.jpg")
     (tmp_path / "broken.txt").write_text("a photo of a dog")
     with pytest.raises(HalotuneError, match=r"broken.txt: lacks the identifier 'qwe'"):
         find_pictures(tmp_path, "a qwe dog", "qwe")
@@ -288,11 +390,21 @@ def test_configurations_that_are_refused(root: Path, tmp_path: Path) -> None:
         config(resolution=0)
     with pytest.raises(HalotuneError, match="--count: must be at least 1; got 0"):
         SubjectPictures(str(tmp_path), prompt="a qwe flower", count=0)
+    with pytest.raises(HalotuneError, match="identifier: is needed; got ''"):
+        config(identifier="")
+    for field, value in {"class_index": 0, "prompt_index": 0, "paper_code": True, "shard": "1/2"}.items():
+        with pytest.raises(HalotuneError, match=rf"{field}: is of a suite; got .*\. Add --suite dreambooth"):
+            config(**{field: value})
+    for field, value in {"class_word": "dog", "prompt": "a qwe", "class_prompt": "a", "validation_prompts": ["a"]}.items():
+        with pytest.raises(HalotuneError, match=f"{field}: is each subject's own in a suite"):
+            config(suite="dreambooth", **{"class_word": None, field: value})
     assert config().learning_rate == pytest.approx(1e-3)  # a tenth of HRA's usual one
     with pytest.raises(HalotuneError, match="of no known type"):
         family_class("KandinskyPipeline", "a/b")
     with pytest.raises(HalotuneError, match=r"multiple of 4; got 18. Use 16"):
         buckets(18, 4, aspect=False)
+    with pytest.raises(HalotuneError, match="resolution: this model draws at most 32 pixels a side; got 64"):
+        load_family(config(model=str(root / "sd3"))).sizes(64)
     assert config(preset="paper-code", max_steps=None).max_steps == 2005
     assert config(targets="convolutions").adapter.target_modules != recipe.SubjectConfig.TARGETS  # type: ignore[union-attr]
 
@@ -373,6 +485,8 @@ def test_a_single_file_is_the_pipeline_it_was_made_of(root: Path, tmp_path: Path
         if name == "toy.ckpt":
             save_file(weights, tmp_path / "toy.safetensors")
     assert "toy.safetensors is read, not toy.ckpt" in capsys.readouterr().err
+    with pytest.raises(HalotuneError, match=r"toy.safetensors: is no whole FluxPipeline: Failed to load T5EncoderModel"):
+        load_family(replace(config, pipeline_config=str(root / "flux")))
     train_subject(config)
     assert adapter(tmp_path / "run")
 
@@ -394,6 +508,21 @@ def test_what_users_folders_hold(root: Path, tmp_path: Path) -> None:
     (folder / "один.txt").write_bytes("собака".encode("koi8-r"))
     with pytest.raises(HalotuneError, match=r"один.txt: cannot be read as UTF-8"):
         find_pictures(folder, "a")
+
+
+def test_files_that_are_not_used_are_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_subject(tmp_path / "own", 1)
+    (folder / "00.txt").write_text("a photo of qwe flower")
+    (folder / "0.txt").write_text("a photo of qwe flower on a wall")
+    (folder / "01.heic").touch()
+    train_subject(SubjectConfig(**options(root, tmp_path / "run", subject=str(folder), prior_weight=0.0, max_steps=1)))
+    assert "nor their captions, so not used: 0.txt, 01.heic\n" in capsys.readouterr().err
+
+
+def test_files_of_different_prompts_have_different_names() -> None:
+    assert file_name("a qwe dog in the snow") == "a_qwe_dog_in_the_snow"
+    prompts = ["a qwe dog", "a qwe dog!", "a qwe dog?", "a_qwe_dog", *(f"{'a qwe ' * 20}{i}" for i in range(3))]
+    assert len({file_name(prompt) for prompt in prompts}) == len(prompts)
 
 
 def test_a_run_does_not_go_on_with_other_pictures(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,14 @@ def test_a_run_and_a_suite_are_judged(root: Path, networks: Path, tmp_path: Path
     assert chosen["step"] in (2, 4)
     assert set(chosen["steps"]) == {"2", "4"}
 
+    (tmp_path / "suite" / "b" / "pictures" / "000004" / "0-0.png").unlink()
+    with pytest.raises(HalotuneError, match=r"b/pictures/000004/0-0.png: cannot be read as a picture: \[Errno 2\]"):
+        evaluate_subject(SubjectEvaluation(str(tmp_path / "suite"), scorers=scorers, device="cpu", paper_code=True))
+    record = tmp_path / "suite" / "b" / "run.json"
+    record.write_text(record.read_text().replace('"finished"', '"interrupted"'))
+    with pytest.raises(HalotuneError, match=r"suite/b: not finished\. The command that began a run goes on with it"):
+        evaluate_subject(SubjectEvaluation(str(tmp_path / "suite"), scorers=scorers, device="cpu"))
+
 
 def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HalotuneError, match="holds no run of"):

@@ -98,17 +98,12 @@ class Runtime:
         """
         if component is None:
             name = f"base_model.model.{path}"
-        elif self.name == "comfyui" and _kohya_alone(component.name, component.stored(path)):
+        elif self.name == "comfyui" and component.name.startswith(("unet", "text_encoder")):  # transformers: by other names
             name = component.kohya(path)
             return f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"
         else:
             name = f"{component.name}.{component.stored(path)}"
         return f"{name}.lora_A.weight", f"{name}.lora_B.weight", None
-
-
-def _kohya_alone(component: str, path: str) -> bool:
-    """ComfyUI knows UNets, T5 and projections by kohya's names alone; transformers and CLIP's layers by those of diffusers."""
-    return component == "unet" or (component.startswith("text_encoder") and not path.startswith("text_model."))
 
 
 # vLLM: MaxLoRARanks in vllm/config/lora.py.

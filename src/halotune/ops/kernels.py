@@ -13,10 +13,10 @@ from torch import Tensor
 from .launch import Launch, Launcher, tiles
 from .product import fold
 
-# Where z is computed by the kernel that uses it. The host's time for one more launch is longer than what the GPU loses by it
-# up to some thousand rows: on an H100 25 µs against 27 for 1024 rows of 3072, but 50 against 24 for rows of 8192, and 36
-# against 27 for 3072 rows (bf16, r 32).
-FEW_ROWS, FUSED_ROWS, FUSED_DEPTH = 64, 2048, 4096
+# Where z is computed by the kernel that uses it: then x is read twice, and one launch fewer is waited for. On an H200 (bf16,
+# r 8): 25 µs against 25 for 3072 rows of 2048, 23 against 24 for 8192 rows of 1024, 36 against 32 for 2048 rows of 4096; but
+# 37 against 29 for 3072 rows of 3072, and 50 against 32 for 1024 rows of 8192.
+FEW_ROWS, FUSED_SIZE, FUSED_DEPTH = 64, 2048 * 4096, 4096
 PROGRAMS = 132  # multiprocessors of an H100
 COLS = 128  # of a tile of `add_product`
 COLUMNS = 64  # of one program of `transposed_products`
@@ -240,7 +240,7 @@ def add_product(
         return launcher.prepare(grid, n, k, d, share, *strides, *constants)
 
     apart, fused = prepared(_launch_tiles, 64, 64, COLS, False), None
-    if n <= FEW_ROWS or (n <= FUSED_ROWS and k <= FUSED_DEPTH):
+    if n <= FEW_ROWS or (n * k <= FUSED_SIZE and k <= FUSED_DEPTH):
         launcher, rows, depth = (_launch_few, 16, 256) if n <= FEW_ROWS else (_launch_fused, 64, 64)
         share = tiles(tiles(d, max(1, PROGRAMS // tiles(n, rows))), COLS) * COLS
         fused = prepared(launcher, rows, depth, share, True)

@@ -31,7 +31,7 @@ def round_stochastically(y: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor
     noise = noise.int() & ((1 << k) - 1)
     u = noise[..., :n_out, None] ^ noise[..., None, n_out:]
     bits = y.contiguous().view(torch.int32).clamp(max=0x7FFF0000)  # a NaN of all bits would become a zero
-    return ((bits + u) & -(1 << k)).view(torch.float32).to(dtype)
+    return bits.add_(u).bitwise_and_(-(1 << k)).view(torch.float32).to(dtype)
 
 
 def rounded(define: Callable[..., Tensor], noise: Tensor | None, W: Tensor, *factors: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from .control_data import Pair, Preparation, evenly, read_pairs
 from .control_hints import read_depth, read_labels
 from .control_model import Controlled, load_control
 from .diffusion import Family, load_family
-from .pictures import buckets, fitted, read_picture
+from .pictures import fitted, read_picture
 from .pipeline_trainer import share
 
 
@@ -113,8 +113,7 @@ def draw_controlled(
     for part in pipe.components.values():
         if isinstance(part, nn.Module) and part is not pipe.unet:
             part.to(device)
-    half = pipe.unet.dtype != torch.float32
-    with torch.no_grad(), torch.autocast(device.type, pipe.unet.dtype, enabled=half):
+    with torch.no_grad():  # and no autocast, as in `diffusion.draw`
         return controlled(
             list(prompts),
             list(hints),
@@ -151,7 +150,7 @@ def load_trained(folder: str | Path, config: ControlConfig) -> Trained:
     if not config.quant:
         family.model.to(device)
     controlled = load_control(family.pipe, Path(folder) / "adapter")
-    preparation = Preparation(config, buckets(config.resolution or family.size, family.divisor, config.aspect))
+    preparation = Preparation(config, family.sizes(config.resolution, config.aspect))
     return Trained(config, family, controlled, PipelineAdapters(family.pipe), preparation, device)
 
 

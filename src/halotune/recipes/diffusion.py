@@ -5,30 +5,37 @@ A family is told by the pipeline's own class; everything else of a recipe is the
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, NamedTuple
 
 import diffusers
 import torch
-from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config, load_single_file_checkpoint
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..cli.loading import loadable
 from ..cli.main import require
 from ..core.errors import HalotuneError
+from ..engine.files.state_dict import write_tensors
 from ..engine.injection.in_place import adapters_in
+from ..export.header import METADATA_KEY
+from ..export.runtimes import DIFFUSERS_NAME
 from .common.config import RunConfig
 from .common.model import DTYPES
 from .common.run import Run, said
+from .pictures import buckets
 
 # Modules by role, as regular expressions over their names; diffusers names them alike in UNets and transformers.
 _ATTENTION = r"to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out"
@@ -72,7 +79,14 @@ class Family:
         self.scheduler: Any = self._training_scheduler()
 
     def _training_scheduler(self) -> Any:
-        return DDPMScheduler.from_config(self.pipe.scheduler.config)
+        scheduler = self.pipe.scheduler
+        predicted = scheduler.config.get("prediction_type", "epsilon")
+        if "beta_schedule" not in scheduler.config or predicted not in ("epsilon", "v_prediction"):
+            raise HalotuneError(
+                f"{self.pipe.name_or_path}: its {type(scheduler).__name__} (prediction_type {predicted!r}) stands for another "
+                "training than this: noise by betas, epsilon or v_prediction predicted. Use a model that was trained so."
+            )
+        return DDPMScheduler.from_config(scheduler.config)
 
     @property
     def model(self) -> Any:
@@ -87,6 +101,19 @@ class Family:
     def size(self) -> int:
         """The height and width that the model was made for, in pixels."""
         return int(self.model.config.sample_size) * self.pipe.vae_scale_factor
+
+    def sizes(self, resolution: int | None, aspect: bool = False) -> list[tuple[int, int]]:
+        """The (height, width) that pictures are brought to, and drawn in.
+
+        Raises:
+            HalotuneError: the model cannot draw them.
+        """
+        found = buckets(resolution or self.size, self.divisor, aspect)
+        places = getattr(self.model.config, "pos_embed_max_size", None)  # Stable Diffusion 3's, a side
+        if places and max(map(max, found)) > places * self.divisor:
+            most, got = places * self.divisor, max(map(max, found))
+            raise HalotuneError(f"resolution: this model draws at most {most} pixels a side; got {got}. Use a smaller one.")
+        return found
 
     def text(self, prompt: str, device: torch.device) -> Text:
         """What the model is told of a prompt, each `(1, …)`."""
@@ -229,7 +256,11 @@ def load_family(config: RunConfig) -> Family:
                 raise HalotuneError(
                     f"quant: a single file is not quantized; got {config.quant!r}. Save it as a pipeline first."
                 )
-            pipe = getattr(diffusers, name).from_single_file(str(file), config=source, **options)
+            try:
+                pipe = getattr(diffusers, name).from_single_file(str(file), config=source, **options)
+            except SingleFileComponentError as e:  # as files without T5
+                reason = str(e).partition("\n")[0]
+                raise HalotuneError(f"{file}: is no whole {name}: {reason} Give the pipeline's folder or its id.") from e
         else:
             if config.quant:
                 options["quantization_config"] = _quantization(config, kind.model_name)
@@ -281,7 +312,7 @@ def draw(family: Family, config: Any, prompt: str, seed: int, device: torch.devi
         if isinstance(part, nn.Module) and part is not family.model:
             part.to(device)
     size = config.resolution or family.size
-    with torch.no_grad(), torch.autocast(device.type, family.model.dtype, enabled=family.model.dtype != torch.float32):
+    with torch.no_grad():  # and no autocast, in which the decoder of SDXL, which asks for fp32, would overflow in fp16
         return family.pipe(
             prompt,
             height=size,
@@ -293,16 +324,33 @@ def draw(family: Family, config: Any, prompt: str, seed: int, device: torch.devi
 
 
 def export(run: Run, family: Family, formats: Sequence[str]) -> None:
-    """The denoising model's adapter as a LoRA, for programs that read nothing else; what they cannot have is said."""
+    """The adapter as a LoRA of every model that has one, for programs that read nothing else; what they cannot have is said."""
     if not run.writer:
         return
-    tuner = adapters_in(family.model)
-    assert tuner is not None
+    models = {name: getattr(family.pipe, name) for name in (family.model_name, *family.text_encoders)}
+    tuners = {name: tuner for name, model in models.items() if model is not None and (tuner := adapters_in(model))}
     for name in formats:
+        file = run.folder / name / DIFFUSERS_NAME
         try:
-            report = tuner.export("lora", run.folder / name, runtime=LORAS[name], component=family.model_name)
+            with TemporaryDirectory() as scratch:
+                parts = {c: Path(scratch) / c for c in tuners}
+                reports = {c: tuners[c].export("lora", parts[c], runtime=LORAS[name], component=c) for c in tuners}
+                _join([part / DIFFUSERS_NAME for part in parts.values()], file)
         except HalotuneError as e:
             said(f"no {name} was written: {e}")
             run.update(substitutes=[*run.record["substitutes"], f"{name}: not written: {e}"])
             continue
-        said(f"{run.folder / name}: {report}")
+        for component, report in reports.items():
+            said(f"{file.parent}: {component}: {report}")
+
+
+def _join(files: Sequence[Path], to: Path) -> None:
+    """LoRAs of several models as one file. A scale is in the header or in alphas: both at once are refused by diffusers."""
+    tensors: dict[str, Tensor] = {}
+    scales: dict[str, Any] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as f:
+            tensors |= {key: f.get_tensor(key) for key in f.keys()}
+            scales |= json.loads((f.metadata() or {}).get(METADATA_KEY, "{}"))
+    with_alphas = any(key.endswith(".alpha") for key in tensors)
+    write_tensors(tensors, to, {} if with_alphas else {METADATA_KEY: json.dumps(scales)})

@@ -106,13 +106,15 @@ def suite_runs(config: SubjectConfig) -> list[SubjectConfig]:
     subjects = read_suite(Path(config.subject))
     chosen = subjects
     if config.class_index is not None:
-        config.require("class_index", config.class_index < len(subjects), f"the last is {len(subjects) - 1}", "Choose one.")
+        there = 0 <= config.class_index < len(subjects)
+        config.require("class_index", there, f"must be from 0 to {len(subjects) - 1}", "Choose one.")
         chosen = [subjects[config.class_index]]
     runs = []
     for subject in chosen:
         prompts = list(enumerate(subject.prompts_with(config.identifier)))
         if config.prompt_index is not None:
-            config.require("prompt_index", config.prompt_index < len(prompts), f"the last is {len(prompts) - 1}", "Choose one.")
+            there = 0 <= config.prompt_index < len(prompts)
+            config.require("prompt_index", there, f"must be from 0 to {len(prompts) - 1}", "Choose one.")
             prompts = [prompts[config.prompt_index]]
         groups = [[p] for p in prompts] if config.paper_code else [prompts]
         for group in groups:
@@ -127,8 +129,7 @@ def suite_runs(config: SubjectConfig) -> list[SubjectConfig]:
                     shard="0/1",
                     subject=str(subject.folder),
                     class_word=subject.class_word,
-                    prompt=None,
-                    class_prompt=None,
+                    class_folder=config.class_folder and f"{config.class_folder}/{subject.class_word}",
                     validation_prompts=[text for _, text in group],
                     output=f"{config.output}/{name}",
                 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .diffusion import Family
-from .pictures import Cache, buckets, fingerprint
+from .pictures import Cache, fingerprint
 
 
 class LatentEncoder:
@@ -22,13 +22,15 @@ class LatentEncoder:
     def __init__(self, family: Family, config: Any, device: torch.device) -> None:
         self.family, self.config, self.device = family, config, device
         self.cache = Cache(config.cache)
-        self.sizes = buckets(config.resolution or family.size, family.divisor, config.aspect)
+        self.sizes = family.sizes(config.resolution, config.aspect)
         self.encoders = [m for name in family.text_encoders if (m := getattr(family.pipe, name, None)) is not None]
         self.vae_print, self.text_print = fingerprint(family.pipe.vae), fingerprint(*self.encoders)
 
     def text_key(self, prompt: str) -> dict[str, Any]:
         """All that a prompt's embeddings depend on."""
-        return {"text": prompt, "encoders": self.text_print, "kind": type(self.family).__name__}
+        tokenizers = {k: v for k, v in self.family.pipe.components.items() if k.startswith("tokenizer") and v is not None}
+        tokens = {k: [v(prompt, verbose=False).input_ids, v.model_max_length] for k, v in tokenizers.items()}
+        return {"text": prompt, "tokens": tokens, "encoders": self.text_print, "kind": type(self.family).__name__}
 
     def text(self, prompt: str) -> dict[str, Tensor]:
         """A prompt's embeddings, from the cache where they are there."""

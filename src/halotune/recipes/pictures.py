@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,18 +32,23 @@ def open_picture(file: Path) -> Image.Image:
     """
     try:
         with Image.open(file) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                raise HalotuneError(f"{file}: is animated, of {image.n_frames} frames. Save the one that you mean.")  # type: ignore[attr-defined]
+            frames = getattr(image, "n_frames", 1)
             image.load()
             turned = ImageOps.exif_transpose(image)
             turned.format = image.format
-            return turned
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow's own are among these
-        raise HalotuneError(f"{file}: cannot be read as a picture: {e}. Save it again, or take it out.") from e
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as e:  # Pillow's own are among these
+        reason = str(e).rstrip(".")
+        raise HalotuneError(f"{file}: cannot be read as a picture: {reason}. Save it again, or take it out.") from e
+    if frames > 1 and turned.format != "MPO":  # a camera's JPEG, which has previews or depth behind the picture
+        raise HalotuneError(f"{file}: is animated, of {frames} frames. Save the one that you mean.")
+    return turned
 
 
-def read_picture(file: Path) -> Image.Image:
-    """A picture as RGB, turned as its EXIF says; what is transparent is white, of 16 bits the upper 8 are kept.
+def read_picture(file: Path, background: str = "white") -> Image.Image:
+    """A picture as RGB, turned as its EXIF says; of 16 bits the upper 8 are kept.
+
+    Args:
+        background: the colour of what is transparent.
 
     Raises:
         HalotuneError: it cannot be read, or is animated.
@@ -51,7 +58,7 @@ def read_picture(file: Path) -> Image.Image:
         turned = Image.fromarray((np.array(turned).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
         own = turned.convert("RGBA")
-        turned = Image.alpha_composite(Image.new("RGBA", own.size, "white"), own)
+        turned = Image.alpha_composite(Image.new("RGBA", own.size, background), own)
     return turned.convert("RGB")
 
 
@@ -72,6 +79,13 @@ def fitted(image: Image.Image, sizes: list[tuple[int, int]], how: Image.Resampli
 def pixels(image: Image.Image) -> Tensor:
     """`(1, 3, height, width)` in [−1, 1]."""
     return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def file_name(prompt: str) -> str:
+    """A prompt's words as the beginning of a file's name, and a mark where these do not say all of it."""
+    words = re.sub(r"\W+", "_", prompt)[:60]  # at most 240 bytes
+    said_all = words.replace("_", " ") == prompt
+    return words if said_all else f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}"
 
 
 class Cache:

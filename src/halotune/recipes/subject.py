@@ -20,11 +20,23 @@ from ..core.files import write_atomically
 from ..core.generators import forked_generators
 from .common.config import RunConfig
 from .common.dry_run import dry_run as show_dry_run
-from .common.run import Run
+from .common.run import Run, said
 from .common.trainer import arguments
 from .diffusion import LORAS, TARGETS, draw, export, load_family
+from .pictures import ENDINGS
 from .pipeline_trainer import Denoiser, PipelineTrainer, adapt, share
-from .subject_data import Encoder, Examples, as_text, class_pictures, collate, contents, find_pictures, has_word, show_subject
+from .subject_data import (
+    Encoder,
+    Examples,
+    as_text,
+    class_pictures,
+    collate,
+    contents,
+    find_pictures,
+    has_word,
+    show_subject,
+    unused_files,
+)
 
 ADAPTER = "subject"
 STEPS = 1000
@@ -139,7 +151,13 @@ class SubjectConfig(RunConfig):
         self.require("shard", bool(share(self.shard)), "expected i/n with 0 ≤ i < n", "Use for example 0/4.")
         known = set(filter(None, self.also.split(","))) <= LORAS.keys()
         self.require("also", known, f"expected some of {', '.join(LORAS)}", f"Write for example {','.join(LORAS)}.")
-        if not self.suite:
+        self.require("identifier", bool(self.identifier.strip()), "is needed", "Use a rare word such as qwe.")
+        if self.suite:
+            for name in ("class_word", "prompt", "class_prompt", "validation_prompts"):
+                self.require(name, getattr(self, name) is None, "is each subject's own in a suite", "Leave it out.")
+        else:
+            for name, usual in (("class_index", None), ("prompt_index", None), ("paper_code", False), ("shard", "0/1")):
+                self.require(name, getattr(self, name) == usual, "is of a suite", "Add --suite dreambooth, or leave it out.")
             self.require("class_word", bool(self.class_word), "is needed", "Say what the subject is, such as dog.")
             self.require("prompt", has_word(self.prompt, self.identifier), f"lacks {self.identifier!r}", "Put it in.")
 
@@ -199,6 +217,8 @@ def train_subject(config: SubjectConfig, *, dry_run: bool = False, command: str 
         return run.record
     pictures = find_pictures(config.subject, str(config.prompt), config.identifier)
     run.same_data(contents(pictures))
+    if unused := unused_files(config.subject, pictures):
+        said(f"{config.subject}: neither pictures ({', '.join(ENDINGS)}) nor their captions, so not used: {', '.join(unused)}")
     family = load_family(config)
     args = arguments(config, run, include_num_input_tokens_seen="no", remove_unused_columns=False, data_seed=config.seed)
     if not config.quant:

@@ -2,7 +2,7 @@
 
 DIR/00.jpg          pictures: jpg, png, webp, bmp; turned as their EXIF says, CMYK and transparent ones made RGB
 DIR/00.txt          its caption, where it has one of its own
-DIR/masks/00.png    where the subject is (white), of the picture's own size
+DIR/masks/00.png    where the subject is: white; elsewhere black or transparent; of the picture's own size
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -27,7 +28,7 @@ from .common import processes
 from .common.run import said
 from .diffusion import Family, draw
 from .latents import LatentEncoder
-from .pictures import ENDINGS, buckets, fitted, pixels, read_picture, sha256
+from .pictures import ENDINGS, fitted, pixels, read_picture, sha256
 
 if TYPE_CHECKING:
     from .subject import SubjectConfig
@@ -70,6 +71,12 @@ def find_pictures(folder: str | Path, caption: str, identifier: str | None = Non
     return found
 
 
+def unused_files(folder: str | Path, pictures: Sequence[Picture]) -> list[str]:
+    """Files of the folder that are neither a picture that is read nor a caption of one, such as a caption of another name."""
+    used = {p.file for p in pictures} | {p.file.with_suffix(".txt") for p in pictures}
+    return sorted(f.name for f in Path(folder).iterdir() if f.is_file() and f.name[0] != "." and f not in used)
+
+
 def has_word(text: str | None, word: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text or "") is not None
 
@@ -90,7 +97,7 @@ def mask_of(picture: Picture, size: tuple[int, int], sizes: list[tuple[int, int]
     """
     if picture.mask is None:
         return None
-    mask = read_picture(picture.mask)
+    mask = read_picture(picture.mask, background="black")
     if mask.size != size:
         raise HalotuneError(f"{picture.mask}: is of {mask.size}, its picture of {size} pixels. Save it in the picture's size.")
     weight = (pixels(fitted(mask, sizes))[:, :1] + 1) / 2
@@ -162,6 +169,7 @@ def class_pictures(config: SubjectConfig, family: Family, device: torch.device, 
     """The base's own pictures of the class; those that are missing are made, each from a seed of its own."""
     prompt = str(config.class_prompt)
     made_by = {"model": config.model, "prompt": prompt, "resolution": config.resolution or family.size}
+    made_by |= {"revision": config.revision} if config.revision else {}
     mark = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:8]
     name = re.sub(r"\W+", "_", str(config.class_word))
     folder = Path(config.class_folder or f"runs/class_images/{name}-{mark}")
@@ -176,17 +184,29 @@ def class_pictures(config: SubjectConfig, family: Family, device: torch.device, 
     for i in random.Random().sample(mine, len(mine)):  # in any order: other runs may be making the same ones
         file = folder / f"{i:05}.png"
         if not file.is_file():
-            image = draw(family, config, prompt, i, device)
+            image = _not_black(family, config, prompt, i, device)
             write_atomically(file, lambda part, image=image: image.save(part, "png"))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # each process made its share
     return find_pictures(folder, prompt)[: config.class_images]
 
 
+def _not_black(family: Family, config: SubjectConfig, prompt: str, seed: int, device: torch.device) -> Image.Image:
+    """A picture; with another seed where it is black, as a safety checker leaves some and an overflow leaves all."""
+    for further in range(4):
+        image = draw(family, config, prompt, seed + (further << 32), device)
+        if image.getbbox():
+            return image
+    raise HalotuneError(
+        f"{config.model}: its pictures of {prompt!r} are black. Use another --precision, another --class-prompt, or a "
+        "--class-folder of your own."
+    )
+
+
 def show_subject(config: SubjectConfig, family: Family, folder: Path) -> int:
     """As many of the subject's pictures as there are seeds, cut as they are learned, for the run's page; how many there are."""
     found = find_pictures(config.subject, "")[: config.validation_seeds]
-    sizes = buckets(config.resolution or family.size, family.divisor, config.aspect)
+    sizes = family.sizes(config.resolution, config.aspect)
     for i, picture in enumerate(found):
         file = folder / f"{i}.png"
         if not file.is_file():

@@ -11,7 +11,6 @@ base.… are the same figures of the base model's own pictures of the same promp
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -27,11 +26,12 @@ from ..cli.loading import find_device
 from ..core.errors import HalotuneError
 from ..core.files import write_atomically
 from ..report.record import write_record
-from .common.run import configuration, read_run, said
+from .common.run import FINISHED, configuration, read_run, said
 from .diffusion import Family, draw
+from .pictures import file_name, read_picture
 from .scorers import DISTANCES, IMAGE_SCORERS, load_scorers, similarity
 from .subject import ADAPTER, SubjectConfig
-from .subject_data import find_pictures, read_picture
+from .subject_data import find_pictures
 from .subject_pictures import trained_subject
 
 DRIFT_PROMPTS = (
@@ -81,6 +81,8 @@ def evaluate_subject(options: SubjectEvaluation) -> dict[str, Any]:
     runs = [run for run in runs if (read_run(run) or {}).get("recipe") == SubjectConfig.RECIPE]
     if not runs:
         raise HalotuneError(f"{root}: holds no run of `halotune train subject`. Give a run's folder, or a folder of runs.")
+    if unfinished := [str(run) for run in runs if (read_run(run) or {}).get("status") != FINISHED]:
+        raise HalotuneError(f"{', '.join(unfinished)}: not finished. The command that began a run goes on with it.")
     if options.count < 1:
         raise HalotuneError(f"count: must be at least 1; got {options.count}. Use 4.")
     scorers = load_scorers(options.scorers, find_device(options.device))
@@ -119,9 +121,7 @@ def judge_run(run: Path, options: SubjectEvaluation, scorers: Mapping[str, Any])
 
 def _picture(folder: Path, family: Family, config: SubjectConfig, text: str, seed: int, device: torch.device) -> Image.Image:
     """One picture; drawn once, and read from then on."""
-    words = "".join(c if c.isalnum() else "_" for c in text)[:60]
-    mark = hashlib.sha256(text.encode()).hexdigest()[:8]  # of prompts that differ where a name cannot
-    file = folder / f"{words}-{mark}-seed{seed}.png"
+    file = folder / f"{file_name(text)}-seed{seed}.png"
     if not file.is_file():
         image = draw(family, config, text, seed, device)
         write_atomically(file, lambda out: image.save(out, "png"))
@@ -168,9 +168,9 @@ def judge_steps(run: Path, options: SubjectEvaluation, scorers: Mapping[str, Any
     config = SubjectConfig(**configuration(record))
     real = [read_picture(p.file) for p in find_pictures(config.subject, "")]
     prompts = config.validation_prompts or [str(config.prompt)]
-    steps = {}
+    steps, seeds = {}, range(config.validation_seeds)
     for folder in sorted(f for f in (run / "pictures").glob("*") if f.is_dir() and f.name.isdigit() and int(f.name) > 0):
-        groups = [[read_picture(f) for f in sorted(folder.glob(f"{i}-*.png"))] for i in range(len(prompts))]
+        groups = [[read_picture(folder / f"{i}-{seed}.png") for seed in seeds] for i in range(len(prompts))]
         steps[int(folder.name)] = figures(scorers, real, groups, prompts)
     if not steps:
         raise HalotuneError(f"{run / 'pictures'}: holds no pictures of a step after the start. Train with --evaluate-every.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +14,7 @@ from ..core.files import write_atomically
 from ..integrations.diffusers import PipelineAdapters
 from .common.run import configuration, read_run, said
 from .diffusion import Family, draw, load_family
-from .pictures import buckets
+from .pictures import file_name
 from .subject import ADAPTER, SubjectConfig
 from .subject_data import has_word
 
@@ -79,12 +78,11 @@ def draw_subject(options: SubjectPictures) -> list[Path]:
     for name in ("resolution", "inference_steps", "guidance_scale"):
         if getattr(options, name) is not None:
             setattr(config, name, getattr(options, name))
-    buckets(config.resolution or family.size, family.divisor, aspect=False)  # refuses what the model cannot draw
+    family.sizes(config.resolution)  # refuses what the model cannot draw
     folder, written = Path(options.output or f"{options.run}/drawn"), []
-    words = re.sub(r"\W+", "_", options.prompt)[:60]  # at most 240 bytes
     for seed in range(options.seed, options.seed + options.count):
         image = draw(family, config, options.prompt, seed, device)
-        file = folder / f"{words}-seed{seed}-scale{options.scale:g}.png"
+        file = folder / f"{file_name(options.prompt)}-seed{seed}-scale{options.scale:g}.png"
         write_atomically(file, lambda out, image=image: image.save(out, "png"))
         written.append(file)
     return written

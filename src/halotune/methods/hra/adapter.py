@@ -80,8 +80,7 @@ class HRA(Rotation):
 
     def prepare(self, *parameters: Tensor) -> Tensors:
         """`Ûᵀ (…, r, in)` and `N = −Tᵀ Ûᵀ (…, r, in)`."""
-        Û, N = ops.wy_factors(parameters[0], self.gram_schmidt)
-        return Û.mT, N
+        return ops.wy_factors(parameters[0], self.gram_schmidt)
 
     def low_rank(self, W: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor]:
         """`B (…, out, r)`, `A (…, r, in)` with `W Q − W == B A`."""

@@ -20,9 +20,9 @@ def angles(adapter: HRA) -> Tensor:
     Q is the identity beside span(Û). With P an orthonormal basis of the span, `Pᵀ Q P = I + (N P)ᵀ (Ûᵀ P)` is orthogonal and
     r×r. Its eigenvalues are `e^{±iθ}`: a pair is a plane that turns by θ, −1 (180°) a reflection.
     """
-    Û, N = ops.wy_factors(adapter.hra_u.detach().double(), adapter.gram_schmidt)
-    P, _ = torch.linalg.qr(Û)
-    core = torch.eye(P.shape[1], dtype=P.dtype, device=P.device) + (N @ P).mT @ (Û.mT @ P)
+    Ût, N = ops.wy_factors(adapter.hra_u.detach().double(), adapter.gram_schmidt)
+    P, _ = torch.linalg.qr(Ût.mT)
+    core = torch.eye(P.shape[1], dtype=P.dtype, device=P.device) + (N @ P).mT @ (Ût @ P)
     eigenvalues = torch.linalg.eigvals(core)
     return torch.atan2(eigenvalues.imag.abs(), eigenvalues.real).rad2deg().sort().values
 

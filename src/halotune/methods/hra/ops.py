@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.prepared import exact, exact_dtype
+from ...core.prepared import exact, exact_dtype, is_transformed
+from ...ops.dispatch import Kernel, Op
 from ...ops.product import add_product, apply, flattened, no_view, transposed_products
 
 
@@ -25,17 +26,6 @@ def normalize(U: Tensor) -> Tensor:
     U = U.to(exact_dtype(U.dtype))
     norm = torch.linalg.vector_norm(U, dim=-2, keepdim=True)
     return U / torch.where(norm > torch.finfo(U.dtype).tiny, norm, math.inf)
-
-
-PIECES = 16
-
-
-def gram(Û: Tensor) -> Tensor:
-    """`ÛᵀÛ (…, r, r)`. Long columns are cut: few small products with long sums leave most of a GPU idle."""
-    if Û.shape[-2] % PIECES or Û.shape[-2] < 1024:
-        return Û.mT @ Û
-    pieces = Û.unflatten(-2, (PIECES, -1))
-    return (pieces.mT @ pieces).sum(-3)
 
 
 def rank_tolerance(G: Tensor) -> float:
@@ -53,15 +43,92 @@ def span_core(Û: Tensor) -> Tensor:
     return 2.0 * torch.linalg.pinv(G, atol=rank_tolerance(G), rtol=0.0, hermitian=True)
 
 
-def wy_factors(U: Tensor, gram_schmidt: bool) -> tuple[Tensor, Tensor]:
-    """`Û (…, in, r)` and `N = −Tᵀ Ûᵀ (…, r, in)`, in fp32 or better: `x Qᵀ = x + (x Û) N` and `W Q = W + (W Nᵀ) Ûᵀ`."""
+def _factors(U: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`Ûᵀ (…, r, in)`, `N = −Tᵀ Ûᵀ (…, r, in)`, G `(…, r, r)` and the scales `1 / ‖u_i‖ (…, r)`, 0 of a zero column."""
+    U = U.to(exact_dtype(U.dtype))
     with exact(U):
-        Û = normalize(U)
-        if gram_schmidt:
-            N = -(span_core(Û).mT @ Û.mT)
-        else:  # T⁻ᵀ = (stril(2 G) + I) / 2, of which the solver reads 2 G below the diagonal alone
-            N = torch.linalg.solve_triangular(2 * gram(Û), -2 * Û.mT, upper=False, unitriangular=True)
-        return Û, N
+        norm = torch.linalg.vector_norm(U, dim=-2, keepdim=True)
+        scale = torch.where(norm > torch.finfo(U.dtype).tiny, norm, math.inf).reciprocal()
+        Ût = (U * scale).mT
+        G = Ût @ Ût.mT
+        # T⁻ᵀ = (stril(2 G) + I) / 2, of which the solver reads 2 G below the diagonal alone
+        N = torch.linalg.solve_triangular(2 * G, -2 * Ût, upper=False, unitriangular=True)
+        return Ût, N, G, scale.squeeze(-2)
+
+
+def _pull_factors(Ut: Tensor, N: Tensor, G: Tensor, scale: Tensor, dUt: Tensor, dN: Tensor) -> Tensor:
+    """`dU (…, in, r)` from the gradients of Ûᵀ, here Ut, and of N.
+
+    With `A = I + 2 stril(G)`, `P = A⁻ᵀ dN` and `S = −2 stril(P Nᵀ)`, L depends on Ûᵀ by `dÛᵀ − 2 P + (S + Sᵀ) Ûᵀ`; what of it
+    lies along a vector does not turn that.
+    """
+    with exact(N):
+        P = torch.linalg.solve_triangular((2 * G).mT, dN, upper=True, unitriangular=True)
+        S = -2 * (P @ N.mT).tril(-1)
+        d = dUt - 2 * P + (S + S.mT) @ Ut
+        return ((d - Ut * (d * Ut).sum(-1, keepdim=True)) * scale.unsqueeze(-1)).mT
+
+
+MOST = 64  # a kernel's r
+
+
+def _like(*sizes: int, like: Tensor) -> tuple[Tensor, ...]:
+    *lead, n, r = sizes
+    shapes = (r, n), (r, n), (r, r), (r,)
+    return tuple([like.new_empty(*lead, *shape, dtype=exact_dtype(like.dtype)) for shape in shapes])
+
+
+def _refuses(r: int) -> str | None:
+    return f"r = {r} is above {MOST}: rows of N are solved for one after the other" if r > MOST else None
+
+
+def _wins(t: Tensor) -> bool:
+    return t.is_cuda and t.dtype is not torch.float64
+
+
+_KERNELS = "halotune.methods.hra.kernels"
+
+# Two launches each, where plain torch takes nine and a dozen, and as many again where autograd takes the gradient.
+factors = Op(
+    "hra_factors",
+    _factors,
+    like=lambda U: _like(*U.shape, like=U),
+    kernel=Kernel(_KERNELS, "factors", lambda U: _refuses(U.shape[-1]), lambda U: _wins(U)),
+)
+pull_factors = Op(
+    "hra_pull_factors",
+    _pull_factors,
+    like=lambda Ût, *_: Ût.new_empty(Ût.mT.shape),
+    kernel=Kernel(_KERNELS, "pull_factors", lambda Ût, *_: _refuses(Ût.shape[-2]), lambda Ût, *_: _wins(Ût)),
+)
+
+
+class _Factors(torch.autograd.Function):
+    """Ûᵀ and N of U. Where a second derivative is recorded, backward is plain torch."""
+
+    @staticmethod
+    def forward(ctx: Any, U: Tensor) -> tuple[Tensor, Tensor]:
+        Ût, N, *others = factors(U)
+        ctx.save_for_backward(U, Ût, N, *others)
+        return Ût, N
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        U, *made = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return torch.autograd.grad(_factors(U)[:2], U, grad_outputs, create_graph=True)[0]
+        return pull_factors(*made, *grad_outputs).to(U.dtype)
+
+
+def wy_factors(U: Tensor, gram_schmidt: bool) -> tuple[Tensor, Tensor]:
+    """`Ûᵀ` and `N = −Tᵀ Ûᵀ (…, r, in)`, in fp32 or better: `x Qᵀ = x + (x Û) N` and `W Q = W + (W Nᵀ) Ûᵀ`."""
+    if gram_schmidt:
+        with exact(U):
+            Û = normalize(U)
+            return Û.mT, -(span_core(Û).mT @ Û.mT)
+    if torch.compiler.is_compiling() or is_transformed():
+        return _factors(U)[:2]
+    return apply(_Factors, U) if torch.is_grad_enabled() and U.requires_grad else factors(U)[:2]
 
 
 class _ReflectedLinear(torch.autograd.Function):
