@@ -71,8 +71,7 @@ def _factors(u_ptr, parts_ptr, out_ptr, n_ptr, gram_ptr, scale_ptr, n_in, share,
     G = _sum_of_parts(parts_ptr + layer * PARTS * RANK * RANK, RANK * RANK, RANK * RANK, square, PARTS)
     norms = tl.sqrt_rn(_sum(tl.where(ranks[:, None] == ranks[None], G, 0.0), 1))
     scale = tl.where(norms > tiny, tl.div_rn(1.0, tl.where(norms > tiny, norms, 1.0)), 0.0)
-    norms = tl.sqrt_rn(_sum(tl.where(ranks[:, None] == ranks[None], G, 0.0), 0))
-    G = G * scale[:, None] * tl.where(norms > tiny, tl.div_rn(1.0, tl.where(norms > tiny, norms, 1.0)), 0.0)[None]
+    G = G * scale[:, None] * scale[None]
     if piece == 0:
         inside = (ranks[:, None] < R) & (ranks[None] < R)
         tl.store(gram_ptr + layer * R * R + ranks[:, None] * R + ranks[None], G, inside)
