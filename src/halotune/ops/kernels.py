@@ -112,6 +112,16 @@ def by_chance(y, noise, to: tl.constexpr):
 
 
 @triton.jit
+def store(to_ptr, y, inside, noise_ptr, rows, cols, m, n, to: tl.constexpr, NOISY: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Store a tile y of a matrix `(m, n)` in another dtype: rounded by the noise of its rows and columns, or to nearest."""
+    if NOISY:
+        u = noise(noise_ptr, rows[:, None], rows[:, None] < m, to) ^ noise(noise_ptr + m, cols[None], cols[None] < n, to)
+        tl.store(to_ptr, by_chance(y, u, to), inside)
+    else:
+        tl.store(to_ptr, rounded(y, to, INTERPRETED), inside)
+
+
+@triton.jit
 def _build_low_rank(
     w_ptr, b_ptr, a_ptr, noise_ptr, out_ptr, m, n, b_row, b_col, b_batch, a_row, a_col, a_batch,
     R: tl.constexpr, RANK: tl.constexpr, NOISY: tl.constexpr, FINE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -137,14 +147,7 @@ def _build_low_rank(
     else:
         delta = dot(b, a, INTERPRETED)
     y = w.to(tl.float32) + delta
-    if NOISY:
-        noise_ptr += layer * (m + n)
-        u = noise(noise_ptr, rows[:, None], rows[:, None] < m, w.dtype) ^ noise(
-            noise_ptr + m, cols[None], cols[None] < n, w.dtype
-        )
-        tl.store(out_ptr + at, by_chance(y, u, w.dtype), inside)
-    else:
-        tl.store(out_ptr + at, rounded(y, w.dtype, INTERPRETED), inside)
+    store(out_ptr + at, y, inside, noise_ptr + layer * (m + n), rows, cols, m, n, w.dtype, NOISY, INTERPRETED)
 
 
 _launch_build = Launcher(_build_low_rank, num_warps=4)

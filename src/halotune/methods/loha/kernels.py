@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...ops.kernels import added, by_chance, dot, empty_parts, filled, noise, rounded, shares
+from ...ops.kernels import added, dot, empty_parts, filled, rounded, shares, store
 from ...ops.launch import Launcher, tiles
 
 ROWS, COLS = 64, 128
@@ -48,14 +48,7 @@ def _hadamard(
     w = tl.load(w_ptr + rows[:, None].to(tl.int64) * w_row + cols[None].to(tl.int64) * w_col, inside, other=0.0)
     y = w.to(tl.float32) + s * delta
     at = rows[:, None].to(tl.int64) * n + cols[None]
-    if NOISY:
-        noise_ptr += layer * (m + n)
-        u = noise(noise_ptr, rows[:, None], rows[:, None] < m, w.dtype) ^ noise(
-            noise_ptr + m, cols[None], cols[None] < n, w.dtype
-        )
-        tl.store(out_ptr + at, by_chance(y, u, w.dtype), inside)
-    else:
-        tl.store(out_ptr + at, rounded(y, w.dtype, INTERPRETED), inside)
+    store(out_ptr + at, y, inside, noise_ptr + layer * (m + n), rows, cols, m, n, w.dtype, NOISY, INTERPRETED)
 
 
 _launch_hadamard = Launcher(_hadamard, num_warps=8)
