@@ -137,7 +137,7 @@ def result(output: Path, task: str, method: str, rate: float, seed: int) -> dict
 def chosen_rate(output: Path, task: str, method: str) -> tuple[float | None, bool]:
     """The rate whose last evaluation at seed 0 is the best of those there; and whether all are."""
     found = {rate: result(output, task, method, rate, 0) for rate in METHODS[method][2]}
-    return best_rate(found, lambda last: last[SCORES[task]])
+    return best_rate(found, lambda record: record["results"]["last"][SCORES[task]])
 
 
 def missing(args: argparse.Namespace) -> Iterator[tuple[str, str, float, int]]:

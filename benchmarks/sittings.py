@@ -50,9 +50,9 @@ def write_result(file: Path, entries: Mapping[str, Any]) -> None:
 
 
 def best_rate(tried: Mapping[float, Mapping[str, Any] | None], score: Callable[[Any], float]) -> tuple[float | None, bool]:
-    """The learning rate whose run's last evaluation has the highest score, of those that were run; and whether all were."""
-    found = {rate: record["results"]["last"] for rate, record in tried.items() if record is not None}
-    return max(found, key=lambda rate: score(found[rate]), default=None), len(found) == len(tried)
+    """The learning rate whose run's record has the highest score, of those that were run; and whether all were."""
+    found = {rate: score(record) for rate, record in tried.items() if record is not None}
+    return max(found, key=lambda rate: found[rate], default=None), len(found) == len(tried)
 
 
 def devices() -> list[str]:

@@ -149,8 +149,7 @@ def result(args: argparse.Namespace, *job: Any) -> dict[str, Any] | None:
 def chosen_rate(args: argparse.Namespace, method: str) -> tuple[float | None, bool]:
     """The rate of the highest similarity to the first subject at the first seed, of those there; and whether all are."""
     found = {rate: result(args, args.subjects[0], method, rate, SEEDS[0]) for rate in args.rates}
-    kept = {rate: r and {"results": {"last": similarity(r)}} for rate, r in found.items()}
-    return best_rate(kept, float)
+    return best_rate(found, similarity)
 
 
 def similarity(entry: dict[str, Any]) -> float:
@@ -420,8 +419,7 @@ def table(args: argparse.Namespace) -> None:
                 rows.append([subject, method, told, str(len(runs)), size, spread([r["seconds"] for r in runs]), shown or "–"])
     heads = ["subject", "method", "rate ×", "seeds", "parameters", "seconds", "figures"]
     print(text_table(heads, rows, left=["subject", "method", "figures"]))
-    found = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(Path(args.results).glob("cost-*.json"))}
-    costs = list(found.values())
+    costs = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(Path(args.results).glob("cost-*.json"))]
     lines = []
     for entry in costs:
         reference: dict[str, Any] = next((r for r in costs if (r["model"], r["method"]) == (entry["model"], "LoRA")), {})
@@ -442,18 +440,25 @@ def picture(args: argparse.Namespace) -> None:
 
     one = len(args.shown) == 1
     side, head, count = (96, 22, 1) if one else (64, 22, 4)
-    columns = ["subject", "base", *(METHODS if one else AT_EVERY_SUBJECT)]
+    files: dict[tuple[str, str], Path] = {}
+    for method in METHODS if one else AT_EVERY_SUBJECT:
+        rate, _ = chosen_rate(args, method)
+        for subject in args.shown:
+            file = Path(args.results) / f"{name_of(subject, method, rate or 0, SEEDS[0])}.webp"
+            if file.is_file():
+                files[method, subject] = file
+    if not files:
+        raise SystemExit(f"{args.results}: holds no picture of {', '.join(args.shown)}. Run `train` first.")
+    methods = list(dict.fromkeys(method for method, _ in files))
+    columns = ["subject", "base", *methods]
     sheet = Image.new("RGB", (side * count * len(columns), head + side * (4 if one else len(args.shown))), "white")
     write = ImageDraw.Draw(sheet)
     for x, name in enumerate(columns):
         write.text((side * count * (x + 0.5), head / 2), name, "black", ImageFont.load_default(14), anchor="mm")
-        method = name if name in METHODS else AT_EVERY_SUBJECT[0]
-        rate, _ = chosen_rate(args, method)
         for y, subject in enumerate(args.shown):
-            file = Path(args.results) / f"{name_of(subject, method, rate or 0, SEEDS[0])}.webp"
-            if not file.is_file():
-                print(f"{file}: missing")
-                continue
+            file = files.get((methods[max(x - 2, 0)], subject))
+            if file is None:
+                continue  # white: missing
             with Image.open(file) as grid:  # rows: subject, base, run
                 row, small = min(x, 2), grid.width // 4
                 for i in range(4):

@@ -167,7 +167,8 @@ def result(output: Path, point: Point) -> dict[str, Any] | None:
 def chosen_rate(output: Path, method: str) -> tuple[float | None, bool]:
     """The rate of the least held-out loss at seed 0 of those there; and whether all are."""
     method = PEFT.get(method, method)
-    return best_rate({rate: result(output, (method, rate, 0)) for rate in METHODS[method][2]}, lambda last: -last["loss"])
+    found = {rate: result(output, (method, rate, 0)) for rate in METHODS[method][2]}
+    return best_rate(found, lambda record: -record["results"]["last"]["loss"])
 
 
 def missing(args: argparse.Namespace) -> Iterator[Point]:

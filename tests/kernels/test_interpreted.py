@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from halotune.ops.dispatch import Kernel, backend
 from halotune.ops.product import add_product
@@ -64,6 +65,18 @@ def test_nothing_runs_unasked_on_a_cpu():
     for case in CASES:
         arguments = case.arguments(lambda *sizes: torch.randn(*sizes, dtype=torch.bfloat16))
         assert case.op.choice(*arguments) is None
+
+
+def test_float64_is_left_to_plain_torch():
+    """Kernels compute in fp32. On a GPU too, of which there is none here: so of tensors without numbers."""
+    case = next(case for case in CASES if case.name == "grouped")
+    for dtype, kernel in ((torch.float32, case.op.kernel), (torch.float64, None)):
+        with FakeTensorMode():
+            arguments = case.arguments(lambda *sizes, dtype=dtype: torch.randn(*sizes, dtype=dtype, device="cuda:0"))
+            assert case.op.choice(*arguments) is kernel
+    for case in CASES:
+        arguments = case.arguments(lambda *sizes: torch.randn(*sizes, dtype=torch.float64))
+        assert case.op.kernel.refuses(*arguments) == "there is none for torch.float64"
 
 
 def test_every_kernel_has_cases():

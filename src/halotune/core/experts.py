@@ -77,6 +77,11 @@ class ExpertWeights(ParameterView):
     def experts(self) -> int:
         return self.size[0]
 
+    @property
+    def here(self) -> int:
+        """How many are on this process."""
+        return local(self.weight).shape[0] if self.is_spread else self.experts
+
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
         return GroupedOperator(ExpertsBase(self), groups)(x)
 
@@ -313,8 +318,7 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
         `(tokens, hidden)`, in the dtype of the hidden states.
     """
     up, down = (getattr(vars(experts)["_halotune"][0], name) for name in projection_names(experts))
-    k, whole = top_k_index.shape[-1], not _weights(up).is_spread
-    n = ExpertsBase(_weights(up)).weight().shape[0]
+    k, n, whole = top_k_index.shape[-1], _weights(up).here, not _weights(up).is_spread
     with exact(hidden_states):  # in the dtype of the weights, as the interface's other implementations
         ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
         ends = torch.searchsorted(ids, torch.arange(n, device=ids.device, dtype=ids.dtype), right=True).int()

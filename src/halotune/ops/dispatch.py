@@ -36,7 +36,7 @@ class Kernel:
         return _triton_refuses(args[0]) or self.cannot(*args)
 
     def wins(self, *args: Any) -> bool:
-        return self.faster(*args) and _triton_is_installed() and self.cannot(*args) is None
+        return self.faster(*args) and self.refuses(*args) is None
 
 
 @dataclass

@@ -18,14 +18,19 @@ from torch import Tensor
 
 from ...core.prepared import exact, exact_dtype, is_transformed
 from ...ops.dispatch import Kernel, Op
-from ...ops.product import add_product, apply, flattened, no_view, transposed_products
+from ...ops.product import MOST, add_product, apply, flattened, no_view, transposed_products
+
+
+def lengths(U: Tensor) -> Tensor:
+    """`‖u_i‖ (…, 1, r)`; infinite of a zero column, which then stays zero where it is divided by that."""
+    norm = torch.linalg.vector_norm(U, dim=-2, keepdim=True)
+    return torch.where(norm > torch.finfo(U.dtype).tiny, norm, math.inf)
 
 
 def normalize(U: Tensor) -> Tensor:
     """`û_i = u_i / ‖u_i‖` for each column, in fp32 or better; a zero column stays zero and gets no gradient."""
     U = U.to(exact_dtype(U.dtype))
-    norm = torch.linalg.vector_norm(U, dim=-2, keepdim=True)
-    return U / torch.where(norm > torch.finfo(U.dtype).tiny, norm, math.inf)
+    return U / lengths(U)
 
 
 def rank_tolerance(G: Tensor) -> float:
@@ -47,8 +52,7 @@ def _factors(U: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`Ûᵀ (…, r, in)`, `N = −Tᵀ Ûᵀ (…, r, in)`, G `(…, r, r)` and the scales `1 / ‖u_i‖ (…, r)`, 0 of a zero column."""
     U = U.to(exact_dtype(U.dtype))
     with exact(U):
-        norm = torch.linalg.vector_norm(U, dim=-2, keepdim=True)
-        scale = torch.where(norm > torch.finfo(U.dtype).tiny, norm, math.inf).reciprocal()
+        scale = lengths(U).reciprocal()
         Ût = (U * scale).mT
         G = Ût @ Ût.mT
         # T⁻ᵀ = (stril(2 G) + I) / 2, of which the solver reads 2 G below the diagonal alone
@@ -69,21 +73,18 @@ def _pull_factors(Ut: Tensor, N: Tensor, G: Tensor, scale: Tensor, dUt: Tensor, 
         return ((d - Ut * (d * Ut).sum(-1, keepdim=True)) * scale.unsqueeze(-1)).mT
 
 
-MOST = 64  # a kernel's r
-
-
-def _like(*sizes: int, like: Tensor) -> tuple[Tensor, ...]:
-    *lead, n, r = sizes
+def _like(U: Tensor) -> tuple[Tensor, ...]:
+    *lead, n, r = U.shape
     shapes = (r, n), (r, n), (r, r), (r,)
-    return tuple([like.new_empty(*lead, *shape, dtype=exact_dtype(like.dtype)) for shape in shapes])
+    return tuple([U.new_empty(*lead, *shape, dtype=exact_dtype(U.dtype)) for shape in shapes])
 
 
 def _refuses(r: int) -> str | None:
     return f"r = {r} is above {MOST}: rows of N are solved for one after the other" if r > MOST else None
 
 
-def _wins(t: Tensor) -> bool:
-    return t.is_cuda and t.dtype is not torch.float64
+def _wins(t: Tensor, *_: object) -> bool:
+    return t.is_cuda
 
 
 _KERNELS = "halotune.methods.hra.kernels"
@@ -92,14 +93,14 @@ _KERNELS = "halotune.methods.hra.kernels"
 factors = Op(
     "hra_factors",
     _factors,
-    like=lambda U: _like(*U.shape, like=U),
-    kernel=Kernel(_KERNELS, "factors", lambda U: _refuses(U.shape[-1]), lambda U: _wins(U)),
+    like=_like,
+    kernel=Kernel(_KERNELS, "factors", lambda U: _refuses(U.shape[-1]), _wins),
 )
 pull_factors = Op(
     "hra_pull_factors",
     _pull_factors,
     like=lambda Ût, *_: Ût.new_empty(Ût.mT.shape),
-    kernel=Kernel(_KERNELS, "pull_factors", lambda Ût, *_: _refuses(Ût.shape[-2]), lambda Ût, *_: _wins(Ût)),
+    kernel=Kernel(_KERNELS, "pull_factors", lambda Ût, *_: _refuses(Ût.shape[-2]), _wins),
 )
 
 
